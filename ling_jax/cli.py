@@ -1,0 +1,88 @@
+"""From a command line to a checked configuration: NAME in configs/, then typed overrides."""
+
+import dataclasses
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.logging import RichHandler
+
+from ling_jax.config import RunConfig
+from ling_jax.train.metrics import CONSOLE
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """What `train.py` was asked to do."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run: str | None = None
+    """Name of the run's folder under --runs-dir; the config's name by default. An existing run resumes."""
+    runs_dir: str = "runs"
+    """Folder of all runs; may be gs://."""
+    fresh: bool = False
+    """Start at step 0; refuses a folder that holds a run, unless --move-aside."""
+    move_aside: bool = False
+    """With --fresh: rename the folder of an earlier run instead of refusing."""
+    init_from: str | None = None
+    """A HF folder or checkpoint whose weights a new run starts from."""
+    print_config: bool = False
+    """Print the resolved configuration and stop."""
+
+
+def config_names() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
+
+
+def named_config(name: str) -> RunConfig:
+    """The configuration of `configs/NAME.py`."""
+    if name not in config_names():
+        raise ValueError(f"no configuration {name!r}; configs/ has {', '.join(config_names())}")
+    if str(CONFIGS.parent) not in sys.path:
+        sys.path.insert(0, str(CONFIGS.parent))
+    return importlib.import_module(f"configs.{name}").config()
+
+
+def parse_train(argv: Sequence[str]) -> tuple[str, TrainCommand]:
+    """(config name, command) of `train.py NAME [--flags]`; an unknown name or flag, or a value that fails a
+    check, ends the program with one message."""
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: train.py NAME [--flags]   (NAME: {', '.join(config_names())})")
+        print("       train.py NAME --help      lists the flags, one for every setting of the configuration")
+        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    name = argv[0]
+    default = TrainCommand(config=named_config(name))
+    command = tyro.cli(TrainCommand, default=default, args=list(argv[1:]), prog=f"train.py {name}")
+    return name, command
+
+
+def set_up_logging() -> None:
+    """Log lines on standard error; on a terminal through the console that the progress bar uses."""
+    handler: logging.Handler = logging.StreamHandler()
+    form = "%(asctime)s %(message)s"
+    if CONSOLE.is_terminal:
+        handler, form = RichHandler(console=CONSOLE, show_path=False), "%(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", handlers=[handler], force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command; a user's mistake (ValueError) is one line and exit code 2, never a traceback."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    set_up_logging()
+    try:
+        code = main(sys.argv[1:])
+    except ValueError as error:
+        if os.environ.get("LING_JAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(code or 0)

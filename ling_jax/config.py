@@ -1,0 +1,537 @@
+"""Every setting of a run, as frozen dataclasses; no arrays live here.
+
+Architecture fields are spelled as in the released `config.json`, so `from_hf` and `to_hf` are (nearly)
+the identity and one name serves the paper, the checkpoint and this code.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+MODEL_TYPES = ("bailing_moe", "bailing_moe_v2")
+
+# Fields a release sets in config.json. The reference configuration class fills some of them with values
+# that no release uses (spec 1.6: routed_scaling_factor 1.0 for 2.5), so none is ever filled in for a user.
+# Fields that only say which tensors exist (use_qk_norm, tie_word_embeddings, ...) are checked against them.
+REQUIRED_HF_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_shared_experts",
+    "n_group",
+    "topk_group",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "routed_scaling_factor",
+    "pad_token_id",
+    "eos_token_id",
+)
+# Choices of the reference that this package has only one of: any other value is an error, not a surprise.
+FIXED_HF_FIELDS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "score_function": ("sigmoid",),
+    "router_dtype": ("fp32", "float32"),
+    "attention_dropout": (0, None),
+    "embedding_dropout": (0, None),
+    "output_dropout": (0, None),
+}
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_types(config: Any) -> None:
+    """Each field against its annotation, for the simple types that files and users get wrong."""
+    for field in dataclasses.fields(config):
+        value, kinds = getattr(config, field.name), str(field.type).replace(" | ", " ").split()
+        names = [getattr(field.type, "__name__", "")] if isinstance(field.type, type) else kinds
+        simple = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
+        if not all(name in simple for name in names):
+            continue
+        fits = any(isinstance(value, simple[name]) for name in names)
+        if isinstance(value, bool) and "bool" not in names:
+            fits = False
+        _check(fits, f"{field.name} = {value!r} must be of type {' or '.join(names)}")
+
+
+def _check_at_least(config: Any, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value >= low, f"{name} = {value} must be at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """YaRN context extension (arXiv 2309.00071), with the key names of HF's `rope_scaling`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_at_least(self, 1, "factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture (Ling 2.0 report, arXiv 2510.22115, section 2), in `config.json` spelling."""
+
+    vocab_size: int = 157184
+    hidden_size: int
+    intermediate_size: int  # width of the leading dense layers' FFN
+    num_hidden_layers: int  # trunk layers, the MTP layer not counted
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int = 128
+    num_experts: int = 256
+    num_experts_per_tok: int = 8
+    num_shared_experts: int = 1
+    n_group: int = 8
+    topk_group: int = 4
+    moe_intermediate_size: int  # width of one expert
+    first_k_dense_replace: int = 1
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    moe_router_enable_expert_bias: bool = True  # False: training leaves the bias (always present) alone
+    num_nextn_predict_layers: int = 0
+    mtp_loss_scaling_factor: float = 0.1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 600000.0
+    partial_rotary_factor: float | None = 0.5
+    rotary_dim: int | None = None  # read only where partial_rotary_factor is absent
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 32768
+    use_qk_norm: bool = True
+    use_qkv_bias: bool = False
+    use_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 156892
+    eos_token_id: int | None = 156892
+    # The config.json this came from, so that `to_hf` gives back every field, known or not.
+    hf_json: Annotated[str, tyro.conf.Suppress] = dataclasses.field(default="", repr=False)
+
+    def __post_init__(self):
+        _check_types(self)
+        _check_at_least(
+            self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "n_group", "topk_group",
+            "moe_intermediate_size", "intermediate_size", "max_position_embeddings",
+        )  # fmt: skip
+        _check_at_least(
+            self, 0, "num_shared_experts", "first_k_dense_replace", "mtp_loss_scaling_factor", "rms_norm_eps"
+        )
+        _check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads = {self.num_key_value_heads}",
+        )
+        _check(
+            self.first_k_dense_replace <= self.num_hidden_layers,
+            f"first_k_dense_replace = {self.first_k_dense_replace} exceeds "
+            f"num_hidden_layers = {self.num_hidden_layers}",
+        )
+        _check(
+            self.num_nextn_predict_layers in (0, 1),
+            f"num_nextn_predict_layers = {self.num_nextn_predict_layers}: the family has 0 or 1 (spec 2.6)",
+        )
+        self._check_router()
+        self._check_rope()
+        for name in ("pad_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            _check(
+                value is None or 0 <= value < self.vocab_size,
+                f"{name} = {value} is outside the vocabulary of {self.vocab_size}",
+            )
+
+    def _check_router(self):
+        _check(
+            self.num_experts % self.n_group == 0,
+            f"num_experts = {self.num_experts} must be a multiple of n_group = {self.n_group}",
+        )
+        size = self.num_experts // self.n_group
+        _check(
+            size >= 2,
+            f"num_experts / n_group = {size}: a group is ranked by its two best experts, so it needs 2",
+        )
+        _check(self.topk_group <= self.n_group, f"topk_group = {self.topk_group} exceeds n_group = {self.n_group}")
+        limit = self.topk_group * size
+        _check(
+            self.num_experts_per_tok <= limit,
+            f"num_experts_per_tok = {self.num_experts_per_tok} exceeds the {limit} experts that "
+            f"topk_group = {self.topk_group} groups of {size} hold; lower it or raise topk_group",
+        )
+
+    def _check_rope(self):
+        _check(self.rope_theta > 0, f"rope_theta = {self.rope_theta} must be positive")
+        _check(
+            self.partial_rotary_factor is not None or self.rotary_dim is not None,
+            "partial_rotary_factor and rotary_dim are both missing: the releases rotate half of head_dim; "
+            "set partial_rotary_factor (0.5 in every release, 1.0 to rotate the whole head)",
+        )
+        _check(
+            0 <= self.rotary_width <= self.head_dim and self.rotary_width % 2 == 0,
+            f"the rotated width {self.rotary_width} must be even and at most head_dim = {self.head_dim}",
+        )
+
+    @property
+    def rotary_width(self) -> int:
+        """Leading dims of each head that RoPE turns (spec 1.1: the factor first, else `rotary_dim`)."""
+        if self.partial_rotary_factor is not None:
+            return int(self.head_dim * self.partial_rotary_factor)
+        return self.rotary_dim or 0
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, in tokens: the trained length, or what YaRN stretches it to."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        stretched = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        return self.num_shared_experts * self.moe_intermediate_size
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Reads a released `config.json`.
+
+        Raises:
+          ValueError: for another architecture, a field the releases set and this file lacks, or a value
+            this package does not implement; the message names the field and what to do.
+        """
+        kind = config.get("model_type")
+        _check(
+            kind in MODEL_TYPES,
+            f"model_type = {kind!r} in config.json: this version reads {' and '.join(MODEL_TYPES)} only",
+        )
+        missing = [name for name in REQUIRED_HF_FIELDS if name not in config]
+        nextn = config.get("num_nextn_predict_layers") or 0
+        if nextn and config.get("mtp_loss_scaling_factor") is None:
+            missing.append("mtp_loss_scaling_factor")
+        _check(
+            not missing,
+            f"config.json lacks {', '.join(missing)}; the releases set every one of them and their class "
+            "defaults differ, so nothing is guessed: add them to the file",
+        )
+        for name, allowed in FIXED_HF_FIELDS.items():
+            value = config.get(name, allowed[0])
+            _check(value in allowed, f"{name} = {value!r} in config.json: only {allowed[0]!r} is implemented")
+        known = {f.name for f in dataclasses.fields(cls)} - {"hf_json"}
+        values = {name: config[name] for name in known if name in config}
+        values.setdefault("partial_rotary_factor", None)
+        values.setdefault("norm_topk_prob", True)  # hard-coded in the reference's router
+        values["num_nextn_predict_layers"] = nextn
+        values["mtp_loss_scaling_factor"] = config.get("mtp_loss_scaling_factor") or 0.0
+        values["num_shared_experts"] = config["num_shared_experts"] or 0
+        values["head_dim"] = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+        values["rope_scaling"] = _rope_scaling_from_hf(config.get("rope_scaling"), config)
+        eos = config["eos_token_id"]
+        values["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+        return cls(**values, hf_json=json.dumps(dict(config), sort_keys=True))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` dict: the one read, with the fields that changed since; or a new one."""
+        ours = _hf_values(self)
+        if not self.hf_json:
+            head = {"architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe_v2"}
+            fixed = {name: allowed[0] for name, allowed in FIXED_HF_FIELDS.items()}
+            return head | fixed | ours
+        original = json.loads(self.hf_json)
+        before = _hf_values(ModelConfig.from_hf(original))
+        return original | {name: value for name, value in ours.items() if value != before[name]}
+
+
+def _hf_values(config: ModelConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    del values["hf_json"]
+    if config.rope_scaling is not None:
+        scaling = {k: v for k, v in values["rope_scaling"].items() if v is not None}
+        values["rope_scaling"] = {"rope_type": "yarn", **scaling}
+    return values
+
+
+def _rope_scaling_from_hf(scaling: Mapping[str, Any] | None, config: Mapping[str, Any]) -> RopeScaling | None:
+    if scaling is None:
+        return None
+    _check(isinstance(scaling, Mapping), f"rope_scaling = {scaling!r} in config.json must be an object or null")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in (None, "default"):
+        return None
+    _check(kind == "yarn", f"rope_scaling type {kind!r}: only 'yarn' is implemented (spec 2.3)")
+    _check("factor" in scaling, "rope_scaling lacks 'factor'")
+    known = {f.name for f in dataclasses.fields(RopeScaling)}
+    values = {k: v for k, v in scaling.items() if k in known and v is not None}
+    values.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    for beta in ("beta_fast", "beta_slow"):  # 0 means "the default" in HF's code
+        if not values.get(beta, 1):
+            del values[beta]
+    return RopeScaling(**values)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The layer plan: which kinds of layer run, in which order. Kinds are named ATTENTION_FFN.
+
+
+class Segment(NamedTuple):
+    """`repeats` times the layer kinds of `pattern`, in order; one scan at run time."""
+
+    pattern: tuple[str, ...]
+    repeats: int
+
+
+def layer_plan(config: ModelConfig) -> tuple[Segment, ...]:
+    """The trunk as segments: the dense prefix, then the MoE body (the MTP layer is not of the trunk)."""
+    dense = config.first_k_dense_replace
+    plan = (Segment(("softmax_dense",), dense), Segment(("softmax_moe",), config.num_hidden_layers - dense))
+    return tuple(segment for segment in plan if segment.repeats)
+
+
+def layer_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """The kind of every trunk layer, in layer order."""
+    return tuple(kind for segment in layer_plan(config) for _ in range(segment.repeats) for kind in segment.pattern)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Parameter counts (spec 1.3).
+
+
+class Counts(NamedTuple):
+    """Parameters: all of them (the MTP layer included), those a token uses, and the MTP layer's own.
+
+    `active` counts the trunk with embedding and head, as the report does; the expert bias is in totals only.
+    """
+
+    total: int
+    active: int
+    active_non_embedding: int
+    mtp: int
+
+
+def count_params(config: ModelConfig) -> Counts:
+    """Counts parameters from the config alone (spec 1.3)."""
+    c = config
+    hidden, heads, kv = c.hidden_size, c.num_attention_heads, c.num_key_value_heads
+    qkv_rows = (heads + 2 * kv) * c.head_dim
+    attention = hidden * qkv_rows + heads * c.head_dim * hidden
+    attention += 2 * c.head_dim * c.use_qk_norm + qkv_rows * c.use_qkv_bias + hidden * c.use_bias
+    layer = attention + 2 * hidden
+    expert = 3 * hidden * c.moe_intermediate_size
+    shared = 3 * hidden * c.shared_intermediate_size
+    gate = hidden * c.num_experts
+    moe_active = c.num_experts_per_tok * expert + shared + gate
+    moe_total = c.num_experts * expert + shared + gate + c.num_experts
+    dense_layers = c.first_k_dense_replace
+    moe_layers = c.num_hidden_layers - dense_layers
+    trunk = c.num_hidden_layers * layer + dense_layers * 3 * hidden * c.intermediate_size + hidden
+    embeddings = c.vocab_size * hidden * (1 if c.tie_word_embeddings else 2)
+    mtp = c.num_nextn_predict_layers * (layer + moe_total + 2 * hidden * hidden + 3 * hidden)
+    active = trunk + moe_layers * moe_active
+    return Counts(
+        total=trunk + moe_layers * moe_total + embeddings + mtp,
+        active=active + embeddings,
+        active_non_embedding=active,
+        mtp=mtp,
+    )
+
+
+def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Useful FLOPs of training on one token: 6 per active matmul parameter (the head, not the embedding
+    lookup; the MTP layer where there is one), and 6 L H head_dim T for the causal half of the attention
+    scores and values, forward and backward. Recomputation does not count."""
+    c = config
+    heads, kv, hidden = c.num_attention_heads, c.num_key_value_heads, c.hidden_size
+    attention = 2 * hidden * (heads + kv) * c.head_dim
+    experts = 3 * hidden * (c.num_experts_per_tok * c.moe_intermediate_size + c.shared_intermediate_size)
+    moe = attention + experts + hidden * c.num_experts
+    dense_layers, mtp = c.first_k_dense_replace, c.num_nextn_predict_layers
+    active = dense_layers * (attention + 3 * hidden * c.intermediate_size)
+    active += (c.num_hidden_layers - dense_layers + mtp) * moe + mtp * 2 * hidden * hidden
+    head = (1 + mtp) * c.vocab_size * hidden
+    scores = (c.num_hidden_layers + mtp) * heads * c.head_dim * sequence_length
+    return 6.0 * (active + head + scores)
+
+
+# ---------------------------------------------------------------------------------------------------
+# A run.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Documents under one name.
+
+    `path` is a folder or file of .jsonl, .txt or .parquet, or one of the built-in corpora:
+    `python-stdlib` (any Python has it), `site-packages` (the installed requirements).
+    """
+
+    path: str
+    weight: float = 1.0  # share of training tokens, relative to the other sources
+    licence: str = "unknown"  # used where a document does not state its own
+    text_field: str = "text"  # of a JSONL object or parquet row
+
+    def __post_init__(self):
+        _check(self.weight > 0, f"weight = {self.weight} of data source {self.path!r} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sources: tuple[DataSource, ...] = (DataSource(path="python-stdlib"),)
+    tokenizer: str | None = None  # a tokenizer.json, or a folder with one; None trains one on the training split
+    sequence_length: int = 512  # tokens per row
+    global_batch_size: int = 8  # rows per optimizer step
+    holdout_fraction: float = 0.02  # share of files kept for validation, chosen by a hash of their path
+    holdout_max_bytes: int = 400_000  # of each source, scored at every validation
+    max_bytes: int | None = None  # use a seeded sample of each source of about this size
+    cache_dir: str = "~/.cache/ling_jax"
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "sequence_length", "global_batch_size", "holdout_max_bytes")
+        _check(len(self.sources) > 0, "data.sources is empty: name at least one")
+        _check(0 < self.holdout_fraction < 1, f"holdout_fraction = {self.holdout_fraction} must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as in the Ling 2.0 report, section 3.2.1 (eps is not published)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices only
+    clip_norm: float = 1.0  # global gradient norm
+
+    def __post_init__(self):
+        _check_at_least(self, 0, "b1", "b2", "eps", "weight_decay", "clip_norm")
+        _check(max(self.b1, self.b2) < 1, f"b1 = {self.b1} and b2 = {self.b2} must be below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warmup, constant, then an optional decay over the last part of the run."""
+
+    peak_lr: float = 3.36e-4
+    warmup_steps: int = 2000
+    decay_fraction: float = 0.0  # share of the run's steps, at its end
+    decay: Literal["linear", "cosine", "sqrt"] = "sqrt"  # sqrt: 1 - sqrt(share of the decay done)
+    final_lr_fraction: float = 0.0
+
+    def __post_init__(self):
+        _check_at_least(self, 0, "peak_lr", "warmup_steps", "decay_fraction", "final_lr_fraction")
+        _check(self.decay_fraction <= 1, f"decay_fraction = {self.decay_fraction} must be at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 1000
+    microbatches: int = 1  # the global batch is cut into this many, gradients are summed
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "minimal"] = "full"
+    unroll_layers: bool = False  # run the layers as straight code instead of a scan
+    init_std: float = 0.006  # Ling 2.0 report, section 3.2.1
+    z_loss_coefficient: float = 0.0
+    bias_update_rate: float = 1e-3
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 0  # steps between validations; 0: only at the end
+    max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
+    profile_start: int = -1  # first step of the profiler window
+    profile_steps: int = 0
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "steps", "microbatches", "log_every", "max_skipped_steps")
+        _check_at_least(self, 0, "eval_every", "profile_steps", "bias_update_rate", "z_loss_coefficient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 500  # steps; the last step is always saved
+    keep_last: int = 2
+    keep_every: int = 0  # also keep each step divisible by this; 0: none
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "every", "keep_last")
+        _check_at_least(self, 0, "keep_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that decides a run's numbers."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        length, limit = self.data.sequence_length, self.model.max_positions
+        _check(
+            length <= limit,
+            f"data.sequence_length = {length} exceeds the model's {limit} positions; shorten it, or raise "
+            "max_position_embeddings or set rope_scaling",
+        )
+        rows, parts = self.data.global_batch_size, self.train.microbatches
+        _check(
+            rows % parts == 0,
+            f"data.global_batch_size = {rows} must be a multiple of train.microbatches = {parts}",
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        return _from_dict(cls, json.loads(text))
+
+
+def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
+    """Rebuilds nested dataclasses from `dataclasses.asdict`; an unknown key is an error."""
+    nested = {
+        "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig,
+        "train": TrainConfig, "checkpoint": CheckpointConfig, "rope_scaling": RopeScaling,
+    }  # fmt: skip
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    _check(not unknown, f"unknown {cls.__name__} field(s) {', '.join(unknown)}")
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "sources":
+            built[name] = tuple(_from_dict(DataSource, source) for source in value)
+        elif name in nested and value is not None:
+            built[name] = _from_dict(nested[name], value)
+        else:
+            built[name] = value
+    return cls(**built)
+
+
+def architecture_diff(saved: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Lines "field: saved -> wanted" for every architecture field that differs."""
+    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "hf_json"]
+    return [
+        f"model.{name}: {getattr(saved, name)!r} -> {getattr(wanted, name)!r}"
+        for name in names
+        if getattr(saved, name) != getattr(wanted, name)
+    ]

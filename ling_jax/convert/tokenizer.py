@@ -1,0 +1,29 @@
+"""The tokenizer and generation settings that lie beside a checkpoint."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from ling_jax.data.tokenizer import Tokenizer
+
+
+def _beside(path: str, name: str) -> epath.Path | None:
+    """The file `name` in a HF folder, or in the tokenizer/ of the run that `path` (or a part of it) belongs to."""
+    start = epath.Path(path).expanduser()
+    folders = [start, start / "tokenizer", start.parent / "tokenizer", start.parent.parent / "tokenizer"]
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
+def tokenizer_of(path: str) -> Tokenizer:
+    """The tokenizer of a HF folder, a run, its `checkpoints/` or one step of it."""
+    file = _beside(path, "tokenizer.json")
+    if file is None:
+        raise ValueError(f"no tokenizer.json in or beside {path}: copy the model's own there")
+    return Tokenizer.load(str(file))
+
+
+def generation_config_of(path: str) -> dict[str, Any]:
+    """The generation_config.json beside a checkpoint; empty without one."""
+    file = _beside(path, "generation_config.json")
+    return {} if file is None else json.loads(file.read_text())

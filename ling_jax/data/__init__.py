@@ -1,0 +1,1 @@
+"""Text to batches: sources -> tokenizer -> packing -> pipeline. Knows numpy, not jax."""

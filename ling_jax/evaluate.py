@@ -1,0 +1,67 @@
+"""Scores a text: python -m ling_jax.evaluate --checkpoint DIR --text FILE
+
+Prints nats per token, perplexity and bits per byte; every byte is scored, after a start token, in windows
+that overlap by half.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+from etils import epath
+
+from ling_jax.cli import run_main
+from ling_jax.convert.hf import load_pretrained
+from ling_jax.convert.tokenizer import tokenizer_of
+from ling_jax.model.model import split_model
+from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    checkpoint: str
+    """A run folder, its checkpoints/, one step of it, or a HF folder."""
+    text: str
+    """The UTF-8 text file to score."""
+    length: int = 512
+    """Tokens per window."""
+    batch_size: int = 8
+    """Windows per call."""
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file's text; ValueError for one that is missing, empty or not UTF-8."""
+    file = epath.Path(path)
+    if not file.is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} cannot be decoded; convert it first") from error
+    if not text:
+        raise ValueError(f"{path} is empty: there is nothing to score")
+    return text
+
+
+def evaluate(checkpoint: str, text: str, length: int, batch_size: int) -> Score:
+    """The score of one text under a checkpoint's model."""
+    model, tokenizer = load_pretrained(checkpoint), tokenizer_of(checkpoint)
+    if not 2 <= length <= model.config.max_positions:
+        raise ValueError(f"length = {length} must be between 2 and the model's {model.config.max_positions} positions")
+    tokenizer.check_fits(model.config.vocab_size)
+    graph, params, bias = split_model(model)
+    part = prepare_held_out(tokenizer, [text], length)
+    return Score(score_rows(make_scorer(graph), params, bias, part.rows, batch_size), part.tokens, part.bytes)
+
+
+def main(argv: Sequence[str]) -> None:
+    command = tyro.cli(Command, args=list(argv), prog="python -m ling_jax.evaluate", description=__doc__)
+    score = evaluate(command.checkpoint, read_text(command.text), command.length, command.batch_size)
+    print(f"tokens          {score.tokens:,} ({score.bytes:,} bytes)")
+    print(f"nats per token  {score.nats_per_token:.4f}")
+    print(f"perplexity      {score.perplexity:.3f}")
+    print(f"bits per byte   {score.bits_per_byte:.4f}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Products and attention behind one signature each; the model never asks which implementation runs."""

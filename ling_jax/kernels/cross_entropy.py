@@ -1,0 +1,86 @@
+"""Log-probabilities of target tokens without ever holding the logits.
+
+Legend: N tokens, D hidden, V vocabulary, c a chunk of it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ling_jax.kernels.linear import dot
+
+VOCAB_CHUNK = 4096
+
+
+def _chunks(vocab: int) -> tuple[int, int]:
+    """(number of equal chunks, width of each) that cover all but a tail narrower than one chunk."""
+    count = -(-vocab // VOCAB_CHUNK)
+    width = vocab // count
+    return vocab // width, width
+
+
+def _scan_vocab(w_VD: jax.Array, step, carry):
+    """Runs step(carry, w_cD, first id) over the vocabulary; stacks what it returns back to V rows."""
+    count, width = _chunks(w_VD.shape[0])
+    main = count * width
+    xs = (w_VD[:main].reshape(count, width, -1), jnp.arange(count) * width)
+    carry, ys = jax.lax.scan(lambda c, x: step(c, *x), carry, xs)
+    ys = None if ys is None else ys.reshape(main, -1)
+    if main < w_VD.shape[0]:
+        carry, tail = step(carry, w_VD[main:], main)
+        ys = None if ys is None else jnp.concatenate([ys, tail])
+    return carry, ys
+
+
+def _hit_Nc(targets_N, start, width):
+    return targets_N[:, None] == start + jnp.arange(width)[None, :]
+
+
+@jax.custom_vjp
+def target_logprobs(x_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array) -> jax.Array:
+    """log softmax(x w^T)[target] for each token, chunked over the vocabulary.
+
+    Args:
+      x_ND: hidden states.  w_VD: the head, cast to x's dtype.  targets_N: int32 ids; an id outside the
+        vocabulary (-100 for "none") gives minus the logsumexp: mask such tokens.
+    Returns:
+      float32 [N]. The backward pass recomputes the logits chunk by chunk.
+    """
+    return _forward(x_ND, w_VD, targets_N)[0]
+
+
+def _forward(x_ND, w_VD, targets_N):
+    def step(carry, w_cD, start):
+        top_N, total_N, picked_N = carry
+        logits_Nc = dot(x_ND, w_cD.astype(x_ND.dtype), ((1,), (1,)))
+        new_top_N = jnp.maximum(top_N, logits_Nc.max(axis=1))
+        total_N = total_N * jnp.exp(top_N - new_top_N) + jnp.exp(logits_Nc - new_top_N[:, None]).sum(axis=1)
+        picked_N += jnp.where(_hit_Nc(targets_N, start, w_cD.shape[0]), logits_Nc, 0).sum(axis=1)
+        return (new_top_N, total_N, picked_N), None
+
+    zeros_N = jnp.zeros(x_ND.shape[0], jnp.float32)
+    (top_N, total_N, picked_N), _ = _scan_vocab(w_VD, step, (zeros_N - jnp.inf, zeros_N, zeros_N))
+    lse_N = top_N + jnp.log(total_N)
+    return picked_N - lse_N, lse_N
+
+
+def _fwd(x_ND, w_VD, targets_N):
+    logprobs_N, lse_N = _forward(x_ND, w_VD, targets_N)
+    return logprobs_N, (x_ND, w_VD, targets_N, lse_N)
+
+
+def _bwd(saved, g_N):
+    x_ND, w_VD, targets_N, lse_N = saved
+
+    def step(dx_ND, w_cD, start):
+        w_cD = w_cD.astype(x_ND.dtype)
+        logits_Nc = dot(x_ND, w_cD, ((1,), (1,)))
+        hit_Nc = _hit_Nc(targets_N, start, w_cD.shape[0])
+        dlogits_Nc = ((hit_Nc - jnp.exp(logits_Nc - lse_N[:, None])) * g_N[:, None]).astype(x_ND.dtype)
+        dw_cD = dot(dlogits_Nc, x_ND, ((0,), (0,))).astype(w_VD.dtype)
+        return dx_ND + dot(dlogits_Nc, w_cD, ((1,), (0,))), dw_cD
+
+    dx_ND, dw_VD = _scan_vocab(w_VD, step, jnp.zeros(x_ND.shape, jnp.float32))
+    return dx_ND.astype(x_ND.dtype), dw_VD, None
+
+
+target_logprobs.defvjp(_fwd, _bwd)

@@ -1,0 +1,79 @@
+"""One layer: pre-norm attention, pre-norm FFN (dense or MoE), residuals.
+
+Legend: B rows, T tokens, N = B*T, D hidden, K experts per token.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from ling_jax.config import ModelConfig
+from ling_jax.model.attention import Attention, Context
+from ling_jax.model.experts import Experts
+from ling_jax.model.linear import Init, SwiGLU
+from ling_jax.model.norm import RMSNorm
+from ling_jax.model.router import Router, Routing
+
+
+class LayerOutput(NamedTuple):
+    hidden_BTD: jax.Array
+    routing: Routing | None  # None for a dense layer
+    cache: Any
+    captured: dict[str, jax.Array]  # every intermediate that `capture` can name
+
+
+class SparseMoE(nnx.Module):
+    """Routed experts plus the shared expert, which is neither scaled nor gated (spec 2.5)."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        self.gate = Router(config, init)
+        self.experts = Experts(config, init)
+        width = config.shared_intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, width, init) if width else None
+
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, ids_BTK: jax.Array | None
+    ) -> tuple[jax.Array, Routing, jax.Array]:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        ids_NK = None if ids_BTK is None else ids_BTK.reshape(x_ND.shape[0], -1)
+        with jax.named_scope("router"):
+            routing, logits_NE = self.gate(x_ND, valid_BT.reshape(-1), ids_NK)
+        y_ND = self.experts(x_ND, routing)
+        if self.shared_experts is not None:
+            with jax.named_scope("shared_expert"):
+                y_ND = y_ND + self.shared_experts(x_ND)
+        rows = x_BTD.shape[:2]
+        routing = routing._replace(ids=routing.ids.reshape(*rows, -1), weights=routing.weights.reshape(*rows, -1))
+        return y_ND.reshape(x_BTD.shape), routing, logits_NE.reshape(*rows, -1)
+
+
+class Block(nnx.Module):
+    """A layer of a kind named in the layer plan (spec 2.2)."""
+
+    def __init__(self, config: ModelConfig, kind: str, init: Init):
+        attention, ffn = kind.split("_")
+        assert attention == "softmax" and ffn in ("dense", "moe"), kind
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, init.dtype)
+        self.attention = Attention(config, init)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, init.dtype)
+        if ffn == "moe":
+            self.mlp = SparseMoE(config, init)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, init)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, ids_BTK: jax.Array | None = None, cache: Any = None
+    ) -> LayerOutput:
+        with jax.named_scope("attention"):
+            attn_BTD, cache = self.attention(self.input_layernorm(x_BTD), context, cache)
+        captured = {"hidden_states": x_BTD, "attn_out": attn_BTD}
+        x_BTD = x_BTD + attn_BTD
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        routing = None
+        if isinstance(self.mlp, SparseMoE):
+            y_BTD, routing, captured["router_logits"] = self.mlp(normed_BTD, context.q_segments_BT > 0, ids_BTK)
+        else:
+            with jax.named_scope("dense_ffn"):
+                y_BTD = self.mlp(normed_BTD)
+        return LayerOutput(x_BTD + y_BTD, routing, cache, captured)

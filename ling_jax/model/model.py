@@ -1,0 +1,304 @@
+"""Ling: embedding, the layer plan run as scans, final norm, head, MTP.
+
+Legend: B rows, T tokens, D hidden, V vocabulary, L layers, K experts per token, E experts.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ling_jax.config import ModelConfig, Segment, layer_kinds, layer_plan
+from ling_jax.kernels.linear import linear
+from ling_jax.model.attention import Context
+from ling_jax.model.block import Block, LayerOutput
+from ling_jax.model.linear import Init, Linear
+from ling_jax.model.mtp import MTP, next_tokens
+from ling_jax.model.norm import RMSNorm
+from ling_jax.model.rope import rope_tables
+from ling_jax.model.router import ExpertBias, Routing
+
+# What may be named in `capture`. "hidden_states" is the input of each trunk layer and the last one's output;
+# per-layer entries are stacked in layer order, the MTP layer last.
+CAPTURES = ("hidden_states", "attn_out", "router_logits", "final_norm", "mtp_hidden")
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Hidden(NamedTuple):
+    """A call without the head."""
+
+    hidden_BTD: jax.Array  # after the final norm
+    mtp_hidden_BTD: jax.Array | None  # after the MTP layer's final norm
+    routing: Routing | None  # stacked over the MoE layers in order, the MTP layer's last; None without any
+    captured: dict[str, jax.Array]
+    cache: Any
+
+
+class Output(NamedTuple):
+    logits_BTV: jax.Array  # float32
+    mtp_logits_BTV: jax.Array | None  # float32
+    routing: Routing | None
+    captured: dict[str, jax.Array]
+
+
+class Embedding(nnx.Module):
+    """Table [V, D]; looking up the padding id passes no gradient (spec 2.9)."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        self.weight = init.normal((config.vocab_size, config.hidden_size), ("vocab", "hidden"))
+        self.padding_id = config.pad_token_id
+
+    def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        rows = self.weight[...][tokens_BT].astype(dtype)
+        if self.padding_id is None:
+            return rows
+        return jnp.where((tokens_BT == self.padding_id)[..., None], jax.lax.stop_gradient(rows), rows)
+
+
+def _block_maker(config: ModelConfig, kind: str, init: Init) -> Callable[[nnx.Rngs], Block]:
+    return lambda rngs: Block(config, kind, Init(rngs, init.std, init.dtype))
+
+
+def _stack_outputs(per_layer: list[LayerOutput], capture: Sequence[str]) -> tuple[Routing | None, dict]:
+    """Layer outputs in order -> routing and captures stacked along a new leading dim."""
+    routings = [out.routing for out in per_layer if out.routing is not None]
+    routing = jax.tree.map(lambda *a: jnp.stack(a), *routings) if routings else None
+    captured = {}
+    for name in capture:
+        values = [out.captured[name] for out in per_layer if name in out.captured]
+        if values:
+            captured[name] = jnp.stack(values)
+    return routing, captured
+
+
+class Ling(nnx.Module):
+    """The Ling 2.0 language model (arXiv 2510.22115; spec section 2).
+
+    Args:
+      config: the architecture.
+      rngs: `nnx.Rngs(seed)` for the initial weights.
+      dtype: of activations and products.  param_dtype: of the weights.
+      init_std: standard deviation of the initial matrices; None takes `config.initializer_range`.
+      remat: what the backward pass keeps of a layer: "none" (everything), "full" (nothing), "minimal" (the
+        products with weights).
+      unroll: run layers as straight code instead of a scan.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        init_std: float | None = None,
+        remat: str = "none",
+        unroll: bool = False,
+    ):
+        self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
+        std = config.initializer_range if init_std is None else init_std
+        init = Init(rngs, std, jnp.dtype(param_dtype))
+        self.word_embeddings = Embedding(config, init)
+        stacks = {}
+        for kind, count in Counter(layer_kinds(config)).items():
+            stacks[kind] = nnx.vmap(_block_maker(config, kind, init))(rngs.split(count))
+        self.layers = nnx.Dict(stacks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, init.dtype)
+        head = (config.hidden_size, config.vocab_size, ("vocab", "hidden"))
+        self.lm_head = None if config.tie_word_embeddings else Linear(*head, init)
+        self.mtp = MTP(config, init) if config.num_nextn_predict_layers else None
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output projection; the embedding table when they are tied."""
+        return (self.word_embeddings if self.lm_head is None else self.lm_head).weight[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits of hidden states [..., D]."""
+        return linear(hidden, self.head_VD).astype(jnp.float32)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        *,
+        capture: Sequence[str] = (),
+        routing_ids: jax.Array | None = None,
+    ) -> Output:
+        """Logits of every token, compiled once per shape; arguments as in `hidden`."""
+        graph, params, bias = split_model(self)
+        return _apply(graph, tuple(capture), params, bias, tokens_BT, positions_BT, segment_ids_BT, routing_ids)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        *,
+        capture: Sequence[str] = (),
+        routing_ids: jax.Array | None = None,
+        cache: Any = None,
+    ) -> Hidden:
+        """The network without its head: what losses, log-probabilities and decoding use.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 RoPE positions; by default they count from 0 in each segment.
+          segment_ids_BT: int32 document of each token, 0 for padding; documents don't see each other.
+            By default each row is one document.
+          capture: names out of CAPTURES.
+          routing_ids: int32 [L_moe, B, T, K], a routing to replay (`Hidden.routing.ids`).
+          cache: a `generate.cache.Cache`; the MTP layer does not run with one.
+        """
+        unknown = sorted(set(capture) - set(CAPTURES))
+        if unknown:
+            raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(CAPTURES)}")
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        if cache is not None:
+            cache = cache.extend(segment_ids_BT)
+        if positions_BT is None:
+            positions_BT = segment_positions(segment_ids_BT) if cache is None else cache.positions(segment_ids_BT)
+        context = self._context(positions_BT, segment_ids_BT, cache)
+        x_BTD = self.word_embeddings(tokens_BT, self.dtype)
+        x_BTD, per_layer, cache = self._run_layers(x_BTD, context, routing_ids, cache, capture)
+        final_BTD = self.norm(x_BTD)
+        mtp_out = None
+        if self.mtp is not None and cache is None:
+            with jax.named_scope("mtp"):
+                mtp_out = self._run_mtp(tokens_BT, segment_ids_BT, final_BTD, context, routing_ids)
+            per_layer.append(mtp_out._replace(captured=_without(mtp_out.captured, "hidden_states")))
+        routing, captured = _stack_outputs(per_layer, capture)
+        if "hidden_states" in capture:
+            captured["hidden_states"] = jnp.concatenate([captured["hidden_states"], x_BTD[None]])
+        if "final_norm" in capture:
+            captured["final_norm"] = final_BTD
+        if "mtp_hidden" in capture and mtp_out is not None:
+            captured["mtp_hidden"] = mtp_out.hidden_BTD
+        return Hidden(final_BTD, None if mtp_out is None else mtp_out.hidden_BTD, routing, captured, cache)
+
+    def _context(self, positions_BT: Any, segment_ids_BT: jax.Array, cache: Any) -> Context:
+        slots_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1]), segment_ids_BT.shape)
+        rope = rope_tables(self.config, positions_BT, self.dtype)
+        if cache is None:
+            return Context(rope, slots_BT, slots_BT, segment_ids_BT, segment_ids_BT)
+        return Context(rope, cache.q_slots(segment_ids_BT), cache.kv_slots_BS, segment_ids_BT, cache.segment_ids_BS)
+
+    def _run_mtp(self, tokens_BT, segment_ids_BT, final_BTD, context, routing_ids) -> LayerOutput:
+        assert self.mtp is not None
+        graph, params = nnx.split(self.mtp)
+        embedded_BTD = self.word_embeddings(next_tokens(tokens_BT, segment_ids_BT), self.dtype)
+        ids_BTK = None if routing_ids is None else routing_ids[-1]
+
+        def run(params, embedded_BTD, final_BTD, ids_BTK):
+            return nnx.merge(graph, params)(embedded_BTD, final_BTD, context, ids_BTK)
+
+        return self._remat(run)(params, embedded_BTD, final_BTD, ids_BTK)
+
+    def _remat(self, f: Callable) -> Callable:
+        # Inside a scan the loop keeps forward and recomputation apart; straight code needs the barrier.
+        if self.remat == "none":
+            return f
+        return jax.checkpoint(f, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll)
+
+    def _run_layers(self, x_BTD, context, routing_ids, cache, capture) -> tuple[jax.Array, list[LayerOutput], Any]:
+        """Runs every segment of the plan; returns its output, the layers' outputs in order, the cache."""
+        used: Counter[str] = Counter()
+        moe_used = 0
+        per_layer: list[LayerOutput] = []
+        for segment in layer_plan(self.config):
+            moe_count = sum(kind.endswith("_moe") for kind in segment.pattern) * segment.repeats
+            ids = None if routing_ids is None else routing_ids[moe_used : moe_used + moe_count]
+            x_BTD, outs, cache = self._run_segment(segment, used, x_BTD, context, ids, cache, capture)
+            per_layer += outs
+            used.update({kind: n * segment.repeats for kind, n in Counter(segment.pattern).items()})
+            moe_used += moe_count
+        return x_BTD, per_layer, cache
+
+    def _run_segment(self, segment: Segment, used, x_BTD, context, ids, cache, capture):
+        counts = Counter(segment.pattern)
+        graphs, stacks = {}, {}
+        for kind, count in counts.items():
+            graphs[kind], params = nnx.split(self.layers[kind])
+            stacks[kind] = _rows(params, used[kind], segment.repeats, count)
+        if ids is not None:
+            ids = ids.reshape(segment.repeats, -1, *ids.shape[1:]) if ids.shape[0] else None
+
+        def run_layer(kind, params, x_BTD, ids_BTK, layer_cache):
+            out = nnx.merge(graphs[kind], params)(x_BTD, context, ids_BTK, layer_cache)
+            return out._replace(captured={k: v for k, v in out.captured.items() if k in capture})
+
+        def body(carry, xs):
+            (x_BTD, cache), (stacks, ids, repeat) = carry, xs
+            seen: Counter[str] = Counter()
+            outs: list[LayerOutput] = []
+            for kind in segment.pattern:
+                moe_seen = sum(out.routing is not None for out in outs)
+                ids_BTK = None if ids is None or not kind.endswith("_moe") else ids[moe_seen]
+                index = used[kind] + repeat * counts[kind] + seen[kind]
+                layer_cache = None if cache is None else cache.layer(kind, index)
+                run = self._remat(partial(run_layer, kind))
+                out = run(_take(stacks[kind], seen[kind]), x_BTD, ids_BTK, layer_cache)
+                cache = None if cache is None else cache.with_layer(kind, out.cache)
+                x_BTD = out.hidden_BTD
+                outs.append(out._replace(hidden_BTD=None, cache=None))
+                seen[kind] += 1
+            return (x_BTD, cache), outs
+
+        xs = (stacks, ids, jnp.arange(segment.repeats))
+        (x_BTD, cache), outs = jax.lax.scan(body, (x_BTD, cache), xs, unroll=segment.repeats if self.unroll else 1)
+        return x_BTD, [_take(out, i) for i in range(segment.repeats) for out in outs], cache
+
+
+def _take(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda a: a[index], tree)
+
+
+def _rows(tree: Any, first: int, repeats: int, count: int) -> Any:
+    """Layers first .. first + repeats * count of a stack, as [repeats, count, ...]."""
+    last = first + repeats * count
+    return jax.tree.map(lambda a: a[first:last].reshape(repeats, count, *a.shape[1:]), tree)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _apply(graph, capture, params, bias, tokens_BT, positions_BT, segment_ids_BT, routing_ids) -> Output:
+    model: Ling = nnx.merge(graph, params, bias)
+    out = model.hidden(tokens_BT, positions_BT, segment_ids_BT, capture=capture, routing_ids=routing_ids)
+    mtp = None if out.mtp_hidden_BTD is None else model.logits(out.mtp_hidden_BTD)
+    return Output(model.logits(out.hidden_BTD), mtp, out.routing, out.captured)
+
+
+def split_model(model: Ling) -> tuple[nnx.GraphDef, dict, dict]:
+    """(graph, params, bias): the weights and the expert biases as plain nested dicts of arrays, named as
+    in HF's files with layers stacked per kind. `nnx.merge(graph, params, bias)` is the inverse."""
+    graph, params, bias = nnx.split(model, nnx.Param, ExpertBias)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
+
+
+def abstract_model(config: ModelConfig, **options: Any) -> Ling:
+    """A `Ling` whose arrays are shapes only: nothing is allocated."""
+    return nnx.eval_shape(lambda: Ling(config, rngs=nnx.Rngs(0), **options))
+
+
+def _without(values: dict, name: str) -> dict:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
+    """int32 [B, T]: positions that count from 0 in each run of equal segment ids."""
+    index_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1]), segment_ids_BT.shape)
+    starts_BT = jnp.concatenate(
+        [jnp.ones_like(segment_ids_BT[:, :1], bool), segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]], axis=1
+    )
+    return index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)

@@ -1,0 +1,42 @@
+"""The multi-token-prediction layer: predicts token t+2 at position t.
+
+Legend: B rows, T tokens, D hidden.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ling_jax.config import ModelConfig
+from ling_jax.model.attention import Context
+from ling_jax.model.block import Block, LayerOutput
+from ling_jax.model.linear import Init, Linear
+from ling_jax.model.norm import RMSNorm
+
+
+def next_tokens(tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """The token after each; id 0 at the row's end and where another document follows (padding is not one)."""
+    following_BT = jnp.roll(segment_ids_BT, -1, axis=1)
+    crosses_BT = (following_BT != segment_ids_BT) & (following_BT != 0)
+    crosses_BT = crosses_BT.at[:, -1].set(True)
+    return jnp.where(crosses_BT, 0, jnp.roll(tokens_BT, -1, axis=1))
+
+
+class MTP(nnx.Module):
+    """One MoE layer over [next token's embedding ; trunk output after its final norm] (spec 2.6)."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = RMSNorm(hidden, eps, init.dtype)
+        self.hnorm = RMSNorm(hidden, eps, init.dtype)
+        self.eh_proj = Linear(2 * hidden, hidden, ("hidden", "mtp_input"), init)
+        self.block = Block(config, "softmax_moe", init)
+        self.final_layernorm = RMSNorm(hidden, eps, init.dtype)
+
+    def __call__(
+        self, embedded_BTD: jax.Array, trunk_BTD: jax.Array, context: Context, ids_BTK: jax.Array | None = None
+    ) -> LayerOutput:
+        """`embedded_BTD`: the next tokens' embeddings. The output's hidden state is after its final norm."""
+        joined = jnp.concatenate([self.enorm(embedded_BTD), self.hnorm(trunk_BTD)], axis=-1)
+        out = self.block(self.eh_proj(joined), context, ids_BTK)
+        return out._replace(hidden_BTD=self.final_layernorm(out.hidden_BTD))

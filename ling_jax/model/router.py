@@ -1,0 +1,92 @@
+"""The router: which experts a token goes to, and with which weights; float32 throughout.
+
+Legend: N tokens, D hidden, E experts, K experts per token, G groups.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ling_jax.config import ModelConfig
+from ling_jax.model.linear import Init
+
+
+class ExpertBias(nnx.Variable):
+    """The balance bias. Its type keeps it out of gradients and weight decay; only `train.balance` writes it."""
+
+
+class Routing(NamedTuple):
+    """One router's choice; stacked over layers in a model's output ([L, ...])."""
+
+    ids: jax.Array  # int32 [..., K], best first
+    weights: jax.Array  # float32 [..., K]
+    counts: jax.Array  # int32 [E]: tokens routed to each expert, padding left out
+    z_sum: jax.Array  # float32 []: sum over those tokens of logsumexp(logits)^2
+
+
+def _select(biased_NE: jax.Array, config: ModelConfig) -> jax.Array:
+    """[N, K] ids: the best K among the experts of the best `topk_group` groups, a group being worth the
+    sum of its two best scores; -inf elsewhere, since a biased score may be negative (spec 2.5)."""
+    tokens, experts = biased_NE.shape
+    grouped_NGe = biased_NE.reshape(tokens, config.n_group, experts // config.n_group)
+    worth_NG = jax.lax.top_k(grouped_NGe, 2)[0].sum(-1)
+    _, chosen = jax.lax.top_k(worth_NG, config.topk_group)
+    open_NG = (chosen[:, :, None] == jnp.arange(config.n_group)).any(1)
+    limited_NGe = jnp.where(open_NG[:, :, None], grouped_NGe, -jnp.inf)
+    return jax.lax.top_k(limited_NGe.reshape(tokens, experts), config.num_experts_per_tok)[1]
+
+
+def route(
+    logits_NE: jax.Array,
+    bias_E: jax.Array,
+    valid_N: jax.Array,
+    config: ModelConfig,
+    ids_NK: jax.Array | None = None,
+) -> Routing:
+    """Chooses experts (Ling 2.0 report, section 2; spec 2.5).
+
+    Args:
+      logits_NE: float32.
+      bias_E: float32 balance bias; it changes which experts win, never their weights.
+      valid_N: bool, False for padding, which is routed but not counted.
+      ids_NK: a choice to replay instead (reinforcement learning trains on the rollout's experts).
+    Returns:
+      Routing; a token's weights sum to `routed_scaling_factor` (top-1 keeps its own score, scaled).
+    """
+    scores_NE = jax.nn.sigmoid(logits_NE)
+    if ids_NK is None:
+        ids_NK = _select(jax.lax.stop_gradient(scores_NE + bias_E), config)
+    weights_NK = jnp.take_along_axis(scores_NE, ids_NK, axis=-1)
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        weights_NK = weights_NK / (weights_NK.sum(-1, keepdims=True) + 1e-20)
+    chosen_NE = (ids_NK[:, :, None] == jnp.arange(config.num_experts)).any(1) & valid_N[:, None]
+    z_N = jax.nn.logsumexp(logits_NE, axis=-1) ** 2
+    return Routing(
+        ids=ids_NK,
+        weights=weights_NK * config.routed_scaling_factor,
+        counts=chosen_NE.sum(0, dtype=jnp.int32),
+        z_sum=jnp.where(valid_N, z_N, 0).sum(),
+    )
+
+
+class Router(nnx.Module):
+    """Weight [E, D] and the expert bias [E] (float32 whatever the parameters' dtype)."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        self.config = config
+        self.weight = init.normal((config.num_experts, config.hidden_size), ("expert_row", "hidden"))
+        self.expert_bias = ExpertBias(jnp.zeros(config.num_experts, jnp.float32), axes=("expert_row",))
+
+    def __call__(
+        self, x_ND: jax.Array, valid_N: jax.Array, ids_NK: jax.Array | None = None
+    ) -> tuple[Routing, jax.Array]:
+        """Returns the routing and the float32 logits [N, E]."""
+        logits_NE = jnp.einsum(
+            "nd,ed->ne",
+            x_ND.astype(jnp.float32),
+            self.weight[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return route(logits_NE, self.expert_bias[...], valid_N, self.config, ids_NK), logits_NE

@@ -1,0 +1,205 @@
+"""One training run from its command to its report: the only place where all rooms meet."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+from etils import epath
+from flax.serialization import from_state_dict, to_state_dict
+
+from ling_jax.checkpoint import Checkpointer
+from ling_jax.cli import TrainCommand
+from ling_jax.config import ModelConfig, RunConfig, architecture_diff, count_params
+from ling_jax.convert.hf import load_pretrained
+from ling_jax.data.baselines import baselines
+from ling_jax.data.pipeline import Data, open_data, train_batches
+from ling_jax.data.sources import read_corpus
+from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.generate.sampler import generate
+from ling_jax.model.model import split_model
+from ling_jax.train.loop import DivergedError, StopRequest, train
+from ling_jax.train.metrics import MetricsWriter, read_metrics
+from ling_jax.train.report import write_report
+from ling_jax.train.state import Trainer, TrainState, make_trainer
+from ling_jax.train.validate import prepare_held_out
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+TEMPERATURE, TOP_P = 0.7, 0.8  # what the releases recommend (spec 9)
+
+
+@dataclasses.dataclass
+class RunSaver:
+    """Saves whole training states: weights, biases, moments and counters as arrays, the rest as JSON.
+
+    The data's state is the step; every random draw follows from `train.seed` and `data.seed`, both in the
+    config.
+    """
+
+    checkpointer: Checkpointer
+    config: RunConfig
+
+    def save(self, state: TrainState) -> None:
+        step = int(state.step)
+        meta = {
+            "config": dataclasses.asdict(self.config),
+            "data": {"next_step": step},
+            "versions": {"jax": jax.__version__, "flax": flax.__version__},
+        }
+        self.checkpointer.save(step, to_state_dict(state), meta)
+
+    def wait(self) -> None:
+        self.checkpointer.wait()
+
+    def restore(self, trainer: Trainer) -> TrainState:
+        """The latest state, every array on the device."""
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.eval_shape(trainer.init)
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), to_state_dict(shapes))
+        restored: Any = from_state_dict(shapes, self.checkpointer.restore(None, like))
+        return restored
+
+
+def _open_run_dir(run_dir: epath.Path, command: TrainCommand) -> None:
+    """Makes the run's folder; moves or refuses an earlier run; refuses another architecture with the diff."""
+    file = run_dir / CONFIG_FILE
+    if command.fresh and file.exists():
+        if not command.move_aside:
+            raise ValueError(
+                f"{run_dir} holds a run and --fresh was given: add --move-aside to rename its folder first, choose "
+                "another --run, or drop --fresh to resume it"
+            )
+        aside = run_dir.parent / f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir.rename(aside)
+        log.info("moved the earlier run to %s", aside)
+    if file.exists():
+        saved = RunConfig.from_json(file.read_text())
+        diff = architecture_diff(saved.model, command.config.model)
+        if diff:
+            raise ValueError(
+                f"{run_dir} holds a run of another architecture: " + "; ".join(diff) + " (saved -> wanted). "
+                "Choose another --run, or start over with --fresh --move-aside"
+            )
+        if saved != command.config:
+            log.warning("some settings differ from those %s began with; the new ones are used", run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / (CONFIG_FILE + ".tmp")
+    temporary.write_text(command.config.to_json() + "\n")
+    temporary.replace(file)
+
+
+def _check_special_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    if tokenizer.eod_id != model.eos_token_id:
+        raise ValueError(
+            f"the tokenizer ends documents with id {tokenizer.eod_id}, but model.eos_token_id is "
+            f"{model.eos_token_id}; set it (and model.pad_token_id) to {tokenizer.eod_id}"
+        )
+
+
+def _write_generation_config(folder: epath.Path, tokenizer: Tokenizer) -> None:
+    ends = [tokenizer.eod_id] + ([tokenizer.role_end_id] if tokenizer.role_end_id is not None else [])
+    text = json.dumps(
+        {"eos_token_id": ends, "pad_token_id": tokenizer.eod_id, "temperature": TEMPERATURE, "top_p": TOP_P}, indent=1
+    )
+    (folder / "generation_config.json").write_text(text + "\n")
+
+
+def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> TrainState:
+    """The latest checkpoint of the run; without one, the weights of `init_from` or new ones."""
+    step = saver.checkpointer.latest_step()
+    if step is not None:
+        log.info("resuming from step %d", step)
+        return saver.restore(trainer)
+    if init_from is None:
+        return jax.jit(trainer.init)()
+    model = load_pretrained(init_from)
+    diff = architecture_diff(model.config, trainer.config.model)
+    if diff:
+        raise ValueError(f"--init-from {init_from} is another architecture (there -> here): " + "; ".join(diff))
+    _, params, bias = split_model(model)
+    dtype = trainer.config.train.param_dtype
+    return trainer.start(jax.tree.map(lambda a: a.astype(dtype), params), bias)
+
+
+def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "def ") -> str:
+    model = trainer.model(state.params, state.bias)
+    ids = tokenizer.prefix_ids + tokenizer.encode(prompt)
+    room = trainer.config.model.max_positions - len(ids)
+    new = generate(model, [ids], min(64, room), temperature=TEMPERATURE, top_p=TOP_P, eos_ids=[tokenizer.eod_id])[0]
+    return prompt + tokenizer.decode(new)
+
+
+def _report(trainer: Trainer, state: TrainState, data: Data, run_dir: epath.Path, seconds: float) -> None:
+    """Writes report.html and logs its headline figures."""
+    config = trainer.config
+    corpus = read_corpus(config.data)
+    sides = ([d.text for docs in side.values() for d in docs] for side in (corpus.train, corpus.heldout))
+    others = baselines(*sides)
+    records = read_metrics(run_dir)
+    scores = next((r for r in reversed(records) if "eval/bits_per_byte" in r), {})
+    counts = count_params(config.model)
+    summary = {
+        "steps": f"{int(state.step)} of {config.train.steps}",
+        "tokens seen": f"{int(state.step) * config.data.global_batch_size * config.data.sequence_length:,}",
+        "parameters": f"{counts.total:,} in all, {counts.active:,} active per token",
+        "wall time of this session": f"{seconds:.0f} s",
+        "versions": f"jax {jax.__version__}, flax {flax.__version__}, {jax.device_count()} {jax.devices()[0].platform}",
+    }
+    if scores:
+        summary["validation bits per byte"] = f"{scores['eval/bits_per_byte']:.3f} (step {scores['step']})"
+        summary["validation nats per token"] = f"{scores['eval/nats_per_token']:.3f}"
+        text = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
+        log.info("validation bits per byte %.3f; the same bytes: %s", scores["eval/bits_per_byte"], text)
+    path = write_report(run_dir, run_dir.name, summary, others, _sample(trainer, state, data.tokenizer))
+    log.info("report: %s", path)
+
+
+def run_training(name: str, command: TrainCommand) -> int:
+    """Trains, or resumes, the run of `command`; returns the exit code (0 also after a signal's clean stop).
+
+    Raises:
+      ValueError: for whatever is wrong with the settings, the data or the folder, before any compilation.
+    """
+    started, config = time.perf_counter(), command.config
+    run_dir = epath.Path(command.runs_dir) / (command.run or name)
+    _open_run_dir(run_dir, command)
+    with StopRequest().listening() as stop:
+        data = open_data(config.data, config.model.vocab_size, str(run_dir / "tokenizer"))
+        _check_special_ids(data.tokenizer, config.model)
+        _write_generation_config(run_dir / "tokenizer", data.tokenizer)
+        trainer = make_trainer(config)
+        saver = RunSaver(Checkpointer(str(run_dir / "checkpoints"), config.checkpoint), config)
+        state = _first_state(trainer, saver, command.init_from)
+        step = int(state.step)
+        _log_start(config, step)
+        length = config.data.sequence_length
+        held_out = {
+            source: prepare_held_out(data.tokenizer, [d.text for d in documents], length)
+            for source, documents in data.heldout.items()
+        }
+        batches = train_batches(data.rows, config.data, step)
+        with MetricsWriter(run_dir, step or None) as writer:
+            try:
+                state = train(trainer, state, batches, held_out, saver, writer, str(run_dir), stop)
+            except DivergedError as error:
+                log.error("stopped: %s", error)
+                return 1
+        saver.checkpointer.close()
+        if stop.received is not None:
+            log.info("stopped by %s at step %d; run the same command to resume", stop.received.name, int(state.step))
+    if jax.process_index() == 0:
+        _report(trainer, state, data, run_dir, time.perf_counter() - started)
+    return 0
+
+
+def _log_start(config: RunConfig, step: int) -> None:
+    counts = count_params(config.model)
+    left: Mapping[str, Any] = {"parameters": f"{counts.total:,}", "active": f"{counts.active:,}"}
+    text = ", ".join(f"{value} {key}" for key, value in left.items())
+    log.info("training from step %d to %d: %s; the first step compiles", step, config.train.steps, text)

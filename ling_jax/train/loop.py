@@ -1,0 +1,184 @@
+"""The training loop: batches in, metrics and checkpoints out; stops early only on a signal or on lost numbers."""
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ling_jax.config import train_flops_per_token
+from ling_jax.train.hardware import peak_flops, peak_memory_bytes
+from ling_jax.train.metrics import MetricsWriter, Progress
+from ling_jax.train.state import Trainer, TrainState
+from ling_jax.train.step import Metrics, make_train_step
+from ling_jax.train.validate import HeldOut, make_scorer, score_metrics, validate
+
+log = logging.getLogger(__name__)
+
+
+class Saver(Protocol):
+    """What the loop needs of a checkpointer."""
+
+    def save(self, state: TrainState) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclass
+class StopRequest:
+    """Which signal asked the run to save and end, if one did."""
+
+    received: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """SIGTERM and SIGINT set `received` inside; a second one acts as it did before."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def handle(number, frame):
+            self.received = signal.Signals(number)
+            log.warning("%s: finishing this step, then saving", self.received.name)
+            for old_number, handler in before.items():
+                signal.signal(old_number, handler)
+
+        for number in before:
+            signal.signal(number, handle)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class _Recorder:
+    """Turns a step's device metrics into a logged line, one step late so that the device never waits."""
+
+    trainer: Trainer
+    writer: MetricsWriter
+    progress: Progress
+    pending: tuple[int, Metrics, float] | None = None
+    last_time: float = 0.0
+
+    def __post_init__(self):
+        config = self.trainer.config
+        self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
+        self.peak_flops = peak_flops()
+        self.last_time = time.perf_counter()
+
+    def push(self, step: int, metrics: Metrics, data_wait: float) -> None:
+        self.flush({})
+        self.pending = (step, metrics, data_wait)
+
+    def flush(self, extra: Mapping[str, float]) -> None:
+        """Logs the pending step, with `extra` in its line.
+
+        Raises:
+          DivergedError: see `TrainConfig.max_skipped_steps`.
+        """
+        if self.pending is None:
+            return
+        step, device_metrics, data_wait = self.pending
+        self.pending = None
+        values: dict[str, Any] = jax.device_get(device_metrics)
+        now = time.perf_counter()
+        tokens_per_second = float(values.pop("train/tokens")) / max(now - self.last_time, 1e-9)
+        self.last_time = now
+        in_a_row = int(values.pop("train/skipped_in_a_row"))
+        values["train/tokens_per_second"] = tokens_per_second
+        if self.peak_flops:
+            values["train/mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
+        values |= {"train/data_wait_s": data_wait, "mem/peak_bytes": peak_memory_bytes(), **extra}
+        train = self.trainer.config.train
+        if step % train.log_every == 0 or step == train.steps or extra or in_a_row:
+            self.writer.write(step, values)
+        self.progress.update(step, values)
+        if in_a_row:
+            log.warning("step %d skipped: its loss or gradient is not finite (%d in a row)", step, in_a_row)
+        if in_a_row >= train.max_skipped_steps:
+            raise DivergedError(
+                f"{in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite "
+                f"(train.max_skipped_steps = {train.max_skipped_steps}); lower schedule.peak_lr or look at the "
+                "data, and run the same command to continue from the last checkpoint"
+            )
+
+    def restart_clock(self) -> None:
+        """Validation and saving are not training time."""
+        self.last_time = time.perf_counter()
+
+
+def _profiler(trainer: Trainer, run_dir: str) -> Callable[[int], None]:
+    """Returns a function to call before each step: it opens and closes the profiler's window."""
+    train = trainer.config.train
+
+    def at_step(done: int) -> None:
+        if train.profile_steps and done == train.profile_start:
+            jax.profiler.start_trace(f"{run_dir}/profile")
+        elif train.profile_steps and done == train.profile_start + train.profile_steps:
+            jax.profiler.stop_trace()
+            log.info("profile of steps %d-%d in %s/profile", train.profile_start + 1, done, run_dir)
+
+    return at_step
+
+
+def train(
+    trainer: Trainer,
+    state: TrainState,
+    batches: Iterator[Mapping[str, np.ndarray]],
+    held_out: Mapping[str, HeldOut],
+    saver: Saver,
+    writer: MetricsWriter,
+    run_dir: str,
+    stop: StopRequest,
+) -> TrainState:
+    """Runs from `state` to `train.steps`, or until `stop` is set; the last state is saved either way.
+
+    Args:
+      batches: from the step after `state.step` on; int32 [global batch, T] arrays.
+      held_out: validation text by source.
+      writer: cut back to `state.step` already.
+    Raises:
+      DivergedError: after saving nothing more: the last checkpoint holds finite weights.
+    """
+    config = trainer.config
+    step_fn, scorer = make_train_step(trainer), make_scorer(trainer.graph)
+    first = done = int(state.step)
+    at_step = _profiler(trainer, run_dir)
+    saved = first if first else -1
+    with Progress(config.train.steps, first) as progress:
+        recorder = _Recorder(trainer, writer, progress)
+        while done < config.train.steps and stop.received is None:
+            at_step(done)
+            started = time.perf_counter()
+            batch = {name: jnp.asarray(value) for name, value in next(batches).items()}
+            data_wait = time.perf_counter() - started
+            state, metrics = step_fn(state, batch)
+            done += 1
+            recorder.push(done, metrics, data_wait)
+            last = done == config.train.steps
+            if held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
+                scores = validate(scorer, state.params, state.bias, held_out, config.data.global_batch_size)
+                recorder.flush(score_metrics(scores))
+                recorder.restart_clock()
+            if last or done % config.checkpoint.every == 0:
+                recorder.flush({})
+                writer.flush()  # before the save: a resume must find every line up to its step
+                saver.save(state)
+                saved = done
+                recorder.restart_clock()
+        recorder.flush({})
+        writer.flush()
+        if saved != done:
+            saver.save(state)
+        saver.wait()
+    return state

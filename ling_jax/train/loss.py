@@ -1,0 +1,109 @@
+"""Losses as sums and counts, never means: accumulation and sharding cannot change them.
+
+Legend: B rows, T tokens, D hidden, L MoE layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ling_jax.config import ModelConfig
+from ling_jax.kernels.cross_entropy import target_logprobs
+from ling_jax.model.model import Ling
+
+IGNORE = -100  # a target that is none
+
+Batch = dict[str, jax.Array]  # tokens, targets, positions, segment_ids: int32 [B, T]
+
+
+class Counts(NamedTuple):
+    """float32 scalars: how many targets, MTP targets and (non-padding) tokens a batch has."""
+
+    targets: jax.Array
+    mtp_targets: jax.Array
+    tokens: jax.Array
+
+
+class Sums(NamedTuple):
+    """float32 scalars summed over a batch, in nats; and the experts' token counts."""
+
+    nll: jax.Array
+    mtp_nll: jax.Array
+    z: jax.Array  # of logsumexp(router logits)^2, over tokens and MoE layers
+    expert_counts_LE: jax.Array  # int32
+
+
+def shift_targets(targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """The MTP layer's targets: token t+2 at position t, where it lies in the same document and row."""
+    same_BT = segment_ids_BT == jnp.roll(segment_ids_BT, -1, axis=1)
+    same_BT = same_BT.at[:, -1].set(False)
+    return jnp.where(same_BT, jnp.roll(targets_BT, -1, axis=1), IGNORE)
+
+
+def count_targets(batch: Batch) -> Counts:
+    """Counts over all dims of `batch`, microbatches included."""
+    rows = {k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()}
+    mtp = shift_targets(rows["targets"], rows["segment_ids"])
+    return Counts(*(x.sum(dtype=jnp.float32) for x in (rows["targets"] >= 0, mtp >= 0, rows["segment_ids"] > 0)))
+
+
+def _logprobs(model: Ling, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    return target_logprobs(flat_ND, model.head_VD, targets_BT.reshape(-1)).reshape(targets_BT.shape)
+
+
+def loss_sums(model: Ling, batch: Batch, mtp_targets_BT: jax.Array | None = None) -> Sums:
+    """Cross-entropy of the next token, of the one after it (MTP, spec 2.6) and the router's z term.
+
+    `mtp_targets_BT` replaces the shifted targets (the reference's own are flawed at row ends, spec 2.6).
+    """
+    out = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+    targets_BT = batch["targets"]
+
+    def nll(hidden_BTD, targets_BT):
+        return -jnp.where(targets_BT >= 0, _logprobs(model, hidden_BTD, targets_BT), 0).sum()
+
+    with jax.named_scope("loss"):
+        main = nll(out.hidden_BTD, targets_BT)
+        mtp = jnp.zeros((), jnp.float32)
+        if out.mtp_hidden_BTD is not None:
+            if mtp_targets_BT is None:
+                mtp_targets_BT = shift_targets(targets_BT, batch["segment_ids"])
+            mtp = nll(out.mtp_hidden_BTD, mtp_targets_BT)
+    if out.routing is None:
+        return Sums(main, mtp, jnp.zeros((), jnp.float32), jnp.zeros((0, model.config.num_experts), jnp.int32))
+    return Sums(main, mtp, out.routing.z_sum.sum(), out.routing.counts)
+
+
+def total_loss(sums: Sums, counts: Counts, config: ModelConfig, z_loss_coefficient: float = 0.0) -> jax.Array:
+    """CE + mtp_loss_scaling_factor * MTP CE + z_loss_coefficient * z (spec 2.9), each a mean over the
+    counts of the whole step, so that summing this over microbatches gives the step's loss."""
+    loss = sums.nll / jnp.maximum(counts.targets, 1)
+    if config.num_nextn_predict_layers:
+        loss += config.mtp_loss_scaling_factor * sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
+    if z_loss_coefficient:
+        loss += z_loss_coefficient * sums.z / jnp.maximum(counts.tokens, 1)
+    return loss
+
+
+def token_logprobs(
+    model: Ling,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    routing_ids: jax.Array | None = None,
+) -> jax.Array:
+    """float32 [B, T-1]: log-probability of each token after the first given those before it.
+
+    Chunked over the vocabulary, differentiable; arguments as in `Ling.hidden`. Where the next token is of
+    another document, or padding, the value is 0.
+    """
+    tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones_like(tokens_BT)
+    out = model.hidden(tokens_BT, positions_BT, segment_ids_BT, routing_ids=routing_ids)
+    logprobs = _logprobs(model, out.hidden_BTD[:, :-1], tokens_BT[:, 1:])
+    same = (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]) & (segment_ids_BT[:, 1:] > 0)
+    return jnp.where(same, logprobs, 0)

@@ -1,0 +1,326 @@
+"""The record of a run: `metrics.jsonl` (the truth), TensorBoard events (a view of it), and the progress display.
+
+One JSON object per logged step, `step` first, then the keys in the caller's order. Scalars unless noted:
+
+  train/loss, train/mtp_loss                 nats per token
+  train/learning_rate, train/grad_norm       the norm is the one before clipping
+  train/tokens_per_second, train/mfu, train/data_wait_s
+  train/skipped_steps                        non-finite steps skipped so far in the run (cumulative)
+  moe/load_max_over_mean                     the busiest expert's tokens over the mean, in the worst layer
+  moe/load_max_over_mean_per_layer           list, MoE layers in layer order
+  moe/bias_abs_max, moe/bias_min_per_layer, moe/bias_max_per_layer     (the last two are lists)
+  moe/dropped                                token-expert pairs left out
+  mem/peak_bytes
+  eval/<source>/nats_per_token, eval/<source>/bits_per_byte, eval/bits_per_byte
+
+Only process 0 holds a `MetricsWriter` or a `Progress`.
+"""
+
+import contextlib
+import datetime
+import gc
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+from etils import epath
+from tensorboardX import summary as tensorboard_summary
+from tensorboardX import writer as tensorboard
+from tensorboardX.event_file_writer import EventsWriter
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+CONSOLE = rich.console.Console(
+    stderr=True
+)  # the log handler's too, so that lines and the bar do not overwrite each other
+UPLOAD_SECONDS = 60.0  # between two uploads of metrics.jsonl to an object store
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Python's search for cyclic garbage is off inside: a long record is millions of objects, none of them
+    garbage, and walking them again and again triples the time of a report."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@paused_collector()
+def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
+    """The logged steps of a run, in file order, without a last line that a crash left half-written.
+
+    Raises:
+      ValueError: if the run has no metrics.jsonl, or one of its lines but the last is damaged.
+    """
+    path = epath.Path(run_dir) / METRICS_FILE
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: {os.fspath(run_dir)} is not the folder of a run that logged a step")
+    return [record for _, record in _read_lines(path)]
+
+
+def _read_lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line, without its end, and what it says; see `read_metrics`."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line.decode())
+                if not isinstance(record, dict) or "step" not in record:
+                    raise ValueError("no object with a step")
+            except ValueError as error:  # half a line, or undecodable bytes after a power failure
+                if file.read(1):
+                    raise ValueError(
+                        f"{path}, line {number} is damaged ({error}) and not the last, so no crash cut it short: "
+                        "restore the file or move it away"
+                    ) from error
+                logger.warning("%s: left out its half-written last line", path)
+                return
+            yield line.rstrip(b"\n"), record
+
+
+def _cut_back(path: epath.Path, last_step: int) -> list[bytes]:
+    """Atomically drops the lines after `last_step`, and returns the lines kept, byte for byte as they were."""
+    if not path.exists():
+        return []
+    kept = [line for line, record in _read_lines(path) if record["step"] <= last_step]
+    _replace(path, kept)
+    return kept
+
+
+def _replace(path: epath.Path, lines: list[bytes]) -> None:
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+    temporary.replace(path)
+
+
+class _LocalLines:
+    """Appends lines to a file; each reaches the operating system at once, so killing the process loses none."""
+
+    def __init__(self, path: epath.Path):
+        self._file = path.open("ab")
+
+    def append(self, line: bytes) -> None:
+        self._file.write(line + b"\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _RemoteLines:
+    """The same for an object store, whose objects cannot grow: all lines are uploaded anew now and then."""
+
+    def __init__(self, path: epath.Path, lines: list[bytes]):
+        self._path, self._lines = path, list(lines)
+        self._uploaded = time.monotonic()
+
+    def append(self, line: bytes) -> None:
+        self._lines.append(line)
+        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        _replace(self._path, self._lines)
+        self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+
+
+class _TensorBoard:
+    """Scalars as TensorBoard events, one event per step.
+
+    This uses tensorboardX's record writer rather than its `SummaryWriter`, whose flush does not wait for its
+    queue (a killed run would lose events that a checkpoint vouches for).
+    """
+
+    def __init__(self, folder: epath.Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        # The file's own stamp is in seconds: without more, a quick restart would overwrite the former file.
+        self._writer = EventsWriter(os.path.join(os.fspath(folder), "events"), f".{time.time_ns()}")
+        # Readers forget the events from `first_step` on that earlier files hold.
+        self._write(first_step, session_log=tensorboard.SessionLog(status=tensorboard.SessionLog.START))
+
+    def append(self, step: int, record: Mapping[str, Any]) -> None:
+        summary = tensorboard_summary.Summary()
+        for key, value in record.items():
+            if isinstance(value, int | float):
+                summary.MergeFrom(tensorboard_summary.scalar(key, value))
+        self._write(step, summary=summary)
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._writer.write_event(tensorboard.Event(wall_time=time.time(), step=step, **what))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _open_tensorboard(run_dir: epath.Path, first_step: int) -> _TensorBoard | None:
+    try:
+        return _TensorBoard(run_dir / TENSORBOARD_FOLDER, first_step)
+    except ImportError as error:  # tensorboardX needs an extra package for gs:// and s3://
+        logger.warning("no TensorBoard events for %s: %s", run_dir, error)
+        return None
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A number or a flat list of numbers for JSON, bit for bit; NaN and infinities, which JSON lacks, become None."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf" or array.ndim > 1:
+        raise ValueError(f"metric {key!r} = {value!r}: only numbers and flat lists of numbers are logged")
+    if array.dtype.kind != "f" or np.isfinite(array).all():
+        return array.tolist()
+    return [x if np.isfinite(x) else None for x in array.tolist()] if array.ndim else None
+
+
+class MetricsWriter:
+    """Appends steps to `run_dir`/metrics.jsonl and `run_dir`/tensorboard.
+
+    On an object store lines are uploaded once a minute and at `flush`, so call `flush` before saving a
+    checkpoint: then the record is never shorter than what a resume starts from.
+    """
+
+    def __init__(self, run_dir: epath.PathLike, resume_step: int | None = None):
+        """Opens the record of a run.
+
+        Args:
+          run_dir: the run's folder, made if missing; local or an object store's address.
+          resume_step: the restored step; lines after it are dropped. None: the run starts anew, and all are.
+        """
+        folder = epath.Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._last_step = -1 if resume_step is None else resume_step
+        path = folder / METRICS_FILE
+        kept = _cut_back(path, self._last_step)
+        self._lines = _RemoteLines(path, kept) if "://" in os.fspath(folder) else _LocalLines(path)
+        self._tensorboard = _open_tensorboard(folder, self._last_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Logs one step.
+
+        Args:
+          step: optimizer steps done; greater than that of the previous call and than `resume_step`.
+          metrics: key to number or flat list of numbers (numpy or Python, any float dtype numpy knows).
+        Raises:
+          ValueError: for a step that does not advance, or a value that is not numeric.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"metrics of step {step} come after step {self._last_step}: log each step once, in order")
+        record = {"step": int(step)} | {key: _plain(key, value) for key, value in metrics.items()}
+        self._lines.append(json.dumps(record, allow_nan=False).encode())
+        if self._tensorboard is not None:
+            del record["step"]
+            self._tensorboard.append(step, record)
+        self._last_step = step
+
+    def flush(self) -> None:
+        """Returns once all that was written is on disk, or uploaded."""
+        self._lines.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Progress:
+    """How far a run is: a bar on a terminal, elsewhere a log line now and then. Used as a context manager.
+
+    Args:
+      total_steps: the run's last step.
+      start_step: the step it starts or resumes from.
+      log_seconds: between two log lines where there is no terminal; the first and the last step always get one.
+      console: where the bar goes (standard error by default). Share it with a `rich` log handler, so that log
+        lines and the bar do not overwrite each other.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        log_seconds: float = 10.0,
+        console: rich.console.Console | None = None,
+    ):
+        self._total, self._step = total_steps, start_step
+        self._console = console or CONSOLE
+        self._log_seconds = log_seconds
+        self._shown: dict[str, Any] = {}
+        self._first: tuple[int, float] | None = None  # step and time of the first update: compilation is not progress
+        self._logged: tuple[int, float] | None = None
+        self._bar = rich.progress.Progress(
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TextColumn("{task.description}"),
+            console=self._console,
+        )
+        self._task = self._bar.add_task(self._describe("-"), total=total_steps, completed=start_step)
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+        elif self._logged is not None and self._logged[0] < self._step:
+            self._log(time.monotonic())
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Shows `step`; a key that `metrics` lacks keeps its last value on show."""
+        now = time.monotonic()
+        self._step = step
+        self._shown.update(metrics)
+        self._first = self._first or (step, now)
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, description=self._describe(self._eta(now)))
+        elif self._logged is None or now - self._logged[1] >= self._log_seconds:
+            self._log(now)
+
+    def _log(self, now: float) -> None:
+        logger.info("%s", self._describe(self._eta(now)))
+        self._logged = (self._step, now)
+
+    def _eta(self, now: float) -> str:
+        """Time left at the mean pace since the first update, as h:mm:ss."""
+        if self._first is None or self._step <= self._first[0]:
+            return "-"
+        pace = (now - self._first[1]) / (self._step - self._first[0])
+        return str(datetime.timedelta(seconds=round(pace * max(0, self._total - self._step))))
+
+    def _describe(self, eta: str) -> str:
+        def show(key: str, form: str) -> str:
+            value = self._shown.get(key)
+            return "-" if value is None else format(value, form)
+
+        return (
+            f"step {self._step}/{self._total}  loss {show('train/loss', '.4f')}  "
+            f"{show('train/tokens_per_second', ',.0f')} tokens/s  "
+            f"expert load {show('moe/load_max_over_mean', '.2f')}  ETA {eta}"
+        )

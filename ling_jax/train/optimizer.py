@@ -1,0 +1,48 @@
+"""AdamW and the learning-rate schedule, from optax."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ling_jax.config import OptimizerConfig, ScheduleConfig
+
+
+def learning_rate(config: ScheduleConfig, steps: int) -> optax.Schedule:
+    """Linear warmup from 0, constant, then the decay over the last `decay_fraction` of `steps`.
+
+    The value at step 0 is that of the first update, 1/warmup_steps of the peak (report, section 3.2.1; WSM
+    runs have no decay, section 3.2.3).
+    """
+    peak, final = config.peak_lr, config.peak_lr * config.final_lr_fraction
+    decay_steps = round(config.decay_fraction * steps)
+    shapes = {
+        "linear": lambda share: 1 - share,
+        "cosine": lambda share: 0.5 * (1 + jnp.cos(math.pi * share)),
+        "sqrt": lambda share: 1 - jnp.sqrt(share),
+    }
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.float32) + 1
+        warm = jnp.minimum(count / max(config.warmup_steps, 1), 1.0)
+        share = jnp.clip((count - (steps - decay_steps)) / max(decay_steps, 1), 0.0, 1.0)
+        return warm * (final + (peak - final) * shapes[config.decay](share))
+
+    return schedule
+
+
+def decays(params: dict, axes: dict) -> dict:
+    """Which parameters weight decay touches: matrices only (spec 4.2). A parameter's own dims are the axes
+    it was made with, so a stack of norm vectors is no matrix."""
+    return jax.tree.map(lambda _, names: len(names) >= 2, params, axes)
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, mask: dict) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW with float32 moments; `mask` is `decays` of the parameters."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -1,0 +1,112 @@
+"""One optimizer step: microbatches, update, balance; pure and jitted.
+
+Legend: A microbatches, B rows, T tokens, L MoE layers, E experts.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ling_jax.train.balance import balance_biases
+from ling_jax.train.loss import Batch, Sums, count_targets, loss_sums, total_loss
+from ling_jax.train.state import Trainer, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def accumulate_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batch) -> tuple[Sums, dict]:
+    """Sums and float32 gradients of a whole step, from microbatches [A, B, T] run one after the other.
+
+    Each microbatch is divided by the step's counts, not its own, so A does not change the result.
+    """
+    counts = count_targets(batch)
+    coefficient = trainer.config.train.z_loss_coefficient
+
+    def loss(params, rows):
+        sums = loss_sums(trainer.model(params, bias), rows)
+        return total_loss(sums, counts, trainer.config.model, coefficient), sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    if batch["tokens"].shape[0] == 1:
+        grads, sums = gradient(params, jax.tree.map(lambda a: a[0], batch))
+        return sums, grads
+
+    def body(total, rows):
+        grads, sums = gradient(params, rows)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (sums, grads)), None
+
+    first = jax.tree.map(lambda a: a[0], batch)
+    _, sums = jax.eval_shape(gradient, params, first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
+    start = (zeros, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    return jax.lax.scan(body, start, batch)[0]
+
+
+def _moe_metrics(counts_LE: jax.Array, bias: dict) -> Metrics:
+    if not counts_LE.size:
+        return {}
+    mean_L = jnp.maximum(counts_LE.mean(-1), 1e-9)
+    load_L = counts_LE.max(-1) / mean_L
+    rows = [leaf.reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(bias)]
+    bias_LE = jnp.concatenate(rows)
+    return {
+        "moe/load_max_over_mean": load_L.max(),
+        "moe/load_max_over_mean_per_layer": load_L,
+        "moe/dropped": jnp.zeros((), jnp.int32),  # dispatch is dropless
+        "moe/bias_abs_max": jnp.abs(bias_LE).max(),
+        "moe/bias_min_per_layer": bias_LE.min(-1),
+        "moe/bias_max_per_layer": bias_LE.max(-1),
+    }
+
+
+def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns step(state, batch) -> (state, metrics), jitted, with `state` donated.
+
+    `batch` is as `loss_sums` takes it, with B the global batch. A step whose loss or gradient is not finite
+    leaves weights, moments and biases as they were and is counted.
+    """
+    config = trainer.config
+    balanced = config.model.moe_router_enable_expert_bias and config.train.bias_update_rate > 0
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        parts = config.train.microbatches
+        batch = {k: v.reshape(parts, -1, v.shape[-1]) for k, v in batch.items()}
+        sums, grads = accumulate_gradients(trainer, state.params, state.bias, batch)
+        counts = count_targets(batch)
+        loss = total_loss(sums, counts, config.model, config.train.z_loss_coefficient)
+        norm = optax.global_norm(grads)
+        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = trainer.optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+        bias = state.bias
+        if balanced:
+            bias = balance_biases(bias, sums.expert_counts_LE, config.train.bias_update_rate, config.model)
+        kept = (state.params, state.bias, state.optimizer)
+        params, bias, optimizer = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old), (params, bias, optimizer), kept
+        )
+        failed = 1 - ok.astype(jnp.int32)
+        in_a_row = jnp.where(ok, 0, state.skipped_in_a_row + 1)
+        metrics = {
+            "train/loss": sums.nll / jnp.maximum(counts.targets, 1),
+            "train/total_loss": loss,
+            "train/grad_norm": norm,
+            "train/learning_rate": trainer.schedule(_update_count(state)),
+            "train/tokens": counts.tokens,
+            "train/skipped_steps": state.skipped + failed,
+            "train/skipped_in_a_row": in_a_row,
+            **_moe_metrics(sums.expert_counts_LE, bias),
+        }
+        if config.model.num_nextn_predict_layers:
+            metrics["train/mtp_loss"] = sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
+        return TrainState(state.step + 1, params, bias, optimizer, state.skipped + failed, in_a_row), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _update_count(state: TrainState) -> jax.Array:
+    """Updates done so far, as the schedule counts them: skipped steps are none."""
+    return state.step - state.skipped

@@ -1,0 +1,33 @@
+"""What every test runs under: the CPU as eight devices, a cache of compiled programs, and the golden cases' place."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before the first import of jax. Commands that a test starts inherit the platform and the cache, which a second run
+# finds filled, but not the eight devices: they run as they would for a user. `pytest --cache-clear` empties the cache.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_configure():
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_addoption(parser: pytest.Parser):
+    parser.addoption(
+        "--rewrite-golden-configs",
+        action="store_true",
+        help="write tests/golden_configs anew from configs/ instead of comparing; look at the diff",
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of the golden cases: $LING_GOLDEN_DIR, or the repository's own copy."""
+    return Path(os.environ.get("LING_GOLDEN_DIR") or Path(__file__).parent / "golden")

@@ -1,0 +1,20 @@
+"""Trains a Ling model: python train.py NAME [--run RUN] [--train.steps 100] [...]; --help lists every flag."""
+
+import sys
+from collections.abc import Sequence
+
+from ling_jax.cli import parse_train, run_main
+from ling_jax.runner import run_training
+
+
+def main(argv: Sequence[str]) -> int:
+    name, command = parse_train(argv)
+    if command.print_config:
+        print(command.config.to_json())
+        return 0
+    return run_training(name, command)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, "")
+    run_main(main)
