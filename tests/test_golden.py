@@ -257,7 +257,7 @@ def compare_ling(compare: Comparison, case: Path):
         compare_generation(compare, model, case / "generate.safetensors")
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", list(cases()))
 def test_equals_the_official_model(case):
     kind = kind_of(case)
     assert kind != "unknown", f"{case}: unknown kind of golden case"

@@ -31,7 +31,7 @@ class HFFolder:
         self.config = ModelConfig.from_hf(_read_json(folder / "config.json"))
         index = folder / INDEX
         if index.exists():
-            weight_map = _read_json(index).get("weight_map", {})
+            weight_map = _read_weight_map(index)
             names = sorted(set(weight_map.values()))
         else:
             weight_map, names = {}, ["model.safetensors"]
@@ -64,11 +64,21 @@ class HFFolder:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to file names; download it again")
+    return weight_map
 
 
 def _some(names: list[str]) -> str:
@@ -118,7 +128,7 @@ def _compute_dtype(dtype: Any) -> jnp.dtype:
 
 
 def _load_hf(folder: Path, dtype: Any) -> Ling:
-    if "quantization_config" in _read_json(folder / "config.json"):
+    if _read_json(folder / "config.json").get("quantization_config") is not None:
         raise ValueError(f"{folder} holds quantised weights (quantization_config); use its bf16 release")
     source = HFFolder(folder)
     graph, params, bias = split_model(abstract_model(source.config, dtype=_compute_dtype(dtype)))

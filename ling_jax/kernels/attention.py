@@ -26,6 +26,11 @@ def _attend(q_BTHC, k_BSGC, v_BSGC, q_slots_BT, kv_slots_BS, q_segments_BT, kv_s
     return out.reshape(q_BTHC.shape).astype(q_BTHC.dtype)
 
 
+def _chunk(queries: int) -> int:
+    """Queries per chunk: an eighth of the row in whole 128s, at most QUERY_CHUNK."""
+    return min(max(queries // 8 // 128, 1) * 128, QUERY_CHUNK)
+
+
 def attention(
     q_BTHC: jax.Array,
     k_BSGC: jax.Array,
@@ -36,31 +41,28 @@ def attention(
     q_segments_BT: jax.Array,
     kv_segments_BS: jax.Array,
     scale: float,
+    same_row: bool = False,
 ) -> jax.Array:
     """Softmax attention of each query over the keys of its own segment at its own or an earlier slot.
 
     Slots are places in the row (or in the cache), not RoPE positions. Scores and softmax are float32
-    (spec 2.3); more than 1024 queries go in chunks, recomputed in the backward pass, so that memory
-    grows with S and not with T x S.
+    (spec 2.3). Queries go in chunks, recomputed in the backward pass where there are more than 1024, so that
+    memory grows with S and not with T x S.
 
+    Args:
+      same_row: keys are the queries' own tokens in slot order, so no chunk needs keys after its end: half
+        of the products fall away.
     Returns:
       [B, T, H, C] in q's dtype.
     """
     queries = q_BTHC.shape[1]
-    if queries <= QUERY_CHUNK:
-        return _attend(q_BTHC, k_BSGC, v_BSGC, q_slots_BT, kv_slots_BS, q_segments_BT, kv_segments_BS, scale)
-
-    @jax.checkpoint
-    def chunk(q, slots, segments):
-        return _attend(q, k_BSGC, v_BSGC, slots, kv_slots_BS, segments, kv_segments_BS, scale)
-
-    whole = queries - queries % QUERY_CHUNK
-
-    def cut(a):  # [B, T, ...] -> [chunks, B, QUERY_CHUNK, ...]
-        return a[:, :whole].reshape(a.shape[0], -1, QUERY_CHUNK, *a.shape[2:]).swapaxes(0, 1)
-
-    parts = jax.lax.map(lambda args: chunk(*args), (cut(q_BTHC), cut(q_slots_BT), cut(q_segments_BT)))
-    out = parts.swapaxes(0, 1).reshape(q_BTHC.shape[0], whole, *q_BTHC.shape[2:])
-    if whole == queries:
-        return out
-    return jnp.concatenate([out, chunk(q_BTHC[:, whole:], q_slots_BT[:, whole:], q_segments_BT[:, whole:])], axis=1)
+    size = _chunk(queries)
+    attend = jax.checkpoint(_attend, static_argnums=(7,)) if queries > QUERY_CHUNK else _attend
+    parts = []
+    for start in range(0, queries, size):
+        mine = slice(start, min(start + size, queries))
+        seen = slice(0, mine.stop if same_row else None)
+        q = q_BTHC[:, mine], q_slots_BT[:, mine], q_segments_BT[:, mine]
+        kv = k_BSGC[:, seen], v_BSGC[:, seen], kv_slots_BS[:, seen], kv_segments_BS[:, seen]
+        parts.append(attend(q[0], kv[0], kv[1], q[1], kv[2], q[2], kv[3], scale))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)

@@ -48,6 +48,7 @@ class Attention(nnx.Module):
         if self.query_layernorm is not None and self.key_layernorm is not None:
             q_BTHC, k_BTGC = self.query_layernorm(q_BTHC), self.key_layernorm(k_BTGC)
         q_BTHC, k_BTGC = apply_rope(q_BTHC, context.rope), apply_rope(k_BTGC, context.rope)
+        same_row = cache is None
         if cache is not None:
             k_BTGC, v_BTGC, cache = cache.append(k_BTGC, v_BTGC)
         out_BTHC = attention(
@@ -59,5 +60,6 @@ class Attention(nnx.Module):
             q_segments_BT=context.q_segments_BT,
             kv_segments_BS=context.kv_segments_BS,
             scale=c.head_dim**-0.5,
+            same_row=same_row,
         )
         return self.dense(out_BTHC.reshape(*x_BTD.shape[:2], -1)), cache

@@ -39,10 +39,25 @@ def decays(params: dict, axes: dict) -> dict:
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, mask: dict) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with float32 moments; `mask` is `decays` of the parameters."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(config.weight_decay, mask),
-        optax.scale_by_learning_rate(schedule),
+    """Global-norm clipping, then AdamW; `mask` is `decays` of the parameters."""
+    return _in_float32(
+        optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            optax.scale_by_adam(config.b1, config.b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay, mask),
+            optax.scale_by_learning_rate(schedule),
+        )
     )
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on float32 copies, so that its moments are float32 whatever the parameters are (optax makes the
+    second moment in their dtype)."""
+
+    def widen(tree):
+        return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+    def update(updates, state, params=None):
+        return inner.update(widen(updates), state, widen(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(widen(params)), update)

@@ -39,8 +39,8 @@ class Trainer(NamedTuple):
 
     def start(self, params: dict, bias: dict) -> TrainState:
         """A state at step 0 with the given weights."""
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, bias, self.optimizer.init(params), zero, zero)
+        step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # donated, so each its own
+        return TrainState(step, params, bias, self.optimizer.init(params), skipped, in_a_row)
 
     def model(self, params: dict, bias: dict) -> Ling:
         return nnx.merge(self.graph, params, bias)

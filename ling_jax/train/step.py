@@ -76,7 +76,7 @@ def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[Tra
         sums, grads = accumulate_gradients(trainer, state.params, state.bias, batch)
         counts = count_targets(batch)
         loss = total_loss(sums, counts, config.model, config.train.z_loss_coefficient)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             updates, optimizer = trainer.optimizer.update(grads, state.optimizer, state.params)

@@ -1,0 +1,283 @@
+"""The kernels equal plain formulas, forward and backward, whatever the shapes.
+
+Legend: R rows, E groups, I inputs, O outputs, N tokens, D hidden, V vocabulary, B rows, T queries, S keys, H query
+heads, G kv heads, C head_dim.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ling_jax.kernels.attention import attention
+from ling_jax.kernels.cross_entropy import target_logprobs
+from ling_jax.kernels.grouped import block_rows, grouped_linear, padded_rows
+from ling_jax.kernels.linear import linear
+from tests.helpers import assert_close, assert_gradient_close, jit
+
+IMPLEMENTATIONS = ("auto", "blocked", "ragged")
+
+
+def normal(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
+
+
+def bf16(a: np.ndarray) -> np.ndarray:
+    """`a` as bfloat16 holds it, in float32."""
+    return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)
+
+
+# linear
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 3, 5)])
+def test_linear_and_its_gradients_equal_the_matrix_product(rows):
+    x, w, b, g = normal(*rows, 11), normal(5, 11), normal(5), normal(*rows, 5)
+    y, vjp = jit(lambda *args: jax.vjp(linear, *args))(x, w, b)
+    dx, dw, db = vjp(g)
+    flat_x, flat_g = x.reshape(-1, 11), g.reshape(-1, 5)
+    assert_close(y, x @ w.T + b)
+    assert_gradient_close(dx, g @ w)
+    assert_gradient_close(dw, flat_g.T @ flat_x)
+    assert_gradient_close(db, flat_g.sum(0))
+
+
+def test_a_bfloat16_product_keeps_float32_sums_in_its_weight_gradient():
+    x, w, g = normal(4096, 3), normal(2, 3), normal(4096, 2)
+    y, vjp = jit(lambda x, w: jax.vjp(linear, x, w))(jnp.asarray(x, jnp.bfloat16), w)
+    dx, dw = vjp(jnp.asarray(g, jnp.bfloat16))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    assert_close(y, bf16(x) @ bf16(w).T, tolerance=2**-8)
+    assert_gradient_close(dw, bf16(g).T @ bf16(x))
+
+
+# grouped_linear
+
+
+def by_hand(x, w, sizes, g):
+    """A product per group in float64: y, dx, dw; zeros past the last group."""
+    y, dx, dw = np.zeros((len(x), w.shape[1])), np.zeros(x.shape), np.zeros(w.shape)
+    start = 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows] = x[rows].astype(np.float64) @ w[group].T
+        dx[rows] = g[rows].astype(np.float64) @ w[group]
+        dw[group] = g[rows].astype(np.float64).T @ x[rows]
+        start += size
+    return y, dx, dw
+
+
+@partial(jit, static_argnums=(4, 5))
+def run_grouped(x_RI, w_EOI, sizes_E, g_RO, block, implementation):
+    y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, sizes_E, block, implementation), x_RI, w_EOI)
+    return y, *vjp(g_RO)
+
+
+# Blocks of each of five groups; twelve blocks of rows, so that some lie past the last group.
+LAYOUTS = {
+    "even": (2, 2, 2, 2, 2),
+    "empty groups": (0, 4, 0, 3, 0),
+    "one hot group": (0, 0, 12, 0, 0),
+    "the last group only": (0, 0, 0, 0, 5),
+    "one block": (0, 1, 0, 0, 0),
+    "full": (3, 1, 1, 6, 1),
+    "nothing": (0, 0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block", [1, 2, 8])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_grouped_linear_and_its_gradients_equal_a_loop_over_groups(implementation, block, layout):
+    """What lies past the last group, here garbage, gives zeros and adds to no gradient."""
+    sizes = np.array(LAYOUTS[layout], np.int32) * block
+    x, w, g = normal(12 * block, 7), normal(5, 3, 7), normal(12 * block, 3)
+    y, dx, dw = run_grouped(x, w, sizes, g, block, implementation)
+    want_y, want_dx, want_dw = by_hand(x, w, sizes, g)
+    assert_close(y, want_y)
+    assert_gradient_close(dx, want_dx)
+    assert_gradient_close(dw, want_dw)
+    inside = sizes.sum()
+    assert not np.asarray(y)[inside:].any() and not np.asarray(dx)[inside:].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_grouped_linear_of_a_single_row(implementation):
+    sizes = np.array([0, 0, 1], np.int32)
+    x, w, g = normal(1, 5), normal(3, 1, 5), normal(1, 1)
+    for got, want in zip(run_grouped(x, w, sizes, g, 1, implementation), by_hand(x, w, sizes, g), strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bfloat16_grouped_product_keeps_float32_sums_in_its_weight_gradient(implementation):
+    sizes = np.array([640, 0, 320], np.int32)
+    x, w, g = normal(1024, 4), normal(3, 2, 4), normal(1024, 2)
+    y, dx, dw = run_grouped(jnp.asarray(x, jnp.bfloat16), w, sizes, jnp.asarray(g, jnp.bfloat16), 64, implementation)
+    want_y, want_dx, want_dw = by_hand(bf16(x), bf16(w), sizes, bf16(g))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    assert_close(y, want_y, tolerance=2**-8)
+    assert_gradient_close(dx, want_dx, tolerance=2**-8)
+    assert_gradient_close(dw, want_dw)
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups"), [(1, 1), (1, 64), (8, 64), (200, 8), (5000, 64), (32768, 64), (32768, 256)]
+)
+def test_the_padded_rows_hold_the_worst_layout_in_whole_blocks(rows, groups):
+    block = block_rows(rows, groups)
+    capacity = padded_rows(rows, groups, block)
+    filled = min(rows, groups)  # worst: as many groups as can be, each one row over a multiple of the block
+    sizes = np.ones(filled, int)
+    sizes[0] += (rows - filled) // block * block
+    worst = (-(-sizes // block) * block).sum()
+    assert capacity % block == 0 and worst <= capacity < rows + filled * block
+
+
+# target_logprobs
+
+
+@jit
+def chunked(x, w, targets, g):
+    logprobs, vjp = jax.vjp(lambda x, w: target_logprobs(x, w, targets), x, w)
+    return logprobs, *vjp(g)
+
+
+@jit
+def from_full_logits(x, w, targets, g):
+    def logprobs(x, w):
+        logits = jnp.matmul(x, w.T, precision="highest")
+        picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], 1)[:, 0]
+        return jnp.where(targets >= 0, picked, 0) - jax.nn.logsumexp(logits, axis=1)
+
+    value, vjp = jax.vjp(logprobs, x, w)
+    return value, *vjp(g)
+
+
+VOCABULARIES = {"one chunk": 50, "whole chunks": 8192, "a tail of one": 9001, "unequal": 4099}
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=VOCABULARIES)
+def test_chunked_log_probabilities_and_gradients_equal_those_of_full_logits(vocab):
+    """The last id, the first, ids on both sides of a chunk's edge, and none at all."""
+    x, w, g = normal(9, 6), normal(vocab, 6), normal(9)
+    targets = np.array([0, vocab - 1, vocab // 2, vocab // 2 - 1, vocab // 3, vocab // 3 - 1, -100, 7, -1], np.int32)
+    logprobs, dx, dw = chunked(x, w, targets, g)
+    want, want_dx, want_dw = from_full_logits(x, w, targets, g)
+    assert logprobs.dtype == jnp.float32
+    assert_close(logprobs, want)
+    assert_gradient_close(dx, want_dx)
+    assert_gradient_close(dw, want_dw)
+
+
+def test_tokens_whose_log_probability_nobody_uses_give_no_gradient():
+    x, w, targets = normal(4, 6), normal(5000, 6), np.array([3, -100, 4999, -100], np.int32)
+    _, dx, dw = chunked(x, w, targets, np.array([1, 0, 1, 0], np.float32))
+    _, _, want_dw = chunked(x[::2], w, targets[::2], np.ones(2, np.float32))
+    assert not np.asarray(dx)[1::2].any() and np.asarray(dx)[::2].all()
+    assert_gradient_close(dw, want_dw)
+
+
+def test_large_logits_do_not_overflow():
+    x, w, g, targets = 100 * normal(9, 6), normal(5000, 6), normal(9), np.arange(9, dtype=np.int32)
+    logprobs, dx, dw = chunked(x, w, targets, g)
+    want, _, _ = from_full_logits(x, w, targets, g)
+    assert np.abs(want).max() > 500
+    assert_close(logprobs, want)
+    assert np.isfinite(dx).all() and np.isfinite(dw).all()
+
+
+def test_bfloat16_hidden_states_give_float32_log_probabilities():
+    x, w, g, targets = normal(9, 6), normal(5000, 6), normal(9), np.arange(9, dtype=np.int32) * 600
+    logprobs, dx, dw = chunked(jnp.asarray(x, jnp.bfloat16), w, targets, g)
+    want, want_dx, want_dw = from_full_logits(bf16(x), bf16(w), targets, g)
+    assert (logprobs.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert_close(logprobs, want)  # logits are never rounded to bfloat16
+    assert_gradient_close(dx, want_dx, tolerance=2**-6)
+    assert_gradient_close(dw, want_dw, tolerance=2**-6)
+
+
+# attention
+
+
+def plain_attention(q, k, v, *, q_slots, kv_slots, q_segments, kv_segments, scale):
+    """All scores at once, keys and values repeated for every query head."""
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(a, repeats, axis=2) for a in (k, v))
+    seen = (kv_slots[:, None] <= q_slots[:, :, None]) & (kv_segments[:, None] == q_segments[:, :, None])
+    scores = jnp.einsum("bthc,bshc->bhts", q, k, precision="highest") * scale
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshc->bthc", weights, v, precision="highest")
+
+
+def attention_inputs(queries: int, keys: int, heads: int = 4, groups: int = 2, seed: int = 0):
+    """(q, k, v), places: documents of random lengths, padding at a row's end and inside another, and the queries
+    being the last of the keys' slots."""
+    rng = np.random.default_rng(seed)
+    q, k, v = normal(2, queries, heads, 6), normal(2, keys, groups, 6), normal(2, keys, groups, 6, seed=1)
+    segments = np.cumsum(rng.random((2, keys)) < 0.1, axis=1, dtype=np.int32) + 1
+    segments[0, -keys // 5 :] = 0
+    segments[1, keys // 3 : keys // 2] = 0
+    slots = np.broadcast_to(np.arange(keys, dtype=np.int32), (2, keys))
+    first = keys - queries
+    return (q, k, v), (slots[:, first:], slots, segments[:, first:], segments)
+
+
+@partial(jit, static_argnums=(0, 4))
+def run_attention(f, qkv, places, g, options=()):
+    if f is plain_attention:
+        names = ("q_slots", "kv_slots", "q_segments", "kv_segments")
+    else:
+        names = ("q_slots_BT", "kv_slots_BS", "q_segments_BT", "kv_segments_BS")
+    out, vjp = jax.vjp(lambda *qkv: f(*qkv, **dict(zip(names, places, strict=True)), scale=0.4, **dict(options)), *qkv)
+    return out, *vjp(g)
+
+
+def assert_attends_as_plainly(qkv, places, g, options=()):
+    (out, *grads), (want, *want_grads) = (
+        run_attention(attention, qkv, places, g, options),
+        run_attention(plain_attention, qkv, places, g),
+    )
+    assert_close(out, want)
+    for got, expected in zip(grads, want_grads, strict=True):
+        assert_gradient_close(got, expected)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+def test_attention_and_its_gradients_equal_the_plain_formula(heads, groups):
+    qkv, places = attention_inputs(23, 23, heads, groups)
+    assert_attends_as_plainly(qkv, places, normal(2, 23, heads, 6))
+
+
+@pytest.mark.parametrize(("queries", "same_row"), [(300, False), (300, True), (1100, True)])
+def test_attention_in_chunks_of_queries_equals_one_piece(queries, same_row):
+    """A long row's chunks are recomputed in the backward pass; `same_row` spares products and changes nothing."""
+    qkv, places = attention_inputs(queries, queries, 2, 1)
+    assert_attends_as_plainly(qkv, places, normal(2, queries, 2, 6), (("same_row", same_row),))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_of_the_last_tokens_over_a_longer_cache_equals_the_plain_formula(queries):
+    qkv, places = attention_inputs(queries, 37)
+    assert_attends_as_plainly(qkv, places, normal(2, queries, 4, 6))
+
+
+def test_a_query_that_sees_no_key_stays_finite():
+    (q, k, v), (q_slots, kv_slots, q_segments, kv_segments) = attention_inputs(6, 6)
+    lonely = np.full_like(q_segments, 99)
+    results = run_attention(attention, (q, k, v), (q_slots, kv_slots, lonely, kv_segments), normal(2, 6, 4, 6))
+    assert all(np.isfinite(a).all() for a in results)
+
+
+def test_bfloat16_attention_scores_are_float32():
+    """Close to float32 attention over the same rounded inputs, though the scores reach hundreds."""
+    (q, k, v), places = attention_inputs(64, 64)
+    q, k = 10 * q, 10 * k
+    rounded = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
+    g = normal(2, 64, 4, 6)
+    out = run_attention(attention, rounded, places, jnp.asarray(g, jnp.bfloat16))[0]
+    want = run_attention(plain_attention, [bf16(a) for a in (q, k, v)], places, g)[0]
+    assert out.dtype == jnp.bfloat16
+    assert_close(out, want, tolerance=2**-7)

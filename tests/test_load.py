@@ -1,0 +1,304 @@
+"""Loading HF folders: every weight in its place, or one error that names what is wrong, before weights are read."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from ling_jax import load_pretrained
+from ling_jax.convert.mapping import hf_names
+from ling_jax.model.model import split_model
+from tests.helpers import assert_trees_equal, make_model, random_weights, small, tiny
+
+CONFIG = tiny(use_qkv_bias=True)
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def hf_tensors(config, params, bias) -> dict[str, np.ndarray]:
+    """Our parameters under HF's names."""
+    tensors = {}
+    for path, leaf in (flatten_dict(params) | flatten_dict(bias)).items():
+        names = hf_names(config, path)
+        parts = np.asarray(leaf).reshape(-1, *leaf.shape[names.ndim :])
+        tensors |= dict(zip(names.reshape(-1), parts, strict=True))
+    return tensors
+
+
+def write_folder(folder, dtype=np.float32, config=CONFIG, sharded=False):
+    """A HF folder with random weights; returns them as (params, bias)."""
+    _, params, bias = random_weights(config)
+    params = jax.tree.map(lambda p: np.asarray(p, dtype), params)
+    tensors = {name: np.ascontiguousarray(t) for name, t in hf_tensors(config, params, bias).items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    if not sharded:
+        save_file(tensors, folder / "model.safetensors")
+        return params, bias
+    names = sorted(tensors)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    for file, half in zip(SHARDS, halves, strict=True):
+        save_file({name: tensors[name] for name in half}, folder / file)
+    weight_map = {name: file for file, half in zip(SHARDS, halves, strict=True) for name in half}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return params, bias
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The good folders `one` and `sharded`, to be copied."""
+    root = tmp_path_factory.mktemp("hf")
+    write_folder(root / "one")
+    write_folder(root / "sharded", sharded=True)
+    return root
+
+
+@pytest.fixture
+def one(folders, tmp_path):
+    return shutil.copytree(folders / "one", tmp_path / "copy")
+
+
+@pytest.fixture
+def sharded(folders, tmp_path):
+    return shutil.copytree(folders / "sharded", tmp_path / "copy")
+
+
+def edit_tensors(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def edit_json(file, change):
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def error_of(folder) -> str:
+    with pytest.raises(ValueError) as raised:
+        load_pretrained(folder)
+    return str(raised.value)
+
+
+# What loads.
+
+
+@pytest.mark.parametrize("config", [CONFIG, small(tie_word_embeddings=True, use_qk_norm=False)], ids=["MTP", "tied"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_weight_comes_to_its_place(tmp_path, sharded, config):
+    params, bias = write_folder(tmp_path / "hf", config=config, sharded=sharded)
+    model = load_pretrained(tmp_path / "hf")
+    _, got_params, got_bias = split_model(model)
+    assert_trees_equal(got_params, params)
+    assert_trees_equal(got_bias, bias)
+    assert model.config.to_hf() == config.to_hf()
+
+
+def test_a_path_may_be_a_string(one):
+    assert load_pretrained(str(one)).config.vocab_size == CONFIG.vocab_size
+
+
+def test_a_bfloat16_file_stays_bfloat16_and_computes_in_float32_on_cpu(tmp_path):
+    """The expert bias stays float32 as it was written."""
+    params, bias = write_folder(tmp_path / "hf", dtype=ml_dtypes.bfloat16)
+    model = load_pretrained(tmp_path / "hf")
+    _, got_params, got_bias = split_model(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(got_params)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(got_bias)} == {jnp.dtype(jnp.float32)}
+    assert_trees_equal(got_params, params)
+    assert_trees_equal(got_bias, bias)
+    assert model.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16])
+def test_dtype_is_that_of_weights_and_computation(one, dtype):
+    model = load_pretrained(one, dtype=dtype)
+    _, params, bias = split_model(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)} == {model.dtype}
+    assert {leaf.dtype for leaf in jax.tree.leaves(bias)} == {jnp.dtype(jnp.float32)}
+
+
+def test_an_expert_bias_in_bfloat16_becomes_float32(one):
+    def cast(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+    edit_tensors(one / "model.safetensors", cast)
+    assert {leaf.dtype for leaf in jax.tree.leaves(split_model(load_pretrained(one))[2])} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_loaded_model_is_the_model_that_was_written(tmp_path):
+    config = small(num_hidden_layers=1)
+    write_folder(tmp_path / "hf", config=config)
+    tokens = np.array([[5, 7, 11]])
+    want = make_model(config)(tokens).logits_BTV
+    np.testing.assert_array_equal(load_pretrained(tmp_path / "hf")(tokens).logits_BTV, want)
+
+
+# Tensors that do not fit the config.
+
+NORM = "model.layers.1.input_layernorm.weight"
+EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
+
+
+@pytest.mark.parametrize("name", [NORM, EXPERT, "lm_head.weight", "model.layers.2.mlp.gate.expert_bias"])
+def test_a_missing_tensor_is_named(one, name):
+    edit_tensors(one / "model.safetensors", lambda t: t.pop(name))
+    assert error_of(one) == f"{one} does not match its config.json: 1 tensor(s) missing: {name}"
+
+
+def test_an_extra_tensor_is_named(one):
+    edit_tensors(one / "model.safetensors", lambda t: t.update(surprise=np.zeros(3, np.float32)))
+    assert "1 tensor(s) that the config has no place for: surprise" in error_of(one)
+
+
+@pytest.mark.parametrize("name", [NORM, EXPERT])
+def test_a_wrong_shape_is_named_with_both_shapes(one, name):
+    edit_tensors(one / "model.safetensors", lambda t: t.update({name: np.zeros((4, 2), np.float32)}))
+    right = "(32,)" if name == NORM else "(32, 20)"
+    assert f"1 wrong shape(s): {name} is (4, 2), the config says {right}" in error_of(one)
+
+
+def test_a_transposed_tensor_is_a_wrong_shape(one):
+    edit_tensors(one / "model.safetensors", lambda t: t.update({EXPERT: np.ascontiguousarray(t[EXPERT].T)}))
+    assert f"{EXPERT} is (20, 32), the config says (32, 20)" in error_of(one)
+
+
+def test_all_that_is_wrong_is_in_one_error_cut_after_ten_names(one):
+    def change(tensors):
+        for name in [n for n in tensors if ".experts.0." in n] + [NORM]:
+            del tensors[name]
+        tensors["surprise"] = np.zeros(1, np.float32)
+        tensors["model.norm.weight"] = np.zeros(5, np.float32)
+
+    edit_tensors(one / "model.safetensors", change)
+    message = error_of(one)
+    assert "10 tensor(s) missing" in message and "surprise" in message and "model.norm.weight is (5,)" in message
+    edit_tensors(one / "model.safetensors", lambda t: t.pop("model.word_embeddings.weight"))
+    assert "11 tensor(s) missing" in error_of(one) and "and 1 more" in error_of(one)
+
+
+def test_a_config_with_more_layers_than_the_file_is_refused(one):
+    edit_json(one / "config.json", lambda c: c.update(num_hidden_layers=4))
+    assert "tensor(s) missing: model.layers.4." in error_of(one)
+
+
+# Files.
+
+
+def test_a_truncated_file_is_named(one):
+    file = one / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    assert f"{file} is damaged or truncated" in error_of(one)
+
+
+@pytest.mark.parametrize("content", [b"", b"12345", b"\xff" * 100, b"<html>sign in</html>"])
+def test_a_file_that_is_no_safetensors_file_is_named(one, content):
+    (one / "model.safetensors").write_bytes(content)
+    assert f"{one / 'model.safetensors'} is damaged or truncated" in error_of(one)
+
+
+def test_a_truncated_shard_is_named(sharded):
+    os.truncate(sharded / SHARDS[1], 5000)
+    assert f"{sharded / SHARDS[1]} is damaged or truncated" in error_of(sharded)
+
+
+def test_a_missing_shard_is_named(sharded):
+    (sharded / SHARDS[1]).unlink()
+    assert f"{sharded / SHARDS[1]} is missing" in error_of(sharded)
+
+
+@pytest.mark.parametrize("place", ["../secret.safetensors", "sub/x.safetensors", "..", "", "/etc/passwd"])
+def test_an_index_that_points_outside_its_folder_is_refused(sharded, place):
+    shutil.copy(sharded / SHARDS[0], sharded.parent / "secret.safetensors")
+    (sharded / "sub").mkdir()
+    shutil.copy(sharded / SHARDS[0], sharded / "sub" / "x.safetensors")
+    edit_json(sharded / INDEX, lambda index: index["weight_map"].update({NORM: place}))
+    assert f"points outside its folder: {place!r}; refusing to read it" in error_of(sharded)
+
+
+def test_a_link_out_of_the_folder_is_refused(sharded):
+    """An index must not make another place's file look like a part of this folder."""
+    outside = sharded.parent / "outside.safetensors"
+    (sharded / SHARDS[1]).rename(outside)
+    (sharded / SHARDS[1]).symlink_to(outside)
+    assert f"points outside its folder: '{SHARDS[1]}'" in error_of(sharded)
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(sharded):
+    edit_tensors(sharded / SHARDS[0], lambda t: t.pop(sorted(t)[0]))
+    name = sorted(json.loads((sharded / INDEX).read_text())["weight_map"])[0]
+    message = error_of(sharded)
+    assert f"{sharded / INDEX} disagrees with the files it names on {name}" in message
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_named(sharded):
+    edit_json(sharded / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": SHARDS[1]}))
+    assert "disagrees with the files it names on lm_head.weight" in error_of(sharded)
+
+
+def test_a_tensor_that_the_index_lacks_is_named(sharded):
+    edit_json(sharded / INDEX, lambda index: index["weight_map"].pop("lm_head.weight"))
+    assert "disagrees with the files it names on lm_head.weight" in error_of(sharded)
+
+
+# The JSON files.
+
+
+def test_a_missing_config_is_named(one):
+    (one / "config.json").unlink()
+    assert error_of(one) == f"{one / 'config.json'} is missing"
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_broken_json_is_named(sharded, name):
+    (sharded / name).write_text('{"vocab_size": 61,')
+    assert f"{sharded / name} is not valid JSON" in error_of(sharded)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", "[]"), (INDEX, "[]"), (INDEX, '{"weight_map": []}'), (INDEX, '{"weight_map": {"a": 3}}')],
+)
+def test_json_of_another_kind_is_named(sharded, name, content):
+    (sharded / name).write_text(content)
+    assert str(sharded / name) in error_of(sharded)
+
+
+def test_a_config_of_another_architecture_is_refused(one):
+    edit_json(one / "config.json", lambda c: c.update(model_type="llama"))
+    assert "model_type = 'llama' in config.json" in error_of(one)
+
+
+def test_quantised_weights_are_refused(one):
+    edit_json(one / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
+    assert "quantization_config" in error_of(one)
+
+
+def test_a_quantization_config_of_null_is_none(one):
+    edit_json(one / "config.json", lambda c: c.update(quantization_config=None))
+    load_pretrained(one)
+
+
+def test_a_folder_without_weights_is_refused(one):
+    (one / "model.safetensors").unlink()
+    assert str(one) in error_of(one)
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    assert f"{tmp_path / 'nowhere'}, which does not exist" in error_of(tmp_path / "nowhere")
+
+
+def test_nothing_is_left_open_or_changed_in_the_folder(one):
+    before = {file.name: file.read_bytes() for file in one.iterdir()}
+    nnx.state(load_pretrained(one))
+    assert {file.name: file.read_bytes() for file in one.iterdir()} == before

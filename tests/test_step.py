@@ -1,0 +1,264 @@
+"""One optimizer step: the same however it is cut, balanced once, and harmless when numbers are lost.
+
+Legend: L MoE layers, E experts.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from ling_jax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from ling_jax.model.model import split_model
+from ling_jax.train.balance import balance_bias, balance_biases
+from ling_jax.train.state import TrainState, make_trainer
+from ling_jax.train.step import make_train_step
+from tests.helpers import (
+    QUICK,
+    assert_close,
+    assert_gradients_close,
+    assert_trees_equal,
+    documents,
+    loss_and_grads,
+    make_model,
+    pack,
+    random_weights,
+    small,
+    tiny,
+)
+
+RATE = 0.01  # of the balance update
+DOCUMENTS = documents([15, 8, 7, 2, 9, 2, 4])
+# Three microbatches of two rows: full, almost empty, half full.
+BATCH = pack([DOCUMENTS[:1], DOCUMENTS[1:3], DOCUMENTS[3:4], [], DOCUMENTS[4:6], DOCUMENTS[6:]], 15)
+POISON = 58  # an id that only the batch `poisoned` has
+assert not (BATCH["tokens"] == POISON).any()
+
+
+class Run:
+    """A compiled step, and states at its start."""
+
+    def __init__(self, model: ModelConfig, **train):
+        config = RunConfig(
+            model=model,
+            data=DataConfig(sequence_length=15, global_batch_size=6),
+            optimizer=OptimizerConfig(eps=1e-6),
+            schedule=ScheduleConfig(peak_lr=0.01, warmup_steps=4),
+            train=TrainConfig(**{"bias_update_rate": RATE, "remat": "none", **train}),
+        )
+        self.trainer = make_trainer(config)
+        self.compiled = make_train_step(self.trainer).lower(self.start(), BATCH).compile(compiler_options=QUICK)
+
+    def start(self) -> TrainState:
+        return self.trainer.start(*random_weights(self.trainer.config.model)[1:])
+
+    def step(self, state: TrainState, batch=BATCH):
+        """(state, metrics) as numpy; `state` stays as it was, though the step is given its arrays to reuse."""
+        return jax.device_get(self.compiled(jax.tree.map(jnp.array, state), batch))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return Run(tiny())
+
+
+@pytest.fixture(scope="module")
+def in_parts():
+    """Three microbatches, layers recomputed."""
+    return Run(tiny(), microbatches=3, remat="full")
+
+
+@pytest.fixture(scope="module")
+def after_one(whole, in_parts):
+    """(state, metrics) of the whole batch and of its parts."""
+    return whole.step(whole.start()), in_parts.step(in_parts.start())
+
+
+# Microbatches.
+
+
+def test_microbatches_of_uneven_size_give_the_moments_of_the_whole_batch(after_one):
+    """The first moments of a first step are the gradients, but for a factor."""
+    (want, _), (got, _) = after_one
+    for moment in ("mu", "nu"):
+        assert_gradients_close(getattr(got.optimizer[1], moment), getattr(want.optimizer[1], moment))
+
+
+def test_microbatches_of_uneven_size_give_the_parameters_of_the_whole_batch(after_one):
+    (want, _), (got, _) = after_one
+    for (path, p), q in zip(flatten_dict(want.params).items(), flatten_dict(got.params).values(), strict=True):
+        limit = 1e-5 * np.abs(p).max() + 1e-2 * 0.01 / 4  # design.md: of max|p|, and of the learning rate
+        assert np.abs(p - q).max() <= limit, path
+
+
+def test_microbatches_of_uneven_size_give_the_losses_and_loads_of_the_whole_batch(after_one):
+    (_, want), (_, got) = after_one
+    for name in want:
+        assert_close(got[name], want[name])
+    assert want["train/tokens"] == sum(map(len, DOCUMENTS))
+
+
+def test_microbatches_of_uneven_size_give_the_biases_of_the_whole_batch(after_one):
+    (want, _), (got, _) = after_one
+    assert_trees_equal(got.bias, want.bias)
+
+
+def test_the_moments_are_those_of_the_losss_clipped_gradients(whole, after_one):
+    (state, metrics), _ = after_one
+    loss, sums, grads = loss_and_grads(make_model(tiny()), BATCH)
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+    assert norm > 1
+    assert_close(metrics["train/grad_norm"], norm)
+    assert_close(metrics["train/total_loss"], loss)
+    assert_close(metrics["train/loss"], sums.nll / (BATCH["targets"] >= 0).sum())
+    assert_gradients_close(state.optimizer[1].mu, jax.tree.map(lambda g: 0.1 * g / norm, grads))
+
+
+def test_a_step_moves_nothing_between_host_and_device(whole):
+    state, batch = jax.device_put((jax.tree.map(np.array, whole.start()), BATCH))
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(whole.compiled(state, batch))
+
+
+def test_a_state_made_from_given_weights_can_be_trained(whole):
+    leaves = jax.tree.leaves(whole.start())
+    places = {leaf.unsafe_buffer_pointer() for leaf in leaves}
+    assert len(places) == len(leaves)
+
+
+def test_twenty_steps_learn_a_batch_by_heart(in_parts):
+    state, losses = in_parts.start(), []
+    for _ in range(20):
+        state, metrics = in_parts.step(state)
+        losses.append(metrics["train/loss"])
+    assert losses[-1] < 0.5 * losses[0]
+    assert int(state.step) == 20 and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_a_step_keeps_every_dtype_and_shape_of_its_state(microbatches):
+    """Also for bfloat16 parameters: another dtype would compile the second step anew and donate nothing."""
+    config = RunConfig(
+        model=small(),
+        data=DataConfig(sequence_length=15, global_batch_size=6),
+        train=TrainConfig(param_dtype="bfloat16", dtype="bfloat16", microbatches=microbatches),
+    )
+    trainer = make_trainer(config)
+    before = jax.eval_shape(trainer.init)
+    after, _ = jax.eval_shape(make_train_step(trainer), before, BATCH)
+    changed = {
+        jax.tree_util.keystr(path): (old, new)
+        for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+        if (old.shape, old.dtype) != (new.shape, new.dtype)
+    }
+    assert not changed
+
+
+# The balance of experts.
+
+
+def test_the_update_raises_idle_experts_and_lowers_busy_ones_by_the_rate():
+    counts = np.array([[1, 5, 3, 3], [0, 0, 0, 12]], np.int32)
+    bias = np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32)
+    got = balance_bias(jnp.array(bias), jnp.array(counts), 0.1) - bias
+    assert_close(got, [[0.1, -0.1, 0, 0], [0.05, 0.05, 0.05, -0.15]])
+
+
+def test_the_update_has_mean_zero():
+    counts = np.random.default_rng(0).integers(0, 100, (6, 16)).astype(np.int32)
+    got = balance_bias(jnp.zeros((6, 16)), jnp.array(counts), 0.5)
+    assert np.abs(np.asarray(got).mean(1)).max() < 1e-6 and np.abs(got).max() > 0.1
+
+
+def test_every_layers_bias_is_moved_by_its_own_counts():
+    """Two MoE layers and the MTP layer, whose counts are the last."""
+    _, _, bias = random_weights(tiny())
+    counts = np.eye(3, 8, dtype=np.int32)  # layer i has all its tokens at expert i
+    moved = balance_biases(jax.tree.map(jnp.zeros_like, bias), jnp.array(counts), 1.0, tiny())
+    moved = {path[0]: np.asarray(leaf) for path, leaf in flatten_dict(moved).items()}
+    assert moved["layers"].argmin(-1).tolist() == [0, 1] and moved["mtp"].argmin() == 2
+
+
+def test_a_step_moves_the_biases_once_by_the_counts_of_its_whole_batch(in_parts, after_one):
+    """Though layers are recomputed and the batch comes in three parts."""
+    _, (state, _) = after_one
+    counts = loss_and_grads(make_model(tiny()), BATCH)[1].expert_counts_LE
+    before = in_parts.start().bias
+    want = balance_biases(before, counts, RATE, tiny())
+    assert np.abs(counts - counts.mean(-1, keepdims=True)).max() > 5
+    for got, expected in zip(jax.tree.leaves(state.bias), jax.tree.leaves(want), strict=True):
+        assert_close(got, expected)
+
+
+def test_scoring_a_batch_leaves_the_biases_alone():
+    model = make_model(tiny())
+    _, _, before = jax.device_get(split_model(model))
+    loss_and_grads(model, BATCH)
+    assert_trees_equal(jax.device_get(split_model(model)[2]), before)
+
+
+ONE_LAYER = small(num_hidden_layers=1, first_k_dense_replace=0)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        partial(Run, ONE_LAYER, bias_update_rate=0.0),
+        partial(Run, dataclasses.replace(ONE_LAYER, moe_router_enable_expert_bias=False)),
+    ],
+    ids=["bias_update_rate=0", "moe_router_enable_expert_bias=False"],
+)
+def test_nothing_but_the_balance_update_writes_a_bias(run):
+    run = run()
+    start = run.start()
+    state, _ = run.step(start)
+    assert_trees_equal(state.bias, jax.device_get(start.bias))
+    assert not np.array_equal(state.params["norm"]["weight"], start.params["norm"]["weight"])
+
+
+# Lost numbers.
+
+
+def poisoned():
+    tokens = BATCH["tokens"].copy()
+    tokens[2, 1] = POISON  # in the second of three microbatches
+    return dict(BATCH, tokens=tokens)
+
+
+def with_poison(state: TrainState, value: float) -> TrainState:
+    """`state` with an embedding that no token of BATCH looks up."""
+    table = np.array(state.params["word_embeddings"]["weight"])
+    table[POISON] = value
+    return state._replace(params=state.params | {"word_embeddings": {"weight": table}})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_without_finite_loss_or_gradient_changes_nothing_but_is_counted(in_parts, value):
+    start = with_poison(in_parts.step(in_parts.start())[0], value)
+    state, metrics = in_parts.step(start, poisoned())
+    assert not (np.isfinite(metrics["train/total_loss"]) and np.isfinite(metrics["train/grad_norm"]))
+    for name in ("params", "bias", "optimizer"):
+        assert_trees_equal(getattr(state, name), jax.device_get(getattr(start, name)))
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (2, 1, 1)
+    assert (metrics["train/skipped_steps"], metrics["train/skipped_in_a_row"]) == (1, 1)
+
+
+def test_skipped_steps_in_a_row_are_counted_until_a_good_one(in_parts):
+    state, counted = with_poison(in_parts.start(), np.nan), []
+    for batch in (poisoned(), poisoned(), BATCH, poisoned()):
+        state, metrics = in_parts.step(state, batch)
+        counted.append((int(metrics["train/skipped_steps"]), int(metrics["train/skipped_in_a_row"])))
+    assert counted == [(1, 1), (2, 2), (2, 0), (3, 1)]
+
+
+def test_a_good_step_after_a_skipped_one_is_as_if_it_were_the_first(in_parts):
+    """Moments, bias correction and learning rate included."""
+    start = with_poison(in_parts.start(), np.nan)
+    want, want_metrics = in_parts.step(start)
+    state, metrics = in_parts.step(in_parts.step(start, poisoned())[0])
+    assert_trees_equal(state._replace(step=0, skipped=0), want._replace(step=0, skipped=0))
+    assert metrics["train/learning_rate"] == want_metrics["train/learning_rate"] == np.float32(0.01 / 4)
