@@ -45,9 +45,10 @@ def main(argv: Sequence[str]) -> None:
         ids = tokenizer.encode_chat([{"role": "user", "content": command.prompt}])
     else:
         ids = tokenizer.prefix_ids + tokenizer.encode(command.prompt)
-        print(command.prompt, end="")
+    answer = stream(model, [ids], command.max_new_tokens, Sampling(**settings), seed=command.seed, eos_ids=ends)
+    print("" if command.chat else command.prompt, end="", flush=True)
     text = tokenizer.stream()
-    for rows in stream(model, [ids], command.max_new_tokens, Sampling(**settings), seed=command.seed, eos_ids=ends):
+    for rows in answer:
         for token in rows[0]:
             if token not in ends:
                 print(text.push(token), end="", flush=True)

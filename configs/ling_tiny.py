@@ -32,7 +32,13 @@ def config() -> RunConfig:
     )
     return RunConfig(
         model=model,
-        data=DataConfig(sequence_length=512, global_batch_size=16),
-        schedule=ScheduleConfig(peak_lr=2e-3, warmup_steps=30, decay_fraction=0.3),
-        train=TrainConfig(steps=300, remat="none", init_std=0.02, eval_every=100),
+        data=DataConfig(sequence_length=256, global_batch_size=16),
+        schedule=ScheduleConfig(peak_lr=3e-3, warmup_steps=40, decay_fraction=0.6, decay="linear"),
+        train=TrainConfig(
+            steps=800,
+            remat="none",
+            init_std=0.02,
+            bias_update_rate=1e-2,  # 1e-3 suits runs of a hundred thousand steps
+            eval_every=200,
+        ),
     )

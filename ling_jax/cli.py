@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ from rich.logging import RichHandler
 
 from ling_jax.config import RunConfig
 from ling_jax.train.metrics import CONSOLE
+
+log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -72,15 +75,19 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", handlers=[handler], force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("jax").setLevel(logging.WARNING)
+    # A save that fails in orbax's threads is told once, as this package's error, not once for each of its tasks.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = lambda failure: log.debug("%s", failure.exc_value)
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs a command; a user's mistake (ValueError) is one line and exit code 2, never a traceback."""
+    """Runs a command; a user's mistake or a refusing system (ValueError, OSError) is one line and exit code 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     set_up_logging()
     try:
         code = main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("LING_JAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -457,8 +457,8 @@ class TrainConfig:
     log_every: int = 1
     eval_every: int = 0  # steps between validations; 0: only at the end
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
-    profile_start: int = -1  # first step of the profiler window
-    profile_steps: int = 0
+    profile_start: int = 10  # steps done before the profiler's window opens
+    profile_steps: int = 0  # its length; 0: no profile
 
     def __post_init__(self):
         _check_at_least(self, 1, "steps", "microbatches", "log_every", "max_skipped_steps")

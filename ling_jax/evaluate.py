@@ -23,8 +23,8 @@ class Command:
     """A run folder, its checkpoints/, one step of it, or a HF folder."""
     text: str
     """The UTF-8 text file to score."""
-    length: int = 512
-    """Tokens per window."""
+    length: int | None = None
+    """Tokens per window; by default 512, or the model's positions if they are fewer."""
     batch_size: int = 8
     """Windows per call."""
 
@@ -43,9 +43,10 @@ def read_text(path: str) -> str:
     return text
 
 
-def evaluate(checkpoint: str, text: str, length: int, batch_size: int) -> Score:
+def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int) -> Score:
     """The score of one text under a checkpoint's model."""
     model, tokenizer = load_pretrained(checkpoint), tokenizer_of(checkpoint)
+    length = min(512, model.config.max_positions) if length is None else length
     if not 2 <= length <= model.config.max_positions:
         raise ValueError(f"length = {length} must be between 2 and the model's {model.config.max_positions} positions")
     tokenizer.check_fits(model.config.vocab_size)
@@ -58,9 +59,9 @@ def main(argv: Sequence[str]) -> None:
     command = tyro.cli(Command, args=list(argv), prog="python -m ling_jax.evaluate", description=__doc__)
     score = evaluate(command.checkpoint, read_text(command.text), command.length, command.batch_size)
     print(f"tokens          {score.tokens:,} ({score.bytes:,} bytes)")
-    print(f"nats per token  {score.nats_per_token:.4f}")
-    print(f"perplexity      {score.perplexity:.3f}")
-    print(f"bits per byte   {score.bits_per_byte:.4f}")
+    print(f"nats per token  {score.nats_per_token:.6f}")
+    print(f"perplexity      {score.perplexity:.4f}")
+    print(f"bits per byte   {score.bits_per_byte:.6f}")
 
 
 if __name__ == "__main__":

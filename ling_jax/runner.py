@@ -1,5 +1,6 @@
 """One training run from its command to its report: the only place where all rooms meet."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,7 +16,7 @@ from flax.serialization import from_state_dict, to_state_dict
 from ling_jax.checkpoint import Checkpointer
 from ling_jax.cli import TrainCommand
 from ling_jax.config import ModelConfig, RunConfig, architecture_diff, count_params
-from ling_jax.convert.hf import load_pretrained
+from ling_jax.convert.hf import load_pretrained, model_config_of
 from ling_jax.data.baselines import baselines
 from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import read_corpus
@@ -30,7 +31,7 @@ from ling_jax.train.validate import prepare_held_out
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, TOKENIZER = "config.json", "tokenizer"  # of a run's folder
 TEMPERATURE, TOP_P = 0.7, 0.8  # what the releases recommend (spec 9)
 
 
@@ -66,32 +67,43 @@ class RunSaver:
         return restored
 
 
-def _open_run_dir(run_dir: epath.Path, command: TrainCommand) -> None:
-    """Makes the run's folder; moves or refuses an earlier run; refuses another architecture with the diff."""
+def _make_room(run_dir: epath.Path, command: TrainCommand) -> None:
+    """For --fresh: moves an earlier run aside, or refuses to touch it."""
+    if not command.fresh or not (run_dir / CONFIG_FILE).exists():
+        return
+    if not command.move_aside:
+        raise ValueError(
+            f"{run_dir} holds a run and --fresh was given: add --move-aside to rename its folder first, choose "
+            "another --run, or drop --fresh to resume it"
+        )
+    aside = run_dir.parent / f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir.rename(aside)
+    log.info("moved the earlier run to %s", aside)
+
+
+def _check_earlier_run(run_dir: epath.Path, config: RunConfig, latest_step: int | None) -> None:
+    """Refuses to resume another architecture, listing the differences; without a checkpoint, clears what an
+    earlier attempt left."""
     file = run_dir / CONFIG_FILE
-    if command.fresh and file.exists():
-        if not command.move_aside:
-            raise ValueError(
-                f"{run_dir} holds a run and --fresh was given: add --move-aside to rename its folder first, choose "
-                "another --run, or drop --fresh to resume it"
-            )
-        aside = run_dir.parent / f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir.rename(aside)
-        log.info("moved the earlier run to %s", aside)
-    if file.exists():
-        saved = RunConfig.from_json(file.read_text())
-        diff = architecture_diff(saved.model, command.config.model)
-        if diff:
-            raise ValueError(
-                f"{run_dir} holds a run of another architecture: " + "; ".join(diff) + " (saved -> wanted). "
-                "Choose another --run, or start over with --fresh --move-aside"
-            )
-        if saved != command.config:
-            log.warning("some settings differ from those %s began with; the new ones are used", run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if latest_step is None:
+        if (run_dir / TOKENIZER).exists():
+            (run_dir / TOKENIZER).rmtree()
+        return
+    saved = RunConfig.from_json(file.read_text())
+    diff = architecture_diff(saved.model, config.model)
+    if diff:
+        raise ValueError(
+            f"{run_dir} holds a run of another architecture: " + "; ".join(diff) + " (saved -> wanted). "
+            "Choose another --run, or start over with --fresh --move-aside"
+        )
+    if saved != config:
+        log.warning("some settings differ from those %s was saved with; the new ones are used", run_dir)
+
+
+def _write_config(run_dir: epath.Path, config: RunConfig) -> None:
     temporary = run_dir / (CONFIG_FILE + ".tmp")
-    temporary.write_text(command.config.to_json() + "\n")
-    temporary.replace(file)
+    temporary.write_text(config.to_json() + "\n")
+    temporary.replace(run_dir / CONFIG_FILE)
 
 
 def _check_special_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
@@ -118,11 +130,10 @@ def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> Tr
         return saver.restore(trainer)
     if init_from is None:
         return jax.jit(trainer.init)()
-    model = load_pretrained(init_from)
-    diff = architecture_diff(model.config, trainer.config.model)
+    diff = architecture_diff(model_config_of(init_from), trainer.config.model)
     if diff:
         raise ValueError(f"--init-from {init_from} is another architecture (there -> here): " + "; ".join(diff))
-    _, params, bias = split_model(model)
+    _, params, bias = split_model(load_pretrained(init_from))
     dtype = trainer.config.train.param_dtype
     return trainer.start(jax.tree.map(lambda a: a.astype(dtype), params), bias)
 
@@ -168,13 +179,15 @@ def run_training(name: str, command: TrainCommand) -> int:
     """
     started, config = time.perf_counter(), command.config
     run_dir = epath.Path(command.runs_dir) / (command.run or name)
-    _open_run_dir(run_dir, command)
-    with StopRequest().listening() as stop:
-        data = open_data(config.data, config.model.vocab_size, str(run_dir / "tokenizer"))
+    _make_room(run_dir, command)
+    saver = RunSaver(Checkpointer(str(run_dir / "checkpoints"), config.checkpoint), config)
+    with StopRequest().listening() as stop, contextlib.closing(saver.checkpointer):
+        _check_earlier_run(run_dir, config, saver.checkpointer.latest_step())
+        data = open_data(config.data, config.model.vocab_size, str(run_dir / TOKENIZER))
         _check_special_ids(data.tokenizer, config.model)
-        _write_generation_config(run_dir / "tokenizer", data.tokenizer)
+        _write_generation_config(run_dir / TOKENIZER, data.tokenizer)
+        _write_config(run_dir, config)
         trainer = make_trainer(config)
-        saver = RunSaver(Checkpointer(str(run_dir / "checkpoints"), config.checkpoint), config)
         state = _first_state(trainer, saver, command.init_from)
         step = int(state.step)
         _log_start(config, step)
@@ -190,7 +203,6 @@ def run_training(name: str, command: TrainCommand) -> int:
             except DivergedError as error:
                 log.error("stopped: %s", error)
                 return 1
-        saver.checkpointer.close()
         if stop.received is not None:
             log.info("stopped by %s at step %d; run the same command to resume", stop.received.name, int(state.step))
     if jax.process_index() == 0:

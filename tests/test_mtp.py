@@ -34,11 +34,12 @@ def test_the_next_token_is_id_0_where_the_document_or_the_row_ends():
 
 
 def test_targets_are_two_tokens_ahead_in_the_same_document_or_none():
-    batch = pack([[[1, 2, 3], [4, 5], [6]], [[7, 8, 9, 10]]], 7)
+    """Also in a row that one document fills: what follows its end is not its beginning."""
+    batch = pack([[[1, 2, 3], [4, 5], [6]], [[7, 8, 9, 10]], [[11, 12, 13, 14, 15, 16, 17]]], 7)
     none = IGNORE
     np.testing.assert_array_equal(
         shift_targets(jnp.array(batch["targets"]), jnp.array(batch["segment_ids"])),
-        [[3, none, none, none, none, none, none], [9, 10, none, none, none, none, none]],
+        [[3, *[none] * 6], [9, 10, *[none] * 5], [13, 14, 15, 16, 17, none, none]],
     )
 
 

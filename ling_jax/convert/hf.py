@@ -28,7 +28,7 @@ class HFFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = ModelConfig.from_hf(_read_json(folder / "config.json"))
+        self.config = _hf_config(folder)
         index = folder / INDEX
         if index.exists():
             weight_map = _read_weight_map(index)
@@ -81,6 +81,17 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def _hf_config(folder: Path) -> ModelConfig:
+    file = folder / "config.json"
+    config = _read_json(file)
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{folder} holds quantised weights (quantization_config); use its bf16 release")
+    try:
+        return ModelConfig.from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -118,7 +129,7 @@ def _read_stacked(source: HFFolder, names: np.ndarray, dtype: Any) -> jax.Array:
     """Reads the tensors of `names` (shape: the stacked dims) into one array, in their own dtype or `dtype`."""
     parts = [source.read(name) for name in names.reshape(-1)]
     out = np.stack(parts) if names.shape else parts[0]
-    return jnp.asarray(out.reshape(*names.shape, *parts[0].shape), dtype)
+    return jnp.asarray(out.reshape(*names.shape, *parts[0].shape).astype(dtype or out.dtype))
 
 
 def _compute_dtype(dtype: Any) -> jnp.dtype:
@@ -128,8 +139,6 @@ def _compute_dtype(dtype: Any) -> jnp.dtype:
 
 
 def _load_hf(folder: Path, dtype: Any) -> Ling:
-    if _read_json(folder / "config.json").get("quantization_config") is not None:
-        raise ValueError(f"{folder} holds quantised weights (quantization_config); use its bf16 release")
     source = HFFolder(folder)
     graph, params, bias = split_model(abstract_model(source.config, dtype=_compute_dtype(dtype)))
     places = {path: hf_names(source.config, path) for path in (_flatten(params) | _flatten(bias))}
@@ -151,15 +160,28 @@ def _load_hf(folder: Path, dtype: Any) -> Ling:
     return nnx.merge(graph, read(params, dtype), read(bias, jnp.float32))
 
 
+def _saved_config(folder: Any) -> RunConfig:
+    return RunConfig.from_json(json.dumps(read_meta(folder)["config"]))
+
+
 def _load_checkpoint(path: str, dtype: Any) -> Ling:
     folder = find_checkpoint(path)
-    config = RunConfig.from_json(json.dumps(read_meta(folder)["config"]))
+    config = _saved_config(folder)
     stored = jnp.dtype(config.train.param_dtype)
     model = abstract_model(config.model, dtype=_compute_dtype(dtype), param_dtype=stored)
     graph, params, bias = split_model(model)
     arrays = read_arrays(folder, {"params": params, "bias": bias})
-    params = jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays["params"])
+    params = jax.tree.map(lambda a: jnp.asarray(a.astype(dtype or a.dtype)), arrays["params"])
     return nnx.merge(graph, params, jax.tree.map(jnp.asarray, arrays["bias"]))
+
+
+def _is_hf(folder: Path) -> bool:
+    return (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
+
+
+def model_config_of(path: str | Path) -> ModelConfig:
+    """The architecture of a HF folder or checkpoint, without reading its weights."""
+    return _hf_config(Path(path)) if _is_hf(Path(path)) else _saved_config(find_checkpoint(str(path))).model
 
 
 def load_pretrained(path: str | Path, *, dtype: Any = None) -> Ling:
@@ -172,6 +194,4 @@ def load_pretrained(path: str | Path, *, dtype: Any = None) -> Ling:
     Raises:
       ValueError: naming what is missing, extra, truncated or wrongly shaped, before weights are read.
     """
-    folder = Path(path)
-    is_hf = (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
-    return _load_hf(folder, dtype) if is_hf else _load_checkpoint(str(path), dtype)
+    return _load_hf(Path(path), dtype) if _is_hf(Path(path)) else _load_checkpoint(str(path), dtype)

@@ -139,14 +139,19 @@ def stream(
     eos_ids: Sequence[int] = (),
     every: int = 1,
 ) -> Iterator[list[list[int]]]:
-    """Yields the new ids of every row, `every` tokens at a time; arguments as in `generate`."""
-    tokens_BT, segment_ids_BT = _pad_prompts(model, prompts, max_new_tokens)
+    """Yields the new ids of every row, `every` tokens at a time; arguments and errors as in `generate`."""
+    padded = _pad_prompts(model, prompts, max_new_tokens)
+    return _stream(model, padded, max_new_tokens, sampling, seed, tuple(eos_ids), every)
+
+
+def _stream(model, padded, max_new_tokens, sampling, seed, eos_ids, every) -> Iterator[list[list[int]]]:
+    tokens_BT, segment_ids_BT = padded
     graph, params, bias = split_model(model)
     state = _prefill(graph, params, bias, tokens_BT, segment_ids_BT, max_new_tokens, seed)
     shown = 0
     while shown < max_new_tokens:
         until = min(shown + every, max_new_tokens)
-        state = _decode(graph, params, bias, state, sampling, tuple(eos_ids), until)
+        state = _decode(graph, params, bias, state, sampling, eos_ids, until)
         new_BM, count, done_B = jax.device_get((state.new_BM, state.count, state.done_B))
         yield [[int(t) for t in row[shown:count] if t >= 0] for row in new_BM]
         shown = int(count)

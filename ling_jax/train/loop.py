@@ -67,39 +67,52 @@ class _Recorder:
     trainer: Trainer
     writer: MetricsWriter
     progress: Progress
-    pending: tuple[int, Metrics, float] | None = None
-    last_time: float = 0.0
+    pending: tuple[int, Metrics, float] | None = None  # on the device
+    ready: tuple[int, dict[str, Any]] | None = None  # on the host, not yet written
+    skipped_in_a_row: int = 0  # up to the last step that is ready
 
     def __post_init__(self):
         config = self.trainer.config
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
         self.peak_flops = peak_flops()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Validation and saving are not training time."""
         self.last_time = time.perf_counter()
 
     def push(self, step: int, metrics: Metrics, data_wait: float) -> None:
-        self.flush({})
+        self.flush()
         self.pending = (step, metrics, data_wait)
 
-    def flush(self, extra: Mapping[str, float]) -> None:
+    def fetch(self) -> None:
+        """Waits for the pending step and takes its time."""
+        if self.pending is None:
+            return
+        step, device_metrics, data_wait = self.pending
+        values: dict[str, Any] = jax.device_get(device_metrics)
+        now = time.perf_counter()
+        tokens_per_second = float(values.pop("train/tokens")) / max(now - self.last_time, 1e-9)
+        self.last_time = now
+        self.skipped_in_a_row = int(values.pop("train/skipped_in_a_row"))
+        values["train/tokens_per_second"] = tokens_per_second
+        if self.peak_flops:
+            values["train/mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
+        values |= {"train/data_wait_s": data_wait, "mem/peak_bytes": peak_memory_bytes()}
+        self.pending, self.ready = None, (step, values)
+
+    def flush(self, extra: Mapping[str, float] | None = None) -> None:
         """Logs the pending step, with `extra` in its line.
 
         Raises:
           DivergedError: see `TrainConfig.max_skipped_steps`.
         """
-        if self.pending is None:
+        self.fetch()
+        if self.ready is None:
             return
-        step, device_metrics, data_wait = self.pending
-        self.pending = None
-        values: dict[str, Any] = jax.device_get(device_metrics)
-        now = time.perf_counter()
-        tokens_per_second = float(values.pop("train/tokens")) / max(now - self.last_time, 1e-9)
-        self.last_time = now
-        in_a_row = int(values.pop("train/skipped_in_a_row"))
-        values["train/tokens_per_second"] = tokens_per_second
-        if self.peak_flops:
-            values["train/mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
-        values |= {"train/data_wait_s": data_wait, "mem/peak_bytes": peak_memory_bytes(), **extra}
-        train = self.trainer.config.train
+        (step, values), self.ready = self.ready, None
+        values |= extra or {}
+        train, in_a_row = self.trainer.config.train, self.skipped_in_a_row
         if step % train.log_every == 0 or step == train.steps or extra or in_a_row:
             self.writer.write(step, values)
         self.progress.update(step, values)
@@ -112,23 +125,27 @@ class _Recorder:
                 "data, and run the same command to continue from the last checkpoint"
             )
 
-    def restart_clock(self) -> None:
-        """Validation and saving are not training time."""
-        self.last_time = time.perf_counter()
 
-
-def _profiler(trainer: Trainer, run_dir: str) -> Callable[[int], None]:
-    """Returns a function to call before each step: it opens and closes the profiler's window."""
+@contextlib.contextmanager
+def _profiler(trainer: Trainer, run_dir: str) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call before each step: it opens and closes the profiler's window."""
     train = trainer.config.train
+    tracing = False
 
     def at_step(done: int) -> None:
+        nonlocal tracing
         if train.profile_steps and done == train.profile_start:
             jax.profiler.start_trace(f"{run_dir}/profile")
-        elif train.profile_steps and done == train.profile_start + train.profile_steps:
+            tracing = True
+        elif tracing and done == train.profile_start + train.profile_steps:
             jax.profiler.stop_trace()
-            log.info("profile of steps %d-%d in %s/profile", train.profile_start + 1, done, run_dir)
+            tracing = False
 
-    return at_step
+    try:
+        yield at_step
+    finally:
+        if tracing:  # the window reaches past the last step
+            jax.profiler.stop_trace()
 
 
 def train(
@@ -153,9 +170,18 @@ def train(
     config = trainer.config
     step_fn, scorer = make_train_step(trainer), make_scorer(trainer.graph)
     first = done = int(state.step)
-    at_step = _profiler(trainer, run_dir)
     saved = first if first else -1
-    with Progress(config.train.steps, first) as progress:
+
+    def save() -> None:
+        nonlocal saved
+        recorder.flush()
+        if recorder.skipped_in_a_row == 0:  # else the last good checkpoint must not give way
+            writer.flush()  # before the save: a resume must find every line up to its step
+            saver.save(state)
+            saved = done
+        recorder.restart_clock()
+
+    with Progress(config.train.steps, first) as progress, _profiler(trainer, run_dir) as at_step:
         recorder = _Recorder(trainer, writer, progress)
         while done < config.train.steps and stop.received is None:
             at_step(done)
@@ -167,18 +193,13 @@ def train(
             recorder.push(done, metrics, data_wait)
             last = done == config.train.steps
             if held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
+                recorder.fetch()
                 scores = validate(scorer, state.params, state.bias, held_out, config.data.global_batch_size)
                 recorder.flush(score_metrics(scores))
                 recorder.restart_clock()
             if last or done % config.checkpoint.every == 0:
-                recorder.flush({})
-                writer.flush()  # before the save: a resume must find every line up to its step
-                saver.save(state)
-                saved = done
-                recorder.restart_clock()
-        recorder.flush({})
-        writer.flush()
+                save()
         if saved != done:
-            saver.save(state)
+            save()
         saver.wait()
     return state

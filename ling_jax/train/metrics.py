@@ -206,7 +206,7 @@ class MetricsWriter:
           run_dir: the run's folder, made if missing; local or an object store's address.
           resume_step: the restored step; lines after it are dropped. None: the run starts anew, and all are.
         """
-        folder = epath.Path(run_dir)
+        folder = self._folder = epath.Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._last_step = -1 if resume_step is None else resume_step
         path = folder / METRICS_FILE
@@ -221,15 +221,21 @@ class MetricsWriter:
           step: optimizer steps done; greater than that of the previous call and than `resume_step`.
           metrics: key to number or flat list of numbers (numpy or Python, any float dtype numpy knows).
         Raises:
-          ValueError: for a step that does not advance, or a value that is not numeric.
+          ValueError: for a step that does not advance, a value that is not numeric, or a disk that is full.
         """
         if step <= self._last_step:
             raise ValueError(f"metrics of step {step} come after step {self._last_step}: log each step once, in order")
         record = {"step": int(step)} | {key: _plain(key, value) for key, value in metrics.items()}
-        self._lines.append(json.dumps(record, allow_nan=False).encode())
-        if self._tensorboard is not None:
-            del record["step"]
-            self._tensorboard.append(step, record)
+        try:
+            self._lines.append(json.dumps(record, allow_nan=False).encode())
+            if self._tensorboard is not None:
+                del record["step"]
+                self._tensorboard.append(step, record)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the metrics of step {step} in {self._folder}: {error.strerror}; make room there and "
+                "run the same command to resume (saved checkpoints are intact)"
+            ) from error
         self._last_step = step
 
     def flush(self) -> None:
@@ -246,8 +252,12 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else what is under way already tells it
+                raise
 
 
 class Progress:
