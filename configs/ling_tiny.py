@@ -14,7 +14,7 @@ def config() -> RunConfig:
         vocab_size=4096,
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
@@ -33,12 +33,12 @@ def config() -> RunConfig:
     return RunConfig(
         model=model,
         data=DataConfig(sequence_length=256, global_batch_size=16),
-        schedule=ScheduleConfig(peak_lr=3e-3, warmup_steps=40, decay_fraction=0.6, decay="linear"),
+        schedule=ScheduleConfig(peak_lr=4e-3, warmup_steps=30, decay_fraction=0.7, decay="linear"),
         train=TrainConfig(
-            steps=800,
+            steps=750,
             remat="none",
             init_std=0.02,
             bias_update_rate=1e-2,  # 1e-3 suits runs of a hundred thousand steps
-            eval_every=200,
+            eval_every=250,
         ),
     )

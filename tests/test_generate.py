@@ -168,7 +168,9 @@ def test_a_stream_stops_once_every_row_has_ended(model, greedy):
         ([[1]], 4, {"temperature": 1.0, "top_p": 1.5}, "top_p = 1.5 must be above 0 and at most 1"),
         ([[1]], 4, {"temperature": 1.0, "top_p": float("nan")}, "top_p = nan must be above 0"),
         ([[1]], 4, {"temperature": 1.0, "top_k": -1}, "top_k = -1 must not be negative"),
-        ([[1]], 4, {"temperature": -0.5}, "temperature = -0.5 must not be negative"),
+        ([[1]], 4, {"temperature": float("nan")}, "temperature = nan must be a number"),
+        ([[1]], 4, {"seed": 2**40}, "seed = 1099511627776 must be from 0 to 4294967295"),
+        ([[1]], 4, {"temperature": -0.5}, "temperature = -0.5 must be a number"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_before_compiling(model, prompts, new, options, message):

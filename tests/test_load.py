@@ -226,12 +226,17 @@ def test_an_index_that_points_outside_its_folder_is_refused(sharded, place):
     assert f"points outside its folder: {place!r}; refusing to read it" in error_of(sharded)
 
 
-def test_a_link_out_of_the_folder_is_refused(sharded):
-    """An index must not make another place's file look like a part of this folder."""
-    outside = sharded.parent / "outside.safetensors"
-    (sharded / SHARDS[1]).rename(outside)
-    (sharded / SHARDS[1]).symlink_to(outside)
-    assert f"points outside its folder: '{SHARDS[1]}'" in error_of(sharded)
+def test_links_to_blobs_elsewhere_load_as_in_the_cache_of_hf(sharded):
+    for name in SHARDS:
+        blob = sharded.parent / f"blob-{name}"
+        (sharded / name).rename(blob)
+        (sharded / name).symlink_to(blob)
+    assert load_pretrained(sharded).config.num_hidden_layers == 4
+
+
+def test_a_tensor_of_whole_numbers_is_named(sharded):
+    edit_tensors(sharded / SHARDS[0], lambda t: t.update({(name := sorted(t)[0]): t[name].astype(np.int32)}))
+    assert "1 dtype(s) other than BF16, F16, F32" in error_of(sharded)
 
 
 def test_a_tensor_that_its_shard_lacks_is_named(sharded):

@@ -16,6 +16,7 @@ from ling_jax.convert.mapping import hf_names
 from ling_jax.model.model import Ling, abstract_model, split_model
 
 INDEX = "model.safetensors.index.json"
+DTYPES = ("BF16", "F16", "F32")  # as safetensors spells them
 SHOWN = 10  # names listed in an error
 
 
@@ -46,9 +47,9 @@ class HFFolder:
 
     def _open(self, name: str) -> Any:
         path = self.folder / name
-        if Path(name).name != name or path.resolve().parent != self.folder.resolve():
+        if Path(name).name != name or name == "..":  # links are fine: HF's cache is made of them
             raise ValueError(f"{self.folder / INDEX} points outside its folder: {name!r}; refusing to read it")
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"{path} is missing: a HF folder holds model.safetensors, or {INDEX} and its files")
         try:
             return safe_open(path, "numpy")
@@ -57,6 +58,9 @@ class HFFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.files[self.file_of[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return self.files[self.file_of[name]].get_slice(name).get_dtype()
 
     def read(self, name: str) -> np.ndarray:
         return self.files[self.file_of[name]].get_tensor(name)
@@ -107,6 +111,7 @@ def _flatten(tree: dict, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
 
 def _check_tensors(source: HFFolder, wanted: dict[str, tuple[int, ...]]) -> None:
     """One error for everything wrong with a folder's tensors, before any weight is read."""
+    dtypes = [f"{name} is {source.dtype(name)}" for name in source.file_of if source.dtype(name) not in DTYPES]
     missing = sorted(wanted.keys() - source.file_of.keys())
     extra = sorted(source.file_of.keys() - wanted.keys())
     shapes = [
@@ -121,6 +126,8 @@ def _check_tensors(source: HFFolder, wanted: dict[str, tuple[int, ...]]) -> None
         problems.append(f"{len(extra)} tensor(s) that the config has no place for: {_some(extra)}")
     if shapes:
         problems.append(f"{len(shapes)} wrong shape(s): {_some(shapes)}")
+    if dtypes:
+        problems.append(f"{len(dtypes)} dtype(s) other than {', '.join(DTYPES)}: {_some(dtypes)}")
     if problems:
         raise ValueError(f"{source.folder} does not match its config.json: " + "; ".join(problems))
 

@@ -27,8 +27,8 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature = {self.temperature} must not be negative; 0 is greedy")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature = {self.temperature} must be a number from 0 on; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must be above 0 and at most 1; 1 keeps every token")
         if self.top_k < 0:
@@ -140,6 +140,10 @@ def stream(
     every: int = 1,
 ) -> Iterator[list[list[int]]]:
     """Yields the new ids of every row, `every` tokens at a time; arguments and errors as in `generate`."""
+    if every < 1:
+        raise ValueError(f"every = {every} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed} must be from 0 to {2**32 - 1}")
     padded = _pad_prompts(model, prompts, max_new_tokens)
     return _stream(model, padded, max_new_tokens, sampling, seed, tuple(eos_ids), every)
 

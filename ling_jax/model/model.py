@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ling_jax.config import ModelConfig, Segment, layer_kinds, layer_plan
-from ling_jax.kernels.linear import linear
+from ling_jax.kernels.linear import dot
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
 from ling_jax.model.linear import Init, Linear
@@ -123,8 +123,8 @@ class Ling(nnx.Module):
         return (self.word_embeddings if self.lm_head is None else self.lm_head).weight[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 logits of hidden states [..., D]."""
-        return linear(hidden, self.head_VD).astype(jnp.float32)
+        """float32 logits of hidden states [..., D], not rounded to the compute dtype on the way."""
+        return dot(hidden, self.head_VD.astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
 
     def __call__(
         self,
@@ -163,6 +163,11 @@ class Ling(nnx.Module):
         unknown = sorted(set(capture) - set(CAPTURES))
         if unknown:
             raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(CAPTURES)}")
+        if routing_ids is not None:
+            layers = sum(kind.endswith("_moe") for kind in layer_kinds(self.config))
+            layers += self.mtp is not None and cache is None
+            if routing_ids.shape[0] != layers:
+                raise ValueError(f"routing_ids has {routing_ids.shape[0]} layers, the model routes in {layers}")
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
