@@ -17,7 +17,7 @@ help:
 quickstart: export GLIBC_TUNABLES := $(MALLOC)
 quickstart: .venv/installed-requirements
 	$(PYTHON) train.py ling_tiny --run quickstart
-	$(PYTHON) sample.py --checkpoint runs/quickstart --prompt "def " --max-new-tokens 64
+	$(PYTHON) sample.py --checkpoint runs/quickstart --prompt "class" --max-new-tokens 96
 	@echo "The curves of this run: runs/quickstart/report.html"
 
 test: export GLIBC_TUNABLES := $(MALLOC)

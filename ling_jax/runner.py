@@ -138,11 +138,11 @@ def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> Tr
     return trainer.start(jax.tree.map(lambda a: a.astype(dtype), params), bias)
 
 
-def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "def ") -> str:
+def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "class") -> str:
     model = trainer.model(state.params, state.bias)
     ids = tokenizer.prefix_ids + tokenizer.encode(prompt)
     room = trainer.config.model.max_positions - len(ids)
-    new = generate(model, [ids], min(64, room), temperature=TEMPERATURE, top_p=TOP_P, eos_ids=[tokenizer.eod_id])[0]
+    new = generate(model, [ids], min(96, room), temperature=TEMPERATURE, top_p=TOP_P, eos_ids=[tokenizer.eod_id])[0]
     return prompt + tokenizer.decode(new)
 
 
