@@ -47,7 +47,7 @@ class HFFolder:
 
     def _open(self, name: str) -> Any:
         path = self.folder / name
-        if Path(name).name != name or name == "..":  # links are fine: HF's cache is made of them
+        if Path(name).name != name or name in ("", ".."):  # links are fine: HF's cache is made of them
             raise ValueError(f"{self.folder / INDEX} points outside its folder: {name!r}; refusing to read it")
         if not path.is_file():
             raise ValueError(f"{path} is missing: a HF folder holds model.safetensors, or {INDEX} and its files")

@@ -140,11 +140,11 @@ def stream(
     every: int = 1,
 ) -> Iterator[list[list[int]]]:
     """Yields the new ids of every row, `every` tokens at a time; arguments and errors as in `generate`."""
+    padded = _pad_prompts(model, prompts, max_new_tokens)
     if every < 1:
         raise ValueError(f"every = {every} must be at least 1")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed} must be from 0 to {2**32 - 1}")
-    padded = _pad_prompts(model, prompts, max_new_tokens)
     return _stream(model, padded, max_new_tokens, sampling, seed, tuple(eos_ids), every)
 
 
