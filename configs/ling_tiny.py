@@ -3,7 +3,7 @@
 Command:   make quickstart, or: python train.py ling_tiny
 Hardware:  2 CPU cores, 4 GB of memory.
 Text:      the .py files of the Python that runs it; a 4096-token BPE is trained on their training split.
-Promise:   in about 10 minutes, validation bits per byte well below `xz -9` of the same bytes (README.md has the figures).
+Promise:   in about 10 minutes, validation bits per byte well below `xz -9` of the same bytes (see README.md).
 """
 
 from ling_jax.config import DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
