@@ -67,6 +67,11 @@ class RunSaver:
         return restored
 
 
+def _aside(path: epath.Path) -> epath.Path:
+    """A name beside `path` that nothing has."""
+    return path.parent / f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.{time.time_ns() % 10**6:06d}"
+
+
 def _make_room(run_dir: epath.Path, command: TrainCommand) -> None:
     """For --fresh: moves an earlier run aside, or refuses to touch it."""
     if not command.fresh or not (run_dir / CONFIG_FILE).exists():
@@ -76,18 +81,18 @@ def _make_room(run_dir: epath.Path, command: TrainCommand) -> None:
             f"{run_dir} holds a run and --fresh was given: add --move-aside to rename its folder first, choose "
             "another --run, or drop --fresh to resume it"
         )
-    aside = run_dir.parent / f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    aside = _aside(run_dir)
     run_dir.rename(aside)
     log.info("moved the earlier run to %s", aside)
 
 
 def _check_earlier_run(run_dir: epath.Path, config: RunConfig, latest_step: int | None) -> None:
-    """Refuses to resume another architecture, listing the differences; without a checkpoint, clears what an
-    earlier attempt left."""
+    """Refuses to resume another architecture, listing the differences; without a checkpoint, moves aside the
+    tokenizer that an earlier attempt left."""
     file = run_dir / CONFIG_FILE
     if latest_step is None:
-        if (run_dir / TOKENIZER).exists():
-            (run_dir / TOKENIZER).rmtree()
+        if (run_dir / TOKENIZER).exists():  # of other text or another vocabulary, perhaps; never deleted
+            (run_dir / TOKENIZER).rename(_aside(run_dir / TOKENIZER))
         return
     saved = RunConfig.from_json(file.read_text())
     diff = architecture_diff(saved.model, config.model)
