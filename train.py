@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from ling_jax.cli import parse_train, run_main
+from ling_jax.model.model import sharding_table
 from ling_jax.runner import run_training
 
 
@@ -11,6 +12,10 @@ def main(argv: Sequence[str]) -> int:
     name, command = parse_train(argv)
     if command.print_config:
         print(command.config.to_json())
+        return 0
+    if command.print_sharding:
+        config = command.config
+        print(sharding_table(config.model, config.mesh, config.train.param_dtype))
         return 0
     return run_training(name, command)
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     config = named_config(command.config)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=command.dtype))
     trainer = make_trainer(config)
-    state, batch = jax.jit(trainer.init)(), random_batch(config)
+    state, batch = trainer.new_state(), random_batch(config)
     started = time.perf_counter()
     step = make_train_step(trainer).lower(state, batch).compile()
     compile_s = time.perf_counter() - started

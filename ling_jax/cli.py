@@ -38,6 +38,8 @@ class TrainCommand:
     """A HF folder or checkpoint whose weights a new run starts from."""
     print_config: bool = False
     """Print the resolved configuration and stop."""
+    print_sharding: bool = False
+    """Print how each parameter is split over the mesh and stop; needs none of its devices."""
 
 
 def config_names() -> list[str]:

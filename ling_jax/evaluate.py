@@ -11,9 +11,11 @@ import tyro
 from etils import epath
 
 from ling_jax.cli import run_main
+from ling_jax.config import DataConfig, RunConfig, TrainConfig
 from ling_jax.convert.hf import load_pretrained
 from ling_jax.convert.tokenizer import tokenizer_of
 from ling_jax.model.model import split_model
+from ling_jax.train.state import make_trainer
 from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_rows
 
 
@@ -50,9 +52,12 @@ def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int) ->
     if not 2 <= length <= model.config.max_positions:
         raise ValueError(f"length = {length} must be between 2 and the model's {model.config.max_positions} positions")
     tokenizer.check_fits(model.config.vocab_size)
-    graph, params, bias = split_model(model)
+    _, params, bias = split_model(model)
     part = prepare_held_out(tokenizer, [text], length)
-    return Score(score_rows(make_scorer(graph), params, bias, part.rows, batch_size), part.tokens, part.bytes)
+    train = TrainConfig(dtype="float32" if model.dtype == "float32" else "bfloat16", remat="none")
+    data = DataConfig(sequence_length=length, global_batch_size=batch_size)
+    scorer = make_scorer(make_trainer(RunConfig(model=model.config, data=data, train=train)))
+    return Score(score_rows(scorer, params, bias, part.rows, batch_size), part.tokens, part.bytes)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from ling_jax.data.sources import read_corpus
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.sampler import generate
 from ling_jax.model.model import split_model
+from ling_jax.parallel.mesh import rows_here
 from ling_jax.train.loop import DivergedError, StopRequest, train
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import write_report
@@ -59,10 +60,13 @@ class RunSaver:
         self.checkpointer.wait()
 
     def restore(self, trainer: Trainer) -> TrainState:
-        """The latest state, every array on the device."""
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.eval_shape(trainer.init)
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), to_state_dict(shapes))
+        """The latest state, each device reading its own shards, whatever mesh it was saved from."""
+        shapes, shardings = jax.eval_shape(trainer.init), trainer.shardings()
+        like = jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            to_state_dict(shapes),
+            to_state_dict(shardings),
+        )
         restored: Any = from_state_dict(shapes, self.checkpointer.restore(None, like))
         return restored
 
@@ -134,13 +138,13 @@ def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> Tr
         log.info("resuming from step %d", step)
         return saver.restore(trainer)
     if init_from is None:
-        return jax.jit(trainer.init)()
+        return trainer.new_state()
     diff = architecture_diff(model_config_of(init_from), trainer.config.model)
     if diff:
         raise ValueError(f"--init-from {init_from} is another architecture (there -> here): " + "; ".join(diff))
     _, params, bias = split_model(load_pretrained(init_from))
     dtype = trainer.config.train.param_dtype
-    return trainer.start(jax.tree.map(lambda a: a.astype(dtype), params), bias)
+    return trainer.place(trainer.start(jax.tree.map(lambda a: a.astype(dtype), params), bias))
 
 
 def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "class") -> str:
@@ -201,7 +205,8 @@ def run_training(name: str, command: TrainCommand) -> int:
             source: prepare_held_out(data.tokenizer, [d.text for d in documents], length)
             for source, documents in data.heldout.items()
         }
-        batches = train_batches(data.rows, config.data, step)
+        here = rows_here(trainer.mesh, config.data.global_batch_size).tolist()
+        batches = train_batches(data.rows, config.data, step, here)
         with MetricsWriter(run_dir, step or None) as writer:
             try:
                 state = train(trainer, state, batches, held_out, saver, writer, str(run_dir), stop)

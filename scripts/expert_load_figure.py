@@ -53,7 +53,7 @@ def expert_loads(bias_update_rate: float) -> list[dict[str, Any]]:
     """Trains, and returns each step's `moe/load_max_over_mean`."""
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, bias_update_rate=bias_update_rate))
     trainer = make_trainer(config)
-    state, step_fn, data = jax.jit(trainer.init)(), make_train_step(trainer), batches(config.data)
+    state, step_fn, data = trainer.new_state(), make_train_step(trainer), batches(config.data)
     loads = []
     for _ in range(config.train.steps):
         state, metrics = step_fn(state, next(data))

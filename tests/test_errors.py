@@ -172,7 +172,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(message, folder, tmp_path):
 
 def large_tokenizer() -> Tokenizer:
     """More ids than any model here has rows."""
-    return Tokenizer.train([(REPO / "ling_jax" / "config.py").read_text()], 700)
+    return Tokenizer.train([(REPO / "ling_jax" / "config" / "model.py").read_text()], 700)
 
 
 # Damage to a HF folder -> what the message must name.

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ling_jax.kernels.grouped import padded_rows
+from ling_jax.kernels.rows import combine_rows, gather_rows, plan_rows
 from ling_jax.model.block import SparseMoE
-from ling_jax.model.experts import combine_rows, gather_rows, plan_rows
 from ling_jax.model.linear import Init
 from tests.helpers import assert_close, assert_gradient_close, assert_gradients_close, jit, tiny
 

@@ -84,7 +84,7 @@ def test_targets_and_tokens_are_counted_over_all_dims():
 
 def test_the_loss_is_the_sum_of_means_over_the_steps_counts():
     counts = Counts(*(jnp.float32(x) for x in (10, 5, 20)))
-    sums = Sums(jnp.float32(30), jnp.float32(40), jnp.float32(80), jnp.zeros((3, 8), jnp.int32))
+    sums = Sums(jnp.float32(30), jnp.float32(40), jnp.float32(80), jnp.zeros((3, 8), jnp.int32), jnp.int32(0))
     assert float(total_loss(sums, counts, tiny())) == pytest.approx(3 + 0.3 * 8)
     assert float(total_loss(sums, counts, tiny(), 0.5)) == pytest.approx(3 + 0.3 * 8 + 0.5 * 4)
     assert float(total_loss(sums, counts, small())) == pytest.approx(3)
@@ -92,7 +92,7 @@ def test_the_loss_is_the_sum_of_means_over_the_steps_counts():
 
 def test_a_batch_without_targets_has_loss_0():
     counts, zero = Counts(*(jnp.float32(x) for x in (0, 0, 20))), jnp.float32(0)
-    assert float(total_loss(Sums(zero, zero, zero, jnp.zeros((3, 8), jnp.int32)), counts, tiny())) == 0
+    assert float(total_loss(Sums(zero, zero, zero, jnp.zeros((3, 8), jnp.int32), jnp.int32(0)), counts, tiny())) == 0
 
 
 def test_the_z_sum_is_over_the_documents_tokens(model, from_full_logits):

@@ -9,7 +9,7 @@ Legend: B rows of a global batch, T tokens per row, N windows.
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,30 +94,23 @@ def _tokenizer_sample(corpus: Corpus, seed: int) -> Iterator[str]:
 
 
 def train_batches(
-    rows: Mapping[str, Rows], config: DataConfig, start_step: int, process_index: int = 0, process_count: int = 1
+    rows: Mapping[str, Rows], config: DataConfig, start_step: int, here: Sequence[int] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps start_step, start_step + 1, ... without end; threads read ahead.
 
     Args:
       rows: by source name, as `open_data` gives them.
-      process_index: which host asks; it gets that part of each global batch, in order.
-      process_count: hosts among which a global batch is split.
+      here: which rows of each global batch to read, all by default; the batches are the same whoever reads them.
 
     Returns:
-      Dicts of int32 [B / process_count, T]: tokens, targets, positions, segment_ids (see `Rows`).
-
-    Raises:
-      ValueError: if B is not a multiple of process_count.
+      Dicts of int32 [len(here), T]: tokens, targets, positions, segment_ids (see `Rows`).
     """
     total = config.global_batch_size
-    if total % process_count:
-        raise ValueError(f"data.global_batch_size = {total} must be a multiple of the {process_count} processes")
     examples = _examples(rows, config)
-    share = total // process_count
+    wanted = range(total) if here is None else [int(row) for row in here]
 
     def load(step: int) -> dict[str, np.ndarray]:
-        first = step * total + process_index * share
-        batch: list[Any] = [examples[index] for index in range(first, first + share)]
+        batch: list[Any] = [examples[step * total + row] for row in wanted]
         return {name: np.stack([row[name] for row in batch]) for name in batch[0]}
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(load)

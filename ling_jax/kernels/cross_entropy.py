@@ -3,6 +3,8 @@
 Legend: N tokens, D hidden, V vocabulary, c a chunk of it.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -35,20 +37,27 @@ def _hit_Nc(targets_N, start, width):
     return targets_N[:, None] == start + jnp.arange(width)[None, :]
 
 
-@jax.custom_vjp
-def target_logprobs(x_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def target_logprobs(x_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array, vocab_axis: str | None = None) -> jax.Array:
     """log softmax(x w^T)[target] for each token, chunked over the vocabulary.
 
     Args:
       x_ND: hidden states.  w_VD: the head, cast to x's dtype.  targets_N: int32 ids; an id outside the
         vocabulary (-100 for "none") gives minus the logsumexp: mask such tokens.
+      vocab_axis: the mesh axis of a manual region over whose devices the vocabulary is split, in order.
     Returns:
       float32 [N]. The backward pass recomputes the logits chunk by chunk.
     """
-    return _forward(x_ND, w_VD, targets_N)[0]
+    return _forward(x_ND, w_VD, targets_N, vocab_axis)[0]
 
 
-def _forward(x_ND, w_VD, targets_N):
+def _local_targets(targets_N, w_VD, vocab_axis):
+    return targets_N if vocab_axis is None else targets_N - jax.lax.axis_index(vocab_axis) * w_VD.shape[0]
+
+
+def _forward(x_ND, w_VD, targets_N, vocab_axis):
+    targets_N = _local_targets(targets_N, w_VD, vocab_axis)
+
     def step(carry, w_cD, start):
         top_N, total_N, picked_N = carry
         logits_Nc = dot(x_ND, w_cD.astype(x_ND.dtype), ((1,), (1,)))
@@ -59,17 +68,24 @@ def _forward(x_ND, w_VD, targets_N):
 
     zeros_N = jnp.zeros(x_ND.shape[0], jnp.float32)
     (top_N, total_N, picked_N), _ = _scan_vocab(w_VD, step, (zeros_N - jnp.inf, zeros_N, zeros_N))
+    if vocab_axis is not None:
+        whole_top_N = jax.lax.pmax(top_N, vocab_axis)
+        parts = total_N * jnp.exp(top_N - whole_top_N), picked_N
+        top_N, (total_N, picked_N) = whole_top_N, jax.lax.psum(parts, vocab_axis)
     lse_N = top_N + jnp.log(total_N)
     return picked_N - lse_N, lse_N
 
 
-def _fwd(x_ND, w_VD, targets_N):
-    logprobs_N, lse_N = _forward(x_ND, w_VD, targets_N)
+def _fwd(x_ND, w_VD, targets_N, vocab_axis):
+    logprobs_N, lse_N = _forward(x_ND, w_VD, targets_N, vocab_axis)
     return logprobs_N, (x_ND, w_VD, targets_N, lse_N)
 
 
-def _bwd(saved, g_N):
+def _bwd(vocab_axis, saved, g_N):
     x_ND, w_VD, targets_N, lse_N = saved
+    targets_N = _local_targets(targets_N, w_VD, vocab_axis)
+    if vocab_axis is not None:
+        g_N = jax.lax.psum(g_N, vocab_axis)  # every device's objective has its share of each logprob
 
     def step(dx_ND, w_cD, start):
         w_cD = w_cD.astype(x_ND.dtype)

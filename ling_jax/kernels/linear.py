@@ -23,12 +23,19 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, 
 
 
 @jax.custom_vjp
-def _linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
+def linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
+    """x w^T.
+
+    Args:
+      x: [..., I], the compute dtype.  w_OI: any float dtype, cast to it.
+    Returns:
+      [..., O] in x's dtype, accumulated in float32; weight gradients keep the float32 sum.
+    """
     return dot(x, w_OI.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
 
 
 def _linear_fwd(x: jax.Array, w_OI: jax.Array):
-    return _linear(x, w_OI), (x, w_OI)
+    return linear(x, w_OI), (x, w_OI)
 
 
 def _linear_bwd(saved, g):
@@ -39,16 +46,4 @@ def _linear_bwd(saved, g):
     return dx, dw_OI
 
 
-_linear.defvjp(_linear_fwd, _linear_bwd)
-
-
-def linear(x: jax.Array, w_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
-    """x w^T + b.
-
-    Args:
-      x: [..., I], the compute dtype.  w_OI, bias_O: any float dtype, cast to it.
-    Returns:
-      [..., O] in x's dtype, accumulated in float32; weight gradients keep the float32 sum.
-    """
-    y = _linear(x, w_OI)
-    return y if bias_O is None else y + bias_O.astype(y.dtype)
+linear.defvjp(_linear_fwd, _linear_bwd)

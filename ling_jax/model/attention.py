@@ -7,13 +7,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.attention import attention
+from ling_jax.kernels.linear import linear
 from ling_jax.model.linear import Init, Linear
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.rope import apply_rope
+from ling_jax.parallel.context import context_attention
+from ling_jax.parallel.mesh import axis_index, axis_size
+from ling_jax.parallel.rules import gather, tensor_rows
 
 
 class Context(NamedTuple):
@@ -26,13 +32,48 @@ class Context(NamedTuple):
     kv_segments_BS: jax.Array
 
 
+def local_heads(config: ModelConfig) -> tuple[int, int]:
+    """(query heads, kv heads) of one device: kv heads are repeated where `tensor` has more devices."""
+    shards = axis_size("tensor")
+    return config.num_attention_heads // shards, max(config.num_key_value_heads // shards, 1)
+
+
+def _head_rows(config: ModelConfig, shards: int) -> np.ndarray:
+    """int [shards, rows]: the rows of the fused projection that each tensor rank computes."""
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    ranks = np.arange(shards)[:, None]
+    q = ranks * (heads // shards) + np.arange(heads // shards)
+    kv = ranks * groups // shards + np.arange(max(groups // shards, 1))
+    units = np.concatenate([q, heads + kv, heads + groups + kv], axis=1)
+    return (units[:, :, None] * width + np.arange(width)).reshape(shards, -1)
+
+
+class QueryKeyValue(nnx.Module):
+    """The fused projection; its rows are all H queries, all G keys, all G values."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        self.config, self.mesh = config, init.mesh
+        self.weight = init.normal((rows, config.hidden_size), ("qkv_heads", "qkv_inputs"))
+        self.bias = init.zeros(rows, "qkv_heads") if config.use_qkv_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., rows of this device's heads]."""
+        rows_PR = _head_rows(self.config, axis_size("tensor"))
+        weight = tensor_rows(self.weight[...], rows_PR)
+        y = linear(x, gather(weight, self.weight.axes, self.weight.split, x.dtype, self.mesh.reduce_dtype))
+        if self.bias is None:
+            return y
+        return y + self.bias[...][jnp.asarray(rows_PR)[axis_index("tensor")]].astype(y.dtype)
+
+
 class Attention(nnx.Module):
-    """Softmax attention (spec 2.3). The fused projection's rows are all H queries, all G keys, all G values."""
+    """Softmax attention (spec 2.3)."""
 
     def __init__(self, config: ModelConfig, init: Init):
         c = self.config = config
-        rows = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-        self.query_key_value = Linear(c.hidden_size, rows, ("heads", "hidden"), init, c.use_qkv_bias)
+        self.query_key_value = QueryKeyValue(c, init)
+        self.mesh = init.mesh
         inner = c.num_attention_heads * c.head_dim
         self.dense = Linear(inner, c.hidden_size, ("hidden", "heads"), init, c.use_bias)
         head_norm = partial(RMSNorm, c.head_dim, c.rms_norm_eps, init.dtype, "head_dim")
@@ -42,12 +83,18 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         """Returns [B, T, D] and the cache with this call's keys and values appended."""
         c = self.config
-        heads, groups = c.num_attention_heads, c.num_key_value_heads
+        heads, groups = local_heads(c)
         qkv = self.query_key_value(x_BTD).reshape(*x_BTD.shape[:2], heads + 2 * groups, c.head_dim)
         q_BTHC, k_BTGC, v_BTGC = qkv[:, :, :heads], qkv[:, :, heads : heads + groups], qkv[:, :, heads + groups :]
         if self.query_layernorm is not None and self.key_layernorm is not None:
             q_BTHC, k_BTGC = self.query_layernorm(q_BTHC), self.key_layernorm(k_BTGC)
         q_BTHC, k_BTGC = apply_rope(q_BTHC, context.rope), apply_rope(k_BTGC, context.rope)
+        if axis_size("context") > 1:
+            assert cache is None, "caches are not split over context"
+            out_BTHC = context_attention(
+                q_BTHC, k_BTGC, v_BTGC, context.q_segments_BT, scale=c.head_dim**-0.5, method=self.mesh.context_method
+            )
+            return self.dense(out_BTHC.reshape(*x_BTD.shape[:2], -1)), None
         same_row = cache is None
         if cache is not None:
             k_BTGC, v_BTGC, cache = cache.append(k_BTGC, v_BTGC)

@@ -14,6 +14,7 @@ from ling_jax.model.experts import Experts
 from ling_jax.model.linear import Init, SwiGLU
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.router import Router, Routing
+from ling_jax.parallel.mesh import psum
 
 
 class LayerOutput(NamedTuple):
@@ -39,12 +40,14 @@ class SparseMoE(nnx.Module):
         ids_NK = None if ids_BTK is None else ids_BTK.reshape(x_ND.shape[0], -1)
         with jax.named_scope("router"):
             routing, logits_NE = self.gate(x_ND, valid_BT.reshape(-1), ids_NK)
-        y_ND = self.experts(x_ND, routing)
-        if self.shared_experts is not None:
+        y_ND, dropped = self.experts(x_ND, routing)
+        if self.shared_experts is not None:  # needs nothing of the dispatch, so it can run while rows travel
             with jax.named_scope("shared_expert"):
-                y_ND = y_ND + self.shared_experts(x_ND)
+                y_ND = y_ND + self.shared_experts.partial(x_ND)
+        y_ND = psum(y_ND, "tensor")
         rows = x_BTD.shape[:2]
-        routing = routing._replace(ids=routing.ids.reshape(*rows, -1), weights=routing.weights.reshape(*rows, -1))
+        ids_BTK, weights_BTK = (a.reshape(*rows, -1) for a in (routing.ids, routing.weights))
+        routing = routing._replace(ids=ids_BTK, weights=weights_BTK, dropped=dropped)
         return y_ND.reshape(x_BTD.shape), routing, logits_NE.reshape(*rows, -1)
 
 

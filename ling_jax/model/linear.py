@@ -6,32 +6,56 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ling_jax.config import ONE_DEVICE, MeshConfig
 from ling_jax.kernels.linear import linear
+from ling_jax.parallel.mesh import psum
+from ling_jax.parallel.rules import gather, split_of
 
 
 @dataclass(frozen=True)
 class Init:
-    """How parameters are made: normal(0, std) matrices of dtype `dtype` (report, section 3.2.1)."""
+    """How parameters are made: normal(0, std) matrices of dtype `dtype` (report, section 3.2.1), split over `mesh`."""
 
     rngs: nnx.Rngs
     std: float
     dtype: jnp.dtype
+    mesh: MeshConfig = ONE_DEVICE
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A random parameter; `axes` names each dim for the sharding table."""
         value = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
-        return nnx.Param(value.astype(self.dtype), axes=axes)
+        return nnx.Param(value.astype(self.dtype), axes=axes, split=split_of(shape, axes, self.mesh))
+
+    def zeros(self, size: int, axis: str) -> nnx.Param:
+        """A bias."""
+        return nnx.Param(jnp.zeros(size, self.dtype), axes=(axis,), split=((),))
+
+
+def whole(param: nnx.Param, dtype: jnp.dtype, mesh: MeshConfig) -> jax.Array:
+    """What this device computes with of a matrix: `parallel.rules.gather` of its shard, sent as `dtype`."""
+    return gather(param[...], param.axes, param.split, dtype, mesh.reduce_dtype)
 
 
 class Linear(nnx.Module):
-    """Weight [outputs, inputs], optional bias [outputs]."""
+    """Weight [outputs, inputs], optional bias [outputs].
+
+    Where its inputs are split over `tensor`, the outputs are summed over it.
+    """
 
     def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], init: Init, bias: bool = False):
         self.weight = init.normal((outputs, inputs), axes)
-        self.bias = nnx.Param(jnp.zeros(outputs, init.dtype), axes=axes[:1]) if bias else None
+        self.bias = init.zeros(outputs, axes[0]) if bias else None
+        self.mesh = init.mesh
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+        y = self.partial(x)
+        if "tensor" in self.weight.split[1]:
+            y = psum(y, "tensor")
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def partial(self, x: jax.Array) -> jax.Array:
+        """Without the sum over `tensor` and the bias."""
+        return linear(x, whole(self.weight, x.dtype, self.mesh))
 
 
 class SwiGLU(nnx.Module):
@@ -43,4 +67,11 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(width, hidden, ("hidden", "ffn"), init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self._inner(x))
+
+    def partial(self, x: jax.Array) -> jax.Array:
+        """This device's part of the sum over `tensor`."""
+        return self.down_proj.partial(self._inner(x))
+
+    def _inner(self, x: jax.Array) -> jax.Array:
+        return jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)

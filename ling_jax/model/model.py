@@ -3,6 +3,7 @@
 Legend: B rows, T tokens, D hidden, V vocabulary, L layers, K experts per token, E experts.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,17 +12,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from ling_jax.config import ModelConfig, Segment, layer_kinds, layer_plan
+from ling_jax.config import ONE_DEVICE, MeshConfig, ModelConfig, Segment, layer_kinds, layer_plan
 from ling_jax.kernels.linear import dot
+from ling_jax.kernels.rows import take_rows
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
-from ling_jax.model.linear import Init, Linear
+from ling_jax.model.linear import Init, Linear, whole
 from ling_jax.model.mtp import MTP, next_tokens
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.rope import rope_tables
 from ling_jax.model.router import ExpertBias, Routing
+from ling_jax.parallel.context import local_slots
+from ling_jax.parallel.mesh import axis_index, axis_size, psum
+from ling_jax.parallel.rules import spec_of
 
 # What may be named in `capture`. "hidden_states" is the input of each trunk layer and the last one's output;
 # per-layer entries are stacked in layer order, the MTP layer last.
@@ -55,17 +61,20 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, init: Init):
         self.weight = init.normal((config.vocab_size, config.hidden_size), ("vocab", "hidden"))
-        self.padding_id = config.pad_token_id
+        self.padding_id, self.mesh = config.pad_token_id, init.mesh
 
     def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        rows = self.weight[...][tokens_BT].astype(dtype)
+        table_VD = whole(self.weight, dtype, self.mesh)
+        first = axis_index("tensor") * table_VD.shape[0]  # of this device's part of the vocabulary
+        local_BT = jnp.where(tokens_BT >= first, tokens_BT - first, table_VD.shape[0])
+        rows = psum(take_rows(table_VD, local_BT).astype(dtype), "tensor")
         if self.padding_id is None:
             return rows
         return jnp.where((tokens_BT == self.padding_id)[..., None], jax.lax.stop_gradient(rows), rows)
 
 
 def _block_maker(config: ModelConfig, kind: str, init: Init) -> Callable[[nnx.Rngs], Block]:
-    return lambda rngs: Block(config, kind, Init(rngs, init.std, init.dtype))
+    return lambda rngs: Block(config, kind, Init(rngs, init.std, init.dtype, init.mesh))
 
 
 def _stack_outputs(per_layer: list[LayerOutput], capture: Sequence[str]) -> tuple[Routing | None, dict]:
@@ -91,6 +100,7 @@ class Ling(nnx.Module):
       remat: what the backward pass keeps of a layer: "none" (everything), "full" (nothing), "minimal" (the
         products with weights).
       unroll: run layers as straight code instead of a scan.
+      mesh: how weights are split; the split is used inside a `parallel.mesh.manual` region.
     """
 
     def __init__(
@@ -103,10 +113,12 @@ class Ling(nnx.Module):
         init_std: float | None = None,
         remat: str = "none",
         unroll: bool = False,
+        mesh: MeshConfig = ONE_DEVICE,
     ):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
         std = config.initializer_range if init_std is None else init_std
-        init = Init(rngs, std, jnp.dtype(param_dtype))
+        self.mesh = mesh
+        init = Init(rngs, std, jnp.dtype(param_dtype), mesh)
         self.word_embeddings = Embedding(config, init)
         stacks = {}
         for kind, count in Counter(layer_kinds(config)).items():
@@ -117,14 +129,15 @@ class Ling(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(*head, init)
         self.mtp = MTP(config, init) if config.num_nextn_predict_layers else None
 
-    @property
-    def head_VD(self) -> jax.Array:
-        """The output projection; the embedding table when they are tied."""
-        return (self.word_embeddings if self.lm_head is None else self.lm_head).weight[...]
+    def head_VD(self, dtype: DTypeLike) -> jax.Array:
+        """The output projection, the embedding table when they are tied, sent between devices as `dtype`; inside a
+        manual region this device's part of the vocabulary."""
+        weight = (self.word_embeddings if self.lm_head is None else self.lm_head).weight
+        return whole(weight, jnp.dtype(dtype), self.mesh)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits of hidden states [..., D], not rounded to the compute dtype on the way."""
-        return dot(hidden, self.head_VD.astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
+        return dot(hidden, self.head_VD(hidden.dtype).astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
 
     def __call__(
         self,
@@ -174,6 +187,8 @@ class Ling(nnx.Module):
         if cache is not None:
             cache = cache.extend(segment_ids_BT)
         if positions_BT is None:
+            if axis_size("context") > 1:
+                raise ValueError("positions_BT must be given where rows are split over the context axis")
             positions_BT = segment_positions(segment_ids_BT) if cache is None else cache.positions(segment_ids_BT)
         context = self._context(positions_BT, segment_ids_BT, cache)
         x_BTD = self.word_embeddings(tokens_BT, self.dtype)
@@ -194,7 +209,7 @@ class Ling(nnx.Module):
         return Hidden(final_BTD, None if mtp_out is None else mtp_out.hidden_BTD, routing, captured, cache)
 
     def _context(self, positions_BT: Any, segment_ids_BT: jax.Array, cache: Any) -> Context:
-        slots_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1]), segment_ids_BT.shape)
+        slots_BT = jnp.broadcast_to(local_slots(segment_ids_BT.shape[1]), segment_ids_BT.shape)
         rope = rope_tables(self.config, positions_BT, self.dtype)
         if cache is None:
             return Context(rope, slots_BT, slots_BT, segment_ids_BT, segment_ids_BT)
@@ -294,6 +309,34 @@ def split_model(model: Ling) -> tuple[nnx.GraphDef, dict, dict]:
 def abstract_model(config: ModelConfig, **options: Any) -> Ling:
     """A `Ling` whose arrays are shapes only: nothing is allocated."""
     return nnx.eval_shape(lambda: Ling(config, rngs=nnx.Rngs(0), **options))
+
+
+def param_specs(model: Ling) -> dict:
+    """How each parameter in `split_model`'s nested dict is split over the mesh that the model was made for."""
+
+    def spec(variable: nnx.Variable) -> PartitionSpec:
+        return spec_of(variable.get_metadata()["split"], variable.get_value().ndim)
+
+    specs = jax.tree.map(spec, nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(specs)
+
+
+def sharding_table(config: ModelConfig, mesh: MeshConfig, param_dtype: DTypeLike) -> str:
+    """How every parameter is split over a mesh, as text; needs no devices."""
+    model = abstract_model(config, param_dtype=param_dtype, mesh=mesh)
+    params = nnx.state(model, nnx.Param).flat_state()
+    rows = [("parameter", "shape", "dims", "split over", "MB per device")]
+    total = 0.0
+    for path, variable in params:
+        value, names, split = variable.get_value(), variable.get_metadata()["axes"], variable.get_metadata()["split"]
+        shards = math.prod(getattr(mesh, axis) for axes in split for axis in axes)
+        total += (size := value.size * value.dtype.itemsize / shards / 1e6)
+        where = ", ".join(f"{name} {'*'.join(axes)}" for name, axes in zip(names, split, strict=True) if axes) or "-"
+        shape = "x".join(map(str, value.shape))
+        rows.append((".".join(map(str, path)), shape, " ".join(names), where, f"{size:,.3f}"))
+    rows.append(("total", "", "", "", f"{total:,.3f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _without(values: dict, name: str) -> dict:

@@ -12,14 +12,14 @@ from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
 from ling_jax.model.linear import Init, Linear
 from ling_jax.model.norm import RMSNorm
+from ling_jax.parallel.context import shift_left
 
 
 def next_tokens(tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """The token after each; id 0 at the row's end and where another document follows (padding is not one)."""
-    following_BT = jnp.roll(segment_ids_BT, -1, axis=1)
+    following_BT = shift_left(segment_ids_BT, -1)
     crosses_BT = (following_BT != segment_ids_BT) & (following_BT != 0)
-    crosses_BT = crosses_BT.at[:, -1].set(True)
-    return jnp.where(crosses_BT, 0, jnp.roll(tokens_BT, -1, axis=1))
+    return jnp.where(crosses_BT, 0, shift_left(tokens_BT, 0))
 
 
 class MTP(nnx.Module):

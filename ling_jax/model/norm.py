@@ -17,7 +17,7 @@ class RMSNorm(nnx.Module):
     """Weight [size], ones at init; `axis` names its dim in the sharding table."""
 
     def __init__(self, size: int, eps: float, param_dtype: jnp.dtype, axis: str = "hidden"):
-        self.weight = nnx.Param(jnp.ones(size, param_dtype), axes=(axis,))
+        self.weight = nnx.Param(jnp.ones(size, param_dtype), axes=(axis,), split=((),))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

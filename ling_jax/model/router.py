@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ling_jax.config import ModelConfig
-from ling_jax.model.linear import Init
+from ling_jax.model.linear import Init, whole
 
 
 class ExpertBias(nnx.Variable):
@@ -24,6 +24,7 @@ class Routing(NamedTuple):
     weights: jax.Array  # float32 [..., K]
     counts: jax.Array  # int32 [E]: tokens routed to each expert, padding left out
     z_sum: jax.Array  # float32 []: sum over those tokens of logsumexp(logits)^2
+    dropped: jax.Array  # int32 []: token-expert pairs left out by the dispatch
 
 
 def _select(biased_NE: jax.Array, config: ModelConfig) -> jax.Array:
@@ -68,6 +69,7 @@ def route(
         weights=weights_NK * config.routed_scaling_factor,
         counts=chosen_NE.sum(0, dtype=jnp.int32),
         z_sum=jnp.where(valid_N, z_N, 0).sum(),
+        dropped=jnp.zeros((), jnp.int32),
     )
 
 
@@ -75,9 +77,9 @@ class Router(nnx.Module):
     """Weight [E, D] and the expert bias [E] (float32 whatever the parameters' dtype)."""
 
     def __init__(self, config: ModelConfig, init: Init):
-        self.config = config
+        self.config, self.mesh = config, init.mesh
         self.weight = init.normal((config.num_experts, config.hidden_size), ("expert_row", "hidden"))
-        self.expert_bias = ExpertBias(jnp.zeros(config.num_experts, jnp.float32), axes=("expert_row",))
+        self.expert_bias = ExpertBias(jnp.zeros(config.num_experts, jnp.float32), axes=("expert_row",), split=((),))
 
     def __call__(
         self, x_ND: jax.Array, valid_N: jax.Array, ids_NK: jax.Array | None = None
@@ -86,7 +88,7 @@ class Router(nnx.Module):
         logits_NE = jnp.einsum(
             "nd,ed->ne",
             x_ND.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
+            whole(self.weight, jnp.dtype(jnp.float32), self.mesh).astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
         return route(logits_NE, self.expert_bias[...], valid_N, self.config, ids_NK), logits_NE

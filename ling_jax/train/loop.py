@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ling_jax.config import train_flops_per_token
+from ling_jax.parallel.mesh import place_batch, rows_here
 from ling_jax.train.hardware import peak_flops, peak_memory_bytes
 from ling_jax.train.metrics import MetricsWriter, Progress
 from ling_jax.train.state import Trainer, TrainState
@@ -161,14 +161,16 @@ def train(
     """Runs from `state` to `train.steps`, or until `stop` is set; the last state is saved either way.
 
     Args:
-      batches: from the step after `state.step` on; int32 [global batch, T] arrays.
+      batches: from the step after `state.step` on; int32 arrays, the rows of the global batch that
+        `parallel.mesh.rows_here` names.
       held_out: validation text by source.
       writer: cut back to `state.step` already.
     Raises:
       DivergedError: after saving nothing more: the last checkpoint holds finite weights.
     """
     config = trainer.config
-    step_fn, scorer = make_train_step(trainer), make_scorer(trainer.graph)
+    step_fn, scorer = make_train_step(trainer), make_scorer(trainer)
+    here = rows_here(trainer.mesh, config.data.global_batch_size)
     first = done = int(state.step)
     saved = first if first else -1
 
@@ -186,7 +188,7 @@ def train(
         while done < config.train.steps and stop.received is None:
             at_step(done)
             started = time.perf_counter()
-            batch = {name: jnp.asarray(value) for name, value in next(batches).items()}
+            batch = place_batch(trainer.mesh, next(batches), here, config.data.global_batch_size)
             data_wait = time.perf_counter() - started
             state, metrics = step_fn(state, batch)
             done += 1

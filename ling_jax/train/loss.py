@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.cross_entropy import target_logprobs
 from ling_jax.model.model import Ling
+from ling_jax.parallel.context import shift_left
+from ling_jax.parallel.mesh import axis_size
 
 IGNORE = -100  # a target that is none
 
@@ -32,13 +34,13 @@ class Sums(NamedTuple):
     mtp_nll: jax.Array
     z: jax.Array  # of logsumexp(router logits)^2, over tokens and MoE layers
     expert_counts_LE: jax.Array  # int32
+    dropped: jax.Array  # int32 [] token-expert pairs left out by the dispatch
 
 
 def shift_targets(targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """The MTP layer's targets: token t+2 at position t, where it lies in the same document and row."""
-    same_BT = segment_ids_BT == jnp.roll(segment_ids_BT, -1, axis=1)
-    same_BT = same_BT.at[:, -1].set(False)
-    return jnp.where(same_BT, jnp.roll(targets_BT, -1, axis=1), IGNORE)
+    same_BT = segment_ids_BT == shift_left(segment_ids_BT, -1)
+    return jnp.where(same_BT, shift_left(targets_BT, IGNORE), IGNORE)
 
 
 def count_targets(batch: Batch) -> Counts:
@@ -50,7 +52,9 @@ def count_targets(batch: Batch) -> Counts:
 
 def _logprobs(model: Ling, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
     flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    return target_logprobs(flat_ND, model.head_VD, targets_BT.reshape(-1)).reshape(targets_BT.shape)
+    vocab_axis = "tensor" if axis_size("tensor") > 1 else None
+    logprobs_N = target_logprobs(flat_ND, model.head_VD(flat_ND.dtype), targets_BT.reshape(-1), vocab_axis)
+    return logprobs_N.reshape(targets_BT.shape)
 
 
 def loss_sums(model: Ling, batch: Batch, mtp_targets_BT: jax.Array | None = None) -> Sums:
@@ -72,8 +76,9 @@ def loss_sums(model: Ling, batch: Batch, mtp_targets_BT: jax.Array | None = None
                 mtp_targets_BT = shift_targets(targets_BT, batch["segment_ids"])
             mtp = nll(out.mtp_hidden_BTD, mtp_targets_BT)
     if out.routing is None:
-        return Sums(main, mtp, jnp.zeros((), jnp.float32), jnp.zeros((0, model.config.num_experts), jnp.int32))
-    return Sums(main, mtp, out.routing.z_sum.sum(), out.routing.counts)
+        no_counts_LE = jnp.zeros((0, model.config.num_experts), jnp.int32)
+        return Sums(main, mtp, jnp.zeros((), jnp.float32), no_counts_LE, jnp.zeros((), jnp.int32))
+    return Sums(main, mtp, out.routing.z_sum.sum(), out.routing.counts, out.routing.dropped.sum())
 
 
 def total_loss(sums: Sums, counts: Counts, config: ModelConfig, z_loss_coefficient: float = 0.0) -> jax.Array:

@@ -1,14 +1,18 @@
 """What a training step carries from one step to the next: a plain tree of arrays."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ling_jax.config import RunConfig
-from ling_jax.model.model import Ling, abstract_model, split_model
+from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
+from ling_jax.parallel.context import zigzag_order
+from ling_jax.parallel.mesh import BATCH_AXES, make_mesh, manual
 from ling_jax.train.optimizer import decays, learning_rate, make_optimizer
 
 
@@ -28,7 +32,43 @@ class Trainer(NamedTuple):
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    options: dict[str, Any]  # of Ling: dtypes, initial std, remat
+    options: dict[str, Any]  # of Ling: dtypes, initial std, remat, mesh
+    mesh: jax.sharding.Mesh
+    param_specs: dict[str, Any]  # a PartitionSpec for each parameter
+
+    def new_state(self) -> TrainState:
+        """`init`, each device making only its own shards."""
+        return jax.jit(self.init, out_shardings=self.shardings())()
+
+    def shardings(self) -> Any:
+        """A TrainState of where each array lives: moments as their parameters, the rest on every device."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        params = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.param_specs)
+        shapes = jax.eval_shape(self.init)
+        optimizer = optax.tree_utils.tree_map_params(
+            self.optimizer, lambda _, sharding: sharding, shapes.optimizer, params, transform_non_params=lambda _: whole
+        )
+        bias = jax.tree.map(lambda _: whole, shapes.bias)
+        fields: Any = (whole, params, bias, optimizer, whole, whole)
+        return TrainState(*fields)
+
+    def place(self, state: TrainState) -> TrainState:
+        """`state` on the mesh."""
+        return jax.device_put(state, self.shardings())
+
+    def on_shards(self, f: Callable, out_specs: Any) -> Callable:
+        """f(params, bias, batch) as a manual region over the mesh, given this device's shards and its part of a batch
+        of arrays [..., B, T]; the tokens of a row are in zig-zag order over the context axis."""
+
+        def run(params: dict, bias: dict, batch: dict) -> Any:
+            order = zigzag_order(next(iter(batch.values())).shape[-1], self.config.mesh.context)
+            batch = {k: v[..., order] if self.config.mesh.context > 1 else jnp.asarray(v) for k, v in batch.items()}
+            lead = [None] * (next(iter(batch.values())).ndim - 2)
+            rows = {name: PartitionSpec(*lead, BATCH_AXES, "context") for name in batch}
+            bias_specs = jax.tree.map(lambda _: PartitionSpec(), bias)
+            return manual(f, self.mesh, (self.param_specs, bias_specs, rows), out_specs)(params, bias, batch)
+
+        return run
 
     def init(self) -> TrainState:
         """A new state; every random number in it follows from `train.seed`."""
@@ -46,14 +86,16 @@ class Trainer(NamedTuple):
         return nnx.merge(self.graph, params, bias)
 
 
-def make_trainer(config: RunConfig) -> Trainer:
-    train = config.train
+def make_trainer(config: RunConfig, devices: Sequence[Any] | None = None) -> Trainer:
+    """The trainer of `config` on `devices` (default: all); ValueError if its mesh does not fit them."""
+    train, mesh = config.train, make_mesh(config.mesh, devices)
     options = dict(
         dtype=jnp.dtype(train.dtype),
         param_dtype=jnp.dtype(train.param_dtype),
         init_std=train.init_std,
         remat=train.remat,
         unroll=train.unroll_layers,
+        mesh=config.mesh,
     )
     model = abstract_model(config.model, **options)
     graph, params, _ = split_model(model)
@@ -64,4 +106,5 @@ def make_trainer(config: RunConfig) -> Trainer:
     )
     schedule = learning_rate(config.schedule, train.steps)
     mask = decays(params, nnx.to_pure_dict(axes))
-    return Trainer(config, graph, make_optimizer(config.optimizer, schedule, mask), schedule, options)
+    optimizer = make_optimizer(config.optimizer, schedule, mask)
+    return Trainer(config, graph, optimizer, schedule, options, mesh, param_specs(model))

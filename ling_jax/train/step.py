@@ -8,7 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from ling_jax.parallel.mesh import TOKEN_AXES, WORK_AXES, axis_size, psum
 from ling_jax.train.balance import balance_biases
 from ling_jax.train.loss import Batch, Sums, count_targets, loss_sums, total_loss
 from ling_jax.train.state import Trainer, TrainState
@@ -16,17 +18,19 @@ from ling_jax.train.state import Trainer, TrainState
 Metrics = dict[str, jax.Array]
 
 
-def accumulate_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batch) -> tuple[Sums, dict]:
-    """Sums and float32 gradients of a whole step, from microbatches [A, B, T] run one after the other.
+def _local_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batch) -> tuple[Sums, dict]:
+    """Sums and float32 gradients of this device's part of all microbatches [A, B, T], not yet summed over devices
+    (but for what `parallel.rules.gather` has scattered).
 
     Each microbatch is divided by the step's counts, not its own, so A does not change the result.
     """
-    counts = count_targets(batch)
+    counts = psum(count_targets(batch), *TOKEN_AXES)
     coefficient = trainer.config.train.z_loss_coefficient
 
     def loss(params, rows):
         sums = loss_sums(trainer.model(params, bias), rows)
-        return total_loss(sums, counts, trainer.config.model, coefficient), sums
+        # Devices along `tensor` compute the same loss: the objective is the sum over all devices.
+        return total_loss(sums, counts, trainer.config.model, coefficient) / axis_size("tensor"), sums
 
     gradient = jax.grad(loss, has_aux=True)
     if batch["tokens"].shape[0] == 1:
@@ -44,7 +48,29 @@ def accumulate_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batc
     return jax.lax.scan(body, start, batch)[0]
 
 
-def _moe_metrics(counts_LE: jax.Array, bias: dict) -> Metrics:
+def accumulate_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batch) -> tuple[Sums, dict]:
+    """Sums and gradients of a whole step over the mesh; gradients are split as the parameters are.
+
+    A weight that is split only to be stored has its gradients reduced and scattered where it is gathered; what is
+    left, once per step, is the sum over the axes that the parameter is whole on.
+    """
+    reduce_dtype = jnp.dtype(trainer.config.mesh.reduce_dtype)
+
+    def reduce(g: jax.Array, spec: PartitionSpec) -> jax.Array:
+        split = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+        axes = [axis for axis in WORK_AXES if axis not in split]
+        return psum(g.astype(reduce_dtype), *axes).astype(g.dtype) if axis_size(*axes) > 1 else g
+
+    def run(params, bias, batch):
+        sums, grads = _local_gradients(trainer, params, bias, batch)
+        with jax.named_scope("reduce_gradients"):
+            return psum(sums, *TOKEN_AXES), jax.tree.map(reduce, grads, trainer.param_specs)
+
+    return trainer.on_shards(run, (PartitionSpec(), trainer.param_specs))(params, bias, batch)
+
+
+def _moe_metrics(sums: Sums, bias: dict) -> Metrics:
+    counts_LE = sums.expert_counts_LE
     if not counts_LE.size:
         return {}
     mean_L = jnp.maximum(counts_LE.mean(-1), 1e-9)
@@ -54,7 +80,7 @@ def _moe_metrics(counts_LE: jax.Array, bias: dict) -> Metrics:
     return {
         "moe/load_max_over_mean": load_L.max(),
         "moe/load_max_over_mean_per_layer": load_L,
-        "moe/dropped": jnp.zeros((), jnp.int32),  # dispatch is dropless
+        "moe/dropped": sums.dropped,
         "moe/bias_abs_max": jnp.abs(bias_LE).max(),
         "moe/bias_min_per_layer": bias_LE.min(-1),
         "moe/bias_max_per_layer": bias_LE.max(-1),
@@ -98,13 +124,14 @@ def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[Tra
             "train/tokens": counts.tokens,
             "train/skipped_steps": state.skipped + failed,
             "train/skipped_in_a_row": in_a_row,
-            **_moe_metrics(sums.expert_counts_LE, bias),
+            **_moe_metrics(sums, bias),
         }
         if config.model.num_nextn_predict_layers:
             metrics["train/mtp_loss"] = sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
         return TrainState(state.step + 1, params, bias, optimizer, state.skipped + failed, in_a_row), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    everywhere = NamedSharding(trainer.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(trainer.shardings(), everywhere))
 
 
 def _update_count(state: TrainState) -> jax.Array:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
+from jax.sharding import PartitionSpec
 
 from ling_jax.data.pipeline import scoring_windows
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.parallel.mesh import TOKEN_AXES, psum
 from ling_jax.train.loss import IGNORE, loss_sums
+from ling_jax.train.state import Trainer
 
 
 class Score(NamedTuple):
@@ -88,14 +90,14 @@ def _batches(rows: Mapping[str, np.ndarray], size: int) -> Iterator[dict[str, np
         yield batch
 
 
-def make_scorer(graph: nnx.GraphDef) -> Callable[[dict, dict, Mapping[str, np.ndarray]], jax.Array]:
-    """Returns scorer(params, bias, batch) -> the batch's summed nats; the MTP layer does not run."""
+def make_scorer(trainer: Trainer) -> Callable[[dict, dict, Mapping[str, np.ndarray]], jax.Array]:
+    """Returns scorer(params, bias, batch) -> the batch's summed nats; the MTP layer does not run. `batch` is the
+    whole one, the same on every process."""
 
-    @jax.jit
-    def scorer(params, bias, batch):
-        return loss_sums(nnx.merge(graph, params, bias), batch).nll
+    def nll(params, bias, batch):
+        return psum(loss_sums(trainer.model(params, bias), batch).nll, *TOKEN_AXES)
 
-    return scorer
+    return jax.jit(trainer.on_shards(nll, PartitionSpec()))
 
 
 def score_rows(scorer: Callable, params: dict, bias: dict, rows: Mapping[str, np.ndarray], batch_size: int) -> float:

@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses; no arrays live here.
+"""The architecture: its settings, its layer plan, its parameter counts.
 
 Architecture fields are spelled as in the released `config.json`, so `from_hf` and `to_hf` are (nearly)
 the identity and one name serves the paper, the checkpoint and this code.
@@ -8,9 +8,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
+
+from ling_jax.config.checks import check, check_at_least, check_types
 
 MODEL_TYPES = ("bailing_moe", "bailing_moe_v2")
 
@@ -50,31 +52,6 @@ FIXED_HF_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _check_types(config: Any) -> None:
-    """Each field against its annotation, for the simple types that files and users get wrong."""
-    for field in dataclasses.fields(config):
-        value, kinds = getattr(config, field.name), str(field.type).replace(" | ", " ").split()
-        names = [getattr(field.type, "__name__", "")] if isinstance(field.type, type) else kinds
-        simple = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
-        if not all(name in simple for name in names):
-            continue
-        fits = any(isinstance(value, simple[name]) for name in names)
-        if isinstance(value, bool) and "bool" not in names:
-            fits = False
-        _check(fits, f"{field.name} = {value!r} must be of type {' or '.join(names)}")
-
-
-def _check_at_least(config: Any, low: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(value >= low, f"{name} = {value} must be at least {low}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """YaRN context extension (arXiv 2309.00071), with the key names of HF's `rope_scaling`."""
@@ -88,8 +65,8 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self):
-        _check_types(self)
-        _check_at_least(self, 1, "factor", "original_max_position_embeddings")
+        check_types(self)
+        check_at_least(self, 1, "factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,26 +109,26 @@ class ModelConfig:
     hf_json: Annotated[str, tyro.conf.Suppress] = dataclasses.field(default="", repr=False)
 
     def __post_init__(self):
-        _check_types(self)
-        _check_at_least(
+        check_types(self)
+        check_at_least(
             self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "n_group", "topk_group",
             "moe_intermediate_size", "intermediate_size", "max_position_embeddings",
         )  # fmt: skip
-        _check_at_least(
+        check_at_least(
             self, 0, "num_shared_experts", "first_k_dense_replace", "mtp_loss_scaling_factor", "rms_norm_eps"
         )
-        _check(
+        check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
             f"num_key_value_heads = {self.num_key_value_heads}",
         )
-        _check(
+        check(
             self.first_k_dense_replace <= self.num_hidden_layers,
             f"first_k_dense_replace = {self.first_k_dense_replace} exceeds "
             f"num_hidden_layers = {self.num_hidden_layers}",
         )
-        _check(
+        check(
             self.num_nextn_predict_layers in (0, 1),
             f"num_nextn_predict_layers = {self.num_nextn_predict_layers}: the family has 0 or 1 (spec 2.6)",
         )
@@ -159,37 +136,37 @@ class ModelConfig:
         self._check_rope()
         for name in ("pad_token_id", "eos_token_id"):
             value = getattr(self, name)
-            _check(
+            check(
                 value is None or 0 <= value < self.vocab_size,
                 f"{name} = {value} is outside the vocabulary of {self.vocab_size}",
             )
 
     def _check_router(self):
-        _check(
+        check(
             self.num_experts % self.n_group == 0,
             f"num_experts = {self.num_experts} must be a multiple of n_group = {self.n_group}",
         )
         size = self.num_experts // self.n_group
-        _check(
+        check(
             size >= 2,
             f"num_experts / n_group = {size}: a group is ranked by its two best experts, so it needs 2",
         )
-        _check(self.topk_group <= self.n_group, f"topk_group = {self.topk_group} exceeds n_group = {self.n_group}")
+        check(self.topk_group <= self.n_group, f"topk_group = {self.topk_group} exceeds n_group = {self.n_group}")
         limit = self.topk_group * size
-        _check(
+        check(
             self.num_experts_per_tok <= limit,
             f"num_experts_per_tok = {self.num_experts_per_tok} exceeds the {limit} experts that "
             f"topk_group = {self.topk_group} groups of {size} hold; lower it or raise topk_group",
         )
 
     def _check_rope(self):
-        _check(self.rope_theta > 0, f"rope_theta = {self.rope_theta} must be positive")
-        _check(
+        check(self.rope_theta > 0, f"rope_theta = {self.rope_theta} must be positive")
+        check(
             self.partial_rotary_factor is not None or self.rotary_dim is not None,
             "partial_rotary_factor and rotary_dim are both missing: the releases rotate half of head_dim; "
             "set partial_rotary_factor (0.5 in every release, 1.0 to rotate the whole head)",
         )
-        _check(
+        check(
             0 <= self.rotary_width <= self.head_dim and self.rotary_width % 2 == 0,
             f"the rotated width {self.rotary_width} must be even and at most head_dim = {self.head_dim}",
         )
@@ -222,7 +199,7 @@ class ModelConfig:
             this package does not implement; the message names the field and what to do.
         """
         kind = config.get("model_type")
-        _check(
+        check(
             kind in MODEL_TYPES,
             f"model_type = {kind!r} in config.json: this version reads {' and '.join(MODEL_TYPES)} only",
         )
@@ -230,14 +207,14 @@ class ModelConfig:
         nextn = config.get("num_nextn_predict_layers") or 0
         if nextn and config.get("mtp_loss_scaling_factor") is None:
             missing.append("mtp_loss_scaling_factor")
-        _check(
+        check(
             not missing,
             f"config.json lacks {', '.join(missing)}; the releases set every one of them and their class "
             "defaults differ, so nothing is guessed: add them to the file",
         )
         for name, allowed in FIXED_HF_FIELDS.items():
             value = config.get(name, allowed[0])
-            _check(value in allowed, f"{name} = {value!r} in config.json: only {allowed[0]!r} is implemented")
+            check(value in allowed, f"{name} = {value!r} in config.json: only {allowed[0]!r} is implemented")
         known = {f.name for f in dataclasses.fields(cls)} - {"hf_json"}
         values = {name: config[name] for name in known if name in config}
         values.setdefault("partial_rotary_factor", None)
@@ -275,12 +252,12 @@ def _hf_values(config: ModelConfig) -> dict[str, Any]:
 def _rope_scaling_from_hf(scaling: Mapping[str, Any] | None, config: Mapping[str, Any]) -> RopeScaling | None:
     if scaling is None:
         return None
-    _check(isinstance(scaling, Mapping), f"rope_scaling = {scaling!r} in config.json must be an object or null")
+    check(isinstance(scaling, Mapping), f"rope_scaling = {scaling!r} in config.json must be an object or null")
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind in (None, "default"):
         return None
-    _check(kind == "yarn", f"rope_scaling type {kind!r}: only 'yarn' is implemented (spec 2.3)")
-    _check("factor" in scaling, "rope_scaling lacks 'factor'")
+    check(kind == "yarn", f"rope_scaling type {kind!r}: only 'yarn' is implemented (spec 2.3)")
+    check("factor" in scaling, "rope_scaling lacks 'factor'")
     known = {f.name for f in dataclasses.fields(RopeScaling)}
     values = {k: v for k, v in scaling.items() if k in known and v is not None}
     values.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
@@ -371,160 +348,6 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     head = (1 + mtp) * c.vocab_size * hidden
     scores = (c.num_hidden_layers + mtp) * heads * c.head_dim * sequence_length
     return 6.0 * (active + head + scores)
-
-
-# ---------------------------------------------------------------------------------------------------
-# A run.
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSource:
-    """Documents under one name.
-
-    `path` is a folder or file of .jsonl, .txt or .parquet, or one of the built-in corpora:
-    `python-stdlib` (any Python has it), `site-packages` (the installed requirements).
-    """
-
-    path: str
-    weight: float = 1.0  # share of training tokens, relative to the other sources
-    licence: str = "unknown"  # used where a document does not state its own
-    text_field: str = "text"  # of a JSONL object or parquet row
-
-    def __post_init__(self):
-        _check(self.weight > 0, f"weight = {self.weight} of data source {self.path!r} must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    sources: tuple[DataSource, ...] = (DataSource(path="python-stdlib"),)
-    tokenizer: str | None = None  # a tokenizer.json, or a folder with one; None trains one on the training split
-    sequence_length: int = 512  # tokens per row
-    global_batch_size: int = 8  # rows per optimizer step
-    holdout_fraction: float = 0.02  # share of files kept for validation, chosen by a hash of their path
-    holdout_max_bytes: int = 400_000  # of each source, scored at every validation
-    max_bytes: int | None = None  # use a seeded sample of each source of about this size
-    cache_dir: str = "~/.cache/ling_jax"
-    seed: int = 0
-
-    def __post_init__(self):
-        _check_at_least(self, 1, "sequence_length", "global_batch_size", "holdout_max_bytes")
-        _check(len(self.sources) > 0, "data.sources is empty: name at least one")
-        _check(0 < self.holdout_fraction < 1, f"holdout_fraction = {self.holdout_fraction} must be between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW as in the Ling 2.0 report, section 3.2.1 (eps is not published)."""
-
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices only
-    clip_norm: float = 1.0  # global gradient norm
-
-    def __post_init__(self):
-        _check_at_least(self, 0, "b1", "b2", "eps", "weight_decay", "clip_norm")
-        _check(max(self.b1, self.b2) < 1, f"b1 = {self.b1} and b2 = {self.b2} must be below 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Linear warmup, constant, then an optional decay over the last part of the run."""
-
-    peak_lr: float = 3.36e-4
-    warmup_steps: int = 2000
-    decay_fraction: float = 0.0  # share of the run's steps, at its end
-    decay: Literal["linear", "cosine", "sqrt"] = "sqrt"  # sqrt: 1 - sqrt(share of the decay done)
-    final_lr_fraction: float = 0.0
-
-    def __post_init__(self):
-        _check_at_least(self, 0, "peak_lr", "warmup_steps", "decay_fraction", "final_lr_fraction")
-        _check(self.decay_fraction <= 1, f"decay_fraction = {self.decay_fraction} must be at most 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    steps: int = 1000
-    microbatches: int = 1  # the global batch is cut into this many, gradients are summed
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "minimal"] = "full"
-    unroll_layers: bool = False  # run the layers as straight code instead of a scan
-    init_std: float = 0.006  # Ling 2.0 report, section 3.2.1
-    z_loss_coefficient: float = 0.0
-    bias_update_rate: float = 1e-3
-    seed: int = 0
-    log_every: int = 1
-    eval_every: int = 0  # steps between validations; 0: only at the end
-    max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
-    profile_start: int = 10  # steps done before the profiler's window opens
-    profile_steps: int = 0  # its length; 0: no profile
-
-    def __post_init__(self):
-        _check_at_least(self, 1, "steps", "microbatches", "log_every", "max_skipped_steps")
-        _check_at_least(self, 0, "eval_every", "profile_steps", "bias_update_rate", "z_loss_coefficient")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    every: int = 500  # steps; the last step is always saved
-    keep_last: int = 2
-    keep_every: int = 0  # also keep each step divisible by this; 0: none
-
-    def __post_init__(self):
-        _check_at_least(self, 1, "every", "keep_last")
-        _check_at_least(self, 0, "keep_every")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """All that decides a run's numbers."""
-
-    model: ModelConfig
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-
-    def __post_init__(self):
-        length, limit = self.data.sequence_length, self.model.max_positions
-        _check(
-            length <= limit,
-            f"data.sequence_length = {length} exceeds the model's {limit} positions; shorten it, or raise "
-            "max_position_embeddings or set rope_scaling",
-        )
-        rows, parts = self.data.global_batch_size, self.train.microbatches
-        _check(
-            rows % parts == 0,
-            f"data.global_batch_size = {rows} must be a multiple of train.microbatches = {parts}",
-        )
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "RunConfig":
-        return _from_dict(cls, json.loads(text))
-
-
-def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
-    """Rebuilds nested dataclasses from `dataclasses.asdict`; an unknown key is an error."""
-    nested = {
-        "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig,
-        "train": TrainConfig, "checkpoint": CheckpointConfig, "rope_scaling": RopeScaling,
-    }  # fmt: skip
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-    _check(not unknown, f"unknown {cls.__name__} field(s) {', '.join(unknown)}")
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        if name == "sources":
-            built[name] = tuple(_from_dict(DataSource, source) for source in value)
-        elif name in nested and value is not None:
-            built[name] = _from_dict(nested[name], value)
-        else:
-            built[name] = value
-    return cls(**built)
 
 
 def architecture_diff(saved: ModelConfig, wanted: ModelConfig) -> list[str]:

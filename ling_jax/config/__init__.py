@@ -1,0 +1,53 @@
+"""Every setting, as frozen dataclasses; no arrays live here."""
+
+from ling_jax.config.model import (
+    FIXED_HF_FIELDS,
+    MODEL_TYPES,
+    REQUIRED_HF_FIELDS,
+    Counts,
+    ModelConfig,
+    RopeScaling,
+    Segment,
+    architecture_diff,
+    count_params,
+    layer_kinds,
+    layer_plan,
+    train_flops_per_token,
+)
+from ling_jax.config.run import (
+    MESH_AXES,
+    ONE_DEVICE,
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Counts",
+    "DataConfig",
+    "DataSource",
+    "FIXED_HF_FIELDS",
+    "MESH_AXES",
+    "MODEL_TYPES",
+    "MeshConfig",
+    "ModelConfig",
+    "ONE_DEVICE",
+    "OptimizerConfig",
+    "REQUIRED_HF_FIELDS",
+    "RopeScaling",
+    "RunConfig",
+    "ScheduleConfig",
+    "Segment",
+    "TrainConfig",
+    "architecture_diff",
+    "count_params",
+    "layer_kinds",
+    "layer_plan",
+    "train_flops_per_token",
+]

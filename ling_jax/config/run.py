@@ -1,0 +1,248 @@
+"""The settings of a run, as frozen dataclasses."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ling_jax.config.checks import check, check_at_least
+from ling_jax.config.model import ModelConfig, RopeScaling
+
+MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Documents under one name.
+
+    `path` is a folder or file of .jsonl, .txt or .parquet, or one of the built-in corpora:
+    `python-stdlib` (any Python has it), `site-packages` (the installed requirements).
+    """
+
+    path: str
+    weight: float = 1.0  # share of training tokens, relative to the other sources
+    licence: str = "unknown"  # used where a document does not state its own
+    text_field: str = "text"  # of a JSONL object or parquet row
+
+    def __post_init__(self):
+        check(self.weight > 0, f"weight = {self.weight} of data source {self.path!r} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sources: tuple[DataSource, ...] = (DataSource(path="python-stdlib"),)
+    tokenizer: str | None = None  # a tokenizer.json, or a folder with one; None trains one on the training split
+    sequence_length: int = 512  # tokens per row
+    global_batch_size: int = 8  # rows per optimizer step
+    holdout_fraction: float = 0.02  # share of files kept for validation, chosen by a hash of their path
+    holdout_max_bytes: int = 400_000  # of each source, scored at every validation
+    max_bytes: int | None = None  # use a seeded sample of each source of about this size
+    cache_dir: str = "~/.cache/ling_jax"
+    seed: int = 0
+
+    def __post_init__(self):
+        check_at_least(self, 1, "sequence_length", "global_batch_size", "holdout_max_bytes")
+        check(len(self.sources) > 0, "data.sources is empty: name at least one")
+        check(0 < self.holdout_fraction < 1, f"holdout_fraction = {self.holdout_fraction} must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as in the Ling 2.0 report, section 3.2.1 (eps is not published)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices only
+    clip_norm: float = 1.0  # global gradient norm
+
+    def __post_init__(self):
+        check_at_least(self, 0, "b1", "b2", "eps", "weight_decay", "clip_norm")
+        check(max(self.b1, self.b2) < 1, f"b1 = {self.b1} and b2 = {self.b2} must be below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warmup, constant, then an optional decay over the last part of the run."""
+
+    peak_lr: float = 3.36e-4
+    warmup_steps: int = 2000
+    decay_fraction: float = 0.0  # share of the run's steps, at its end
+    decay: Literal["linear", "cosine", "sqrt"] = "sqrt"  # sqrt: 1 - sqrt(share of the decay done)
+    final_lr_fraction: float = 0.0
+
+    def __post_init__(self):
+        check_at_least(self, 0, "peak_lr", "warmup_steps", "decay_fraction", "final_lr_fraction")
+        check(self.decay_fraction <= 1, f"decay_fraction = {self.decay_fraction} must be at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 1000
+    microbatches: int = 1  # the global batch is cut into this many, gradients are summed
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "minimal"] = "full"
+    unroll_layers: bool = False  # run the layers as straight code instead of a scan
+    init_std: float = 0.006  # Ling 2.0 report, section 3.2.1
+    z_loss_coefficient: float = 0.0
+    bias_update_rate: float = 1e-3
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 0  # steps between validations; 0: only at the end
+    max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
+    profile_start: int = 10  # steps done before the profiler's window opens
+    profile_steps: int = 0  # its length; 0: no profile
+
+    def __post_init__(self):
+        check_at_least(self, 1, "steps", "microbatches", "log_every", "max_skipped_steps")
+        check_at_least(self, 0, "eval_every", "profile_steps", "bias_update_rate", "z_loss_coefficient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 500  # steps; the last step is always saved
+    keep_last: int = 2
+    keep_every: int = 0  # also keep each step divisible by this; 0: none
+
+    def __post_init__(self):
+        check_at_least(self, 1, "every", "keep_last")
+        check_at_least(self, 0, "keep_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The device mesh, six axes that are always there, and how work is exchanged over it (docs/meshes.md).
+
+    Rows of the batch go over data, fsdp and expert; tokens of a row over context; see `parallel.rules` for weights.
+    """
+
+    stage: int = 1
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    dispatcher: Literal["ragged_all_to_all", "all_gather"] = "ragged_all_to_all"  # of tokens to their experts
+    buffer_factor: float = 2.0  # rows an expert rank takes at once, over the mean; from `expert` on, the worst case
+    overflow: Literal["rounds", "drop"] = "rounds"  # rows beyond the buffer: further rounds, or left out and counted
+    context_method: Literal["ring", "all_gather"] = "ring"  # how keys and values reach the queries of other shards
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradients are summed over devices in it
+
+    def __post_init__(self):
+        check_at_least(self, 1, *MESH_AXES)
+        check(self.buffer_factor > 0, f"mesh.buffer_factor = {self.buffer_factor} must be positive")
+        check(
+            self.stage == 1,
+            f"mesh.stage = {self.stage}: pipeline stages are not implemented yet; use fsdp and expert instead",
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, name) for name in MESH_AXES)
+
+    @property
+    def batch_shards(self) -> int:
+        return self.data * self.fsdp * self.expert
+
+    def check(self, model: ModelConfig) -> None:
+        """ValueError, with both numbers and a remedy, where the model cannot be cut this way."""
+        heads, kv = model.num_attention_heads, model.num_key_value_heads
+        cuts = [
+            ("model.num_experts", model.num_experts, "expert"),
+            ("model.hidden_size", model.hidden_size, "fsdp"),
+            ("model.num_attention_heads", heads, "tensor"),
+            ("model.intermediate_size", model.intermediate_size, "tensor"),
+            ("model.moe_intermediate_size", model.moe_intermediate_size, "tensor"),
+            ("model.shared_intermediate_size", model.shared_intermediate_size, "tensor"),
+            ("model.vocab_size", model.vocab_size, "tensor"),
+        ]
+        for name, size, axis in cuts:
+            shards = getattr(self, axis)
+            check(
+                size % shards == 0,
+                f"{name} = {size} must be a multiple of mesh.{axis} = {shards}; choose one of its divisors",
+            )
+        check(
+            kv % self.tensor == 0 or self.tensor % kv == 0,
+            f"mesh.tensor = {self.tensor} and model.num_key_value_heads = {kv}: one must divide the other; "
+            "choose another mesh.tensor",
+        )
+        shards = self.fsdp * self.tensor
+        check(
+            model.hidden_size % shards == 0,
+            f"model.hidden_size = {model.hidden_size} must be a multiple of mesh.fsdp * mesh.tensor = {shards}, "
+            "over which the attention's input projection is stored; lower either",
+        )
+
+    def check_rows(self, rows: int, parts: int, length: int) -> None:
+        """ValueError where `rows` per step in `parts` microbatches, of `length` tokens, cannot be cut this way."""
+        check(
+            rows // parts % self.batch_shards == 0,
+            f"data.global_batch_size / train.microbatches = {rows // parts} must be a multiple of mesh.data * "
+            f"mesh.fsdp * mesh.expert = {self.batch_shards}: raise the batch, or lower the microbatches or an axis",
+        )
+        pieces = 2 * self.context if self.context > 1 else 1
+        check(
+            length % pieces == 0,
+            f"data.sequence_length = {length} must be a multiple of 2 * mesh.context = {pieces} (each shard holds an "
+            "early and a late piece of the row): change either",
+        )
+
+
+ONE_DEVICE = MeshConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that decides a run's numbers."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = ONE_DEVICE
+
+    def __post_init__(self):
+        length, limit = self.data.sequence_length, self.model.max_positions
+        check(
+            length <= limit,
+            f"data.sequence_length = {length} exceeds the model's {limit} positions; shorten it, or raise "
+            "max_position_embeddings or set rope_scaling",
+        )
+        rows, parts = self.data.global_batch_size, self.train.microbatches
+        check(
+            rows % parts == 0,
+            f"data.global_batch_size = {rows} must be a multiple of train.microbatches = {parts}",
+        )
+        self.mesh.check(self.model)
+        self.mesh.check_rows(rows, parts, length)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        return _from_dict(cls, json.loads(text))
+
+
+def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
+    """Rebuilds nested dataclasses from `dataclasses.asdict`; an unknown key is an error."""
+    nested = {
+        "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig,
+        "train": TrainConfig, "checkpoint": CheckpointConfig, "mesh": MeshConfig, "rope_scaling": RopeScaling,
+    }  # fmt: skip
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    check(not unknown, f"unknown {cls.__name__} field(s) {', '.join(unknown)}")
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "sources":
+            built[name] = tuple(_from_dict(DataSource, source) for source in value)
+        elif name in nested and isinstance(value, Mapping):
+            built[name] = _from_dict(nested[name], value)
+        else:
+            built[name] = value
+    return cls(**built)

@@ -1,0 +1,107 @@
+"""The one table from a parameter's dims to mesh axes, and the gathering of what it splits."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from ling_jax.config import MeshConfig
+from ling_jax.parallel.mesh import axis_size
+
+# A dim's mesh axes, major first; () where it stays whole. Vectors (norms, biases) are never split.
+RULES: dict[str, tuple[str, ...]] = {
+    "vocab": ("tensor",),
+    "hidden": ("fsdp", "expert"),
+    "heads": ("tensor",),  # query heads, as the output projection's inputs
+    "qkv_heads": (),  # the fused rows are query, key and value heads: no contiguous part is one rank's,
+    "qkv_inputs": ("fsdp", "expert", "tensor"),  # so the inputs are split, and `tensor_rows` swaps them for heads
+    "ffn": ("tensor",),
+    "expert": ("expert",),
+    "expert_ffn": ("tensor",),
+    "expert_hidden": ("fsdp",),
+    "expert_row": (),
+    "head_dim": (),
+    "mtp_input": (),
+}
+STORAGE = {"hidden", "qkv_inputs", "expert_hidden"}  # split to store, whole to compute
+
+Split = tuple[tuple[str, ...], ...]  # mesh axes of each dim of a parameter
+
+
+def split_of(shape: tuple[int, ...], names: tuple[str, ...], mesh: MeshConfig) -> Split:
+    """Mesh axes of more than one device that each dim is split over; `expert` stores dense weights only where it
+    divides them.
+
+    Raises:
+      ValueError: naming the dim and both numbers, where the axes do not divide it.
+    """
+
+    def shards(axes: tuple[str, ...]) -> int:
+        return int(np.prod([getattr(mesh, axis) for axis in axes]))
+
+    split = []
+    for name, size in zip(names, shape, strict=True):
+        axes = tuple(axis for axis in RULES[name] if getattr(mesh, axis) > 1) if len(names) > 1 else ()
+        if name in STORAGE and size % shards(axes):
+            axes = tuple(axis for axis in axes if axis != "expert")
+        if size % shards(axes):
+            text = " * ".join(f"mesh.{axis} {getattr(mesh, axis)}" for axis in axes)
+            raise ValueError(f"dim {name!r} of {size} must be a multiple of {text} = {shards(axes)}; lower these axes")
+        split.append(axes)
+    used = [axis for axes in split for axis in axes]
+    assert len(used) == len(set(used)), f"{names}: two dims on one mesh axis, {split}"
+    return tuple(split)
+
+
+def spec_of(split: Split, dims: int) -> PartitionSpec:
+    """The spec of an array of `dims` dims; those before the split ones are stacks of layers and stay whole."""
+    parts = [axes[0] if len(axes) == 1 else axes or None for axes in split]
+    return PartitionSpec(*[None] * (dims - len(split)), *parts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(w: jax.Array, dim: int, axes: tuple[str, ...], wire_dtype: Any, reduce_dtype: Any) -> jax.Array:
+    return jax.lax.all_gather(w.astype(wire_dtype), axes, axis=dim, tiled=True).astype(w.dtype)
+
+
+def _gather_fwd(w, dim, axes, wire_dtype, reduce_dtype):
+    return _gather(w, dim, axes, wire_dtype, reduce_dtype), None
+
+
+def _gather_bwd(dim, axes, wire_dtype, reduce_dtype, _, g):
+    part = jax.lax.psum_scatter(g.astype(reduce_dtype), axes, scatter_dimension=dim, tiled=True)
+    return (part.astype(g.dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def gather(w: jax.Array, names: tuple[str, ...], split: Split, wire_dtype: Any, reduce_dtype: Any) -> jax.Array:
+    """A weight's shard -> what this device computes with: whole but for `tensor`, and the experts' own dim.
+
+    Args:
+      w: this device's shard inside a manual region; outside one it is returned as it is.
+      names, split: of its dims (see RULES and `split_of`).
+      wire_dtype: it travels in this dtype and comes out, so rounded, in its own.
+      reduce_dtype: in which its gradients are summed and scattered back.
+    """
+    for dim, (name, axes) in enumerate(zip(names, split, strict=True)):
+        axes = tuple(axis for axis in axes if axis != "tensor" and axis_size(axis) > 1)
+        if name in STORAGE and axes:
+            with jax.named_scope("gather_weights"):
+                w = _gather(w, dim, axes, jnp.dtype(wire_dtype), jnp.dtype(reduce_dtype))
+    return w
+
+
+def tensor_rows(w: jax.Array, rows_PR: np.ndarray) -> jax.Array:
+    """Rows [R, I] of a weight whose inputs are split over `tensor`: rank p gets rows_PR[p] with all their inputs.
+
+    Outside a manual region over `tensor`, P is 1 and the rows are all of them.
+    """
+    if axis_size("tensor") == 1:
+        return w
+    with jax.named_scope("swap_inputs_for_heads"):
+        return jax.lax.all_to_all(w[rows_PR], "tensor", split_axis=0, concat_axis=2, tiled=True)[0]

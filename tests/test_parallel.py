@@ -1,0 +1,121 @@
+"""One device's numbers on every mesh: losses, all gradients, moments, expert counts and biases.
+
+Legend: L MoE layers, E experts.
+"""
+
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ling_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from ling_jax.parallel.mesh import place_batch, rows_here
+from ling_jax.train.state import make_trainer
+from ling_jax.train.step import accumulate_gradients, make_train_step
+from tests.helpers import (
+    QUICK,
+    assert_close,
+    assert_gradients_close,
+    documents,
+    jit,
+    pack,
+    random_weights,
+    tiny,
+)
+
+MODEL = tiny(vocab_size=64)
+LENGTH = 16
+DOCUMENTS = documents([16, 9, 6, 3, 16, 5, 11, 7, 2, 4, 1, 12, 14])
+# Eight rows: full, packed, and one that is all padding.
+CUTS = [(0, 1), (1, 3), (3, 4), (4, 5), (5, 7), (7, 11), (0, 0), (12, 13)]
+BATCH = pack([DOCUMENTS[first:last] for first, last in CUTS], LENGTH)
+
+
+class Run:
+    """Gradients and one step of a model on a mesh."""
+
+    def __init__(self, model: ModelConfig, mesh: MeshConfig, hot: bool = False, **train: Any):
+        self.config = RunConfig(
+            model=model,
+            mesh=mesh,
+            data=DataConfig(sequence_length=LENGTH, global_batch_size=8),
+            optimizer=OptimizerConfig(eps=1e-6),
+            schedule=ScheduleConfig(peak_lr=0.01, warmup_steps=4),
+            train=TrainConfig(**{"bias_update_rate": 0.01, "z_loss_coefficient": 0.01, "remat": "full", **train}),
+        )
+        self.trainer = make_trainer(self.config)
+        _, params, bias = random_weights(model)
+        if hot:  # one expert that every token takes, and some that none does
+            bias = jax.tree.map(lambda b: b.at[..., 1].set(9.0).at[..., 4:6].set(-9.0), bias)
+        self.state = self.trainer.place(self.trainer.start(params, bias))
+
+    def batch(self, batch=BATCH):
+        here = rows_here(self.trainer.mesh, 8)
+        return place_batch(self.trainer.mesh, {k: v[here] for k, v in batch.items()}, here, 8)
+
+    def gradients(self, batch=BATCH):
+        parts = self.config.train.microbatches
+
+        def run(params, bias, batch):
+            batch = {k: v.reshape(parts, -1, v.shape[-1]) for k, v in batch.items()}
+            return accumulate_gradients(self.trainer, params, bias, batch)
+
+        return jax.device_get(jit(run)(self.state.params, self.state.bias, self.batch(batch)))
+
+    def step(self):
+        step = make_train_step(self.trainer).lower(self.state, self.batch()).compile(compiler_options=QUICK)
+        return jax.device_get(step(self.state, self.batch()))
+
+
+@cache
+def one_device(hot: bool = False, **train: Any):
+    run = Run(MODEL, MeshConfig(), hot, **train)
+    return run.gradients(), run.step()
+
+
+def compare(run: Run, want) -> None:
+    (want_sums, want_grads), (want_state, want_metrics) = want
+    sums, grads = run.gradients()
+    for name in ("nll", "mtp_nll", "z"):
+        assert_close(getattr(sums, name), getattr(want_sums, name))
+    np.testing.assert_array_equal(sums.expert_counts_LE, want_sums.expert_counts_LE)
+    assert sums.dropped == 0
+    assert_gradients_close(grads, want_grads)
+    state, metrics = run.step()
+    assert_close(metrics["train/total_loss"], want_metrics["train/total_loss"])
+    assert_gradients_close(state.optimizer[1].mu, want_state.optimizer[1].mu)
+    assert_gradients_close(state.optimizer[1].nu, want_state.optimizer[1].nu, 2e-5)
+    jax.tree.map(np.testing.assert_array_equal, state.bias, want_state.bias)
+
+
+MESHES = {
+    "fsdp8": dict(fsdp=8),
+    "expert8": dict(expert=8),
+    "data2-expert4": dict(data=2, expert=4),
+    "fsdp2-expert4": dict(fsdp=2, expert=4),
+    "fsdp2-expert2-tensor2": dict(fsdp=2, expert=2, tensor=2),
+    "tensor4": dict(tensor=4),
+    "context4-expert2": dict(context=4, expert=2),
+}
+
+
+CASES = [(name, {}) for name in MESHES]
+CASES += [(name, {"dispatcher": "all_gather"}) for name in ("expert8", "fsdp2-expert4", "context4-expert2")]
+CASES += [("context4-expert2", {"context_method": "all_gather"})]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_mesh_gives_one_devices_numbers(name, options):
+    compare(Run(MODEL, MeshConfig(**MESHES[name], **options)), one_device())
+
+
+@pytest.mark.parametrize("name", ["fsdp2-expert4", "context4-expert2"])
+def test_hostile_routing_in_a_tight_buffer_gives_one_devices_numbers(name):
+    compare(Run(MODEL, MeshConfig(**MESHES[name], buffer_factor=0.5), hot=True), one_device(hot=True))
+
+
+def test_microbatches_on_a_mesh_give_one_devices_numbers():
+    train = dict(microbatches=2, remat="minimal")
+    compare(Run(MODEL, MeshConfig(fsdp=2, expert=2), **train), one_device(**train))
