@@ -33,6 +33,18 @@ def jit(f: Callable, **options: Any) -> Callable:
     return jax.jit(f, compiler_options=QUICK, **options)
 
 
+def output_and_gradients(f: Callable, args: Sequence[Any], cotangent: Any) -> tuple[Any, list]:
+    """f(*args) and the leaves of its arguments' gradients, compiled as one program."""
+
+    @jit
+    def run(args, cotangent):
+        output, vjp = jax.vjp(f, *args)
+        return output, vjp(cotangent)
+
+    output, gradients = run(args, cotangent)
+    return output, jax.tree.leaves(gradients)
+
+
 def tiny(**changes: Any) -> ModelConfig:
     """One dense and two MoE layers and an MTP layer; no two sizes are equal that could be taken for each other."""
     base = ModelConfig(

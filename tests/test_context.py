@@ -13,7 +13,7 @@ from ling_jax.config import MeshConfig
 from ling_jax.kernels.attention import attention
 from ling_jax.parallel.context import context_attention, local_slots, shift_left, zigzag_order
 from ling_jax.parallel.mesh import make_mesh, manual
-from tests.helpers import assert_close, assert_gradient_close, jit
+from tests.helpers import assert_close, assert_gradient_close, jit, output_and_gradients
 
 T, SCALE = 32, 0.4
 METHODS = ("ring", "all_gather")
@@ -58,10 +58,10 @@ def across(ranks, method):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_attention_and_its_gradients_equal_one_devices(ranks, method):
     *qkv, g = inputs()
-    want, want_vjp = jax.vjp(one_device, *qkv)
-    got, got_vjp = jax.vjp(jit(across(ranks, method)), *qkv)
+    want, want_gradients = output_and_gradients(one_device, qkv, g)
+    got, gradients = output_and_gradients(across(ranks, method), qkv, g)
     assert_close(got, want)
-    for got_d, want_d in zip(got_vjp(g), want_vjp(g), strict=True):
+    for got_d, want_d in zip(gradients, want_gradients, strict=True):
         assert_gradient_close(got_d, want_d)
 
 
