@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ling_jax.cli import parse_train, run_main
 from ling_jax.model.model import sharding_table
+from ling_jax.parallel.processes import run_together
 from ling_jax.runner import run_training
 
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
         config = command.config
         print(sharding_table(config.model, config.mesh, config.train.param_dtype))
         return 0
-    return run_training(name, command)
+    return run_together(lambda: run_training(name, command))
 
 
 if __name__ == "__main__":

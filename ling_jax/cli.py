@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import tyro
 from rich.logging import RichHandler
 
 from ling_jax.config import RunConfig
+from ling_jax.parallel.processes import worker_id
 from ling_jax.train.metrics import CONSOLE
 
 log = logging.getLogger(__name__)
@@ -69,12 +71,15 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainCommand]:
 
 
 def set_up_logging() -> None:
-    """Log lines on standard error; on a terminal through the console that the progress bar uses."""
+    """Log lines on standard error, on a terminal through the console that the progress bar uses; of several processes
+    the first tells all, the others only warnings."""
     handler: logging.Handler = logging.StreamHandler()
-    form = "%(asctime)s %(message)s"
-    if CONSOLE.is_terminal:
+    level, form = logging.INFO, "%(asctime)s %(message)s"
+    if worker_id():
+        level, form, CONSOLE.quiet = logging.WARNING, f"%(asctime)s process {worker_id()}: %(message)s", True
+    elif CONSOLE.is_terminal:
         handler, form = RichHandler(console=CONSOLE, show_path=False), "%(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", handlers=[handler], force=True)
+    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=[handler], force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("jax").setLevel(logging.WARNING)
     # A save that fails in orbax's threads is told once, as this package's error, not once for each of its tasks.
@@ -87,11 +92,20 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command; a user's mistake or a refusing system (ValueError, OSError) is one line and exit code 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     set_up_logging()
+    code = 1
     try:
-        code = main(sys.argv[1:])
+        code = main(sys.argv[1:]) or 0
     except (ValueError, OSError) as error:
         if os.environ.get("LING_JAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    raise SystemExit(code or 0)
+        code = 2
+    except Exception:
+        if worker_id() is None:
+            raise
+        traceback.print_exc()
+    if code and worker_id() is not None:  # JAX's own exit waits for the other processes, which wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)

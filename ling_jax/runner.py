@@ -24,6 +24,7 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.sampler import generate
 from ling_jax.model.model import split_model
 from ling_jax.parallel.mesh import rows_here
+from ling_jax.parallel.processes import barrier, lead_first
 from ling_jax.train.loop import DivergedError, StopRequest, train
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import write_report
@@ -131,6 +132,35 @@ def _write_generation_config(folder: epath.Path, tokenizer: Tokenizer) -> None:
     (folder / "generation_config.json").write_text(text + "\n")
 
 
+def _prepare(run_dir: epath.Path, config: RunConfig, latest_step: int | None) -> Data:
+    """The run's data; process 0 also writes the run's folder, which the others compare with theirs."""
+    if jax.process_index() == 0:
+        _check_earlier_run(run_dir, config, latest_step)
+    else:
+        _check_shared(run_dir, config)
+    data = open_data(config.data, config.model.vocab_size, str(run_dir / TOKENIZER))
+    _check_special_ids(data.tokenizer, config.model)
+    if jax.process_index() == 0:
+        _write_generation_config(run_dir / TOKENIZER, data.tokenizer)
+        _write_config(run_dir, config)
+    return data
+
+
+def _check_shared(run_dir: epath.Path, config: RunConfig) -> None:
+    """Refuses a folder that is not the one process 0 writes, or settings that are not its settings."""
+    file, process = run_dir / CONFIG_FILE, jax.process_index()
+    if not file.exists():
+        raise ValueError(
+            f"process {process} does not see {file}, which process 0 has written: put --runs-dir on a file system that "
+            "all hosts share, or on gs://"
+        )
+    if RunConfig.from_json(file.read_text()) != config:
+        raise ValueError(
+            f"the settings of process {process} differ from those of process 0, in {file}: start all processes with "
+            "one command, and see that --runs-dir is on a file system that they share"
+        )
+
+
 def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> TrainState:
     """The latest checkpoint of the run; without one, the weights of `init_from` or new ones."""
     step = saver.checkpointer.latest_step()
@@ -155,7 +185,7 @@ def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: s
     return prompt + tokenizer.decode(new)
 
 
-def _report(trainer: Trainer, state: TrainState, data: Data, run_dir: epath.Path, seconds: float) -> None:
+def _report(trainer: Trainer, step: int, data: Data, run_dir: epath.Path, seconds: float, sample: str) -> None:
     """Writes report.html and logs its headline figures."""
     config = trainer.config
     corpus = read_corpus(config.data)
@@ -165,8 +195,8 @@ def _report(trainer: Trainer, state: TrainState, data: Data, run_dir: epath.Path
     scores = next((r for r in reversed(records) if "eval/bits_per_byte" in r), {})
     counts = count_params(config.model)
     summary = {
-        "steps": f"{int(state.step)} of {config.train.steps}",
-        "tokens seen": f"{int(state.step) * config.data.global_batch_size * config.data.sequence_length:,}",
+        "steps": f"{step} of {config.train.steps}",
+        "tokens seen": f"{step * config.data.global_batch_size * config.data.sequence_length:,}",
         "parameters": f"{counts.total:,} in all, {counts.active:,} active per token",
         "wall time of this session": f"{seconds:.0f} s",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, {jax.device_count()} {jax.devices()[0].platform}",
@@ -176,7 +206,7 @@ def _report(trainer: Trainer, state: TrainState, data: Data, run_dir: epath.Path
         summary["validation nats per token"] = f"{scores['eval/nats_per_token']:.3f}"
         text = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
         log.info("validation bits per byte %.3f; the same bytes: %s", scores["eval/bits_per_byte"], text)
-    path = write_report(run_dir, run_dir.name, summary, others, _sample(trainer, state, data.tokenizer))
+    path = write_report(run_dir, run_dir.name, summary, others, sample)
     log.info("report: %s", path)
 
 
@@ -188,14 +218,13 @@ def run_training(name: str, command: TrainCommand) -> int:
     """
     started, config = time.perf_counter(), command.config
     run_dir = epath.Path(command.runs_dir) / (command.run or name)
-    _make_room(run_dir, command)
+    lead = jax.process_index() == 0
+    if lead:
+        _make_room(run_dir, command)
+    barrier("room is made")
     saver = RunSaver(Checkpointer(str(run_dir / "checkpoints"), config.checkpoint), config)
     with StopRequest().listening() as stop, contextlib.closing(saver.checkpointer):
-        _check_earlier_run(run_dir, config, saver.checkpointer.latest_step())
-        data = open_data(config.data, config.model.vocab_size, str(run_dir / TOKENIZER))
-        _check_special_ids(data.tokenizer, config.model)
-        _write_generation_config(run_dir / TOKENIZER, data.tokenizer)
-        _write_config(run_dir, config)
+        data = lead_first("the data is open", lambda: _prepare(run_dir, config, saver.checkpointer.latest_step()))
         trainer = make_trainer(config)
         state = _first_state(trainer, saver, command.init_from)
         step = int(state.step)
@@ -207,16 +236,19 @@ def run_training(name: str, command: TrainCommand) -> int:
         }
         here = rows_here(trainer.mesh, config.data.global_batch_size).tolist()
         batches = train_batches(data.rows, config.data, step, here)
-        with MetricsWriter(run_dir, step or None) as writer:
+        with MetricsWriter(run_dir, step or None) if lead else contextlib.nullcontext() as writer:
             try:
                 state = train(trainer, state, batches, held_out, saver, writer, str(run_dir), stop)
             except DivergedError as error:
                 log.error("stopped: %s", error)
                 return 1
-        if stop.received is not None:
-            log.info("stopped by %s at step %d; run the same command to resume", stop.received.name, int(state.step))
-    if jax.process_index() == 0:
-        _report(trainer, state, data, run_dir, time.perf_counter() - started)
+        if int(state.step) < config.train.steps:
+            cause = "a signal to another process" if stop.received is None else stop.received.name
+            log.info("stopped by %s at step %d; run the same command to resume", cause, int(state.step))
+    sample = _sample(trainer, state, data.tokenizer)
+    if lead:
+        _report(trainer, int(state.step), data, run_dir, time.perf_counter() - started, sample)
+    barrier("the report is written")
     return 0
 
 

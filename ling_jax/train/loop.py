@@ -13,6 +13,7 @@ import numpy as np
 
 from ling_jax.config import train_flops_per_token
 from ling_jax.parallel.mesh import place_batch, rows_here
+from ling_jax.parallel.processes import AnyProcess
 from ling_jax.train.hardware import peak_flops, peak_memory_bytes
 from ling_jax.train.metrics import MetricsWriter, Progress
 from ling_jax.train.state import Trainer, TrainState
@@ -42,14 +43,20 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """SIGTERM and SIGINT set `received` inside; a second one acts as it did before."""
+        """SIGTERM and SIGINT set `received` inside; one that comes more than a second later acts as it did before (a
+        scheduler's signal may reach a process twice, by itself and through its parent)."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        first = 0.0
 
         def handle(number, frame):
-            self.received = signal.Signals(number)
-            log.warning("%s: finishing this step, then saving", self.received.name)
-            for old_number, handler in before.items():
-                signal.signal(old_number, handler)
+            nonlocal first
+            if self.received is None:
+                self.received, first = signal.Signals(number), time.monotonic()
+                log.warning("%s: finishing this step, then saving", self.received.name)
+            elif time.monotonic() - first > 1.0:
+                for old_number, handler in before.items():
+                    signal.signal(old_number, handler)
+                signal.raise_signal(number)
 
         for number in before:
             signal.signal(number, handle)
@@ -65,7 +72,7 @@ class _Recorder:
     """Turns a step's device metrics into a logged line, one step late so that the device never waits."""
 
     trainer: Trainer
-    writer: MetricsWriter
+    writer: MetricsWriter | None  # of process 0
     progress: Progress
     pending: tuple[int, Metrics, float] | None = None  # on the device
     ready: tuple[int, dict[str, Any]] | None = None  # on the host, not yet written
@@ -113,7 +120,8 @@ class _Recorder:
         (step, values), self.ready = self.ready, None
         values |= extra or {}
         train, in_a_row = self.trainer.config.train, self.skipped_in_a_row
-        if step % train.log_every == 0 or step == train.steps or extra or in_a_row:
+        logged = step % train.log_every == 0 or step == train.steps or extra or in_a_row
+        if logged and self.writer is not None:
             self.writer.write(step, values)
         self.progress.update(step, values)
         if in_a_row:
@@ -154,7 +162,7 @@ def train(
     batches: Iterator[Mapping[str, np.ndarray]],
     held_out: Mapping[str, HeldOut],
     saver: Saver,
-    writer: MetricsWriter,
+    writer: MetricsWriter | None,
     run_dir: str,
     stop: StopRequest,
 ) -> TrainState:
@@ -164,7 +172,8 @@ def train(
       batches: from the step after `state.step` on; int32 arrays, the rows of the global batch that
         `parallel.mesh.rows_here` names.
       held_out: validation text by source.
-      writer: cut back to `state.step` already.
+      writer: cut back to `state.step` already; None on all processes but the first.
+      stop: of this process; all stop together, one step later, where there are several.
     Raises:
       DivergedError: after saving nothing more: the last checkpoint holds finite weights.
     """
@@ -178,14 +187,15 @@ def train(
         nonlocal saved
         recorder.flush()
         if recorder.skipped_in_a_row == 0:  # else the last good checkpoint must not give way
-            writer.flush()  # before the save: a resume must find every line up to its step
+            if writer is not None:
+                writer.flush()  # before the save: a resume must find every line up to its step
             saver.save(state)
             saved = done
         recorder.restart_clock()
 
     with Progress(config.train.steps, first) as progress, _profiler(trainer, run_dir) as at_step:
-        recorder = _Recorder(trainer, writer, progress)
-        while done < config.train.steps and stop.received is None:
+        recorder, any_process = _Recorder(trainer, writer, progress), AnyProcess(trainer.mesh)
+        while done < config.train.steps and not any_process(stop.received is not None):
             at_step(done)
             started = time.perf_counter()
             batch = place_batch(trainer.mesh, next(batches), here, config.data.global_batch_size)

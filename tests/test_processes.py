@@ -1,0 +1,208 @@
+"""Several processes on this machine train as one, and end together; a checkpoint goes on on any mesh."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_resume import latest_step, lines_of
+from tiny_run import run, start, train_args
+
+from ling_jax.parallel.processes import EXPLICIT, START_SECONDS, Cluster, find_cluster
+from ling_jax.train.metrics import read_metrics
+
+FOREVER = 100_000
+OFTEN = dict(checkpoint__every=5, train__eval_every=0)
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start_process(monkeypatch, port: int, id_: int, args: list[str], count: int = 2) -> subprocess.Popen[str]:
+    values = (f"localhost:{port}", str(count), str(id_))
+    for name, value in zip(EXPLICIT, values, strict=True):
+        monkeypatch.setenv(name, value)
+    process = start("train.py", *args)
+    for name in EXPLICIT:
+        monkeypatch.delenv(name)
+    return process
+
+
+def start_two(monkeypatch, args: list[str]) -> list[subprocess.Popen[str]]:
+    """Two processes of two devices each."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    port = free_port()
+    return [start_process(monkeypatch, port, id_, args) for id_ in (0, 1)]
+
+
+def wait_until(reached: Callable[[], bool], processes: list[subprocess.Popen[str]], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not reached() and time.monotonic() < end and all(process.poll() is None for process in processes):
+        time.sleep(0.02)
+    if not reached():
+        for process in processes:
+            process.kill()
+        raise AssertionError("\n".join("".join(process.communicate()) for process in processes))
+
+
+def losses(run_dir: Path, first: int, last: int) -> np.ndarray:
+    return np.array([record["train/loss"] for record in read_metrics(run_dir) if first <= record["step"] <= last])
+
+
+def assert_goes_on_alike(a: Path, b: Path, step: int, steps: int) -> None:
+    """After `step`, the first loss to 1e-6 and the others to 1e-4, relative."""
+    ours, theirs = losses(a, step + 1, step + steps), losses(b, step + 1, step + steps)
+    assert len(ours) == len(theirs) == steps
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+MESH_OF_TWO = dict(mesh__fsdp=2, mesh__expert=2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_stop_and_resume_as_one_does(tmp_path, monkeypatch):
+    pair, alone, one = (tmp_path / "runs" / name for name in ("pair", "alone", "one"))
+    processes = start_two(monkeypatch, train_args(tmp_path, "pair", **OFTEN, **MESH_OF_TWO, train__steps=FOREVER))
+    wait_until(lambda: lines_of(pair) >= 12, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    logs = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs
+    step = latest_step(pair)
+    assert f"stopped by a signal to another process at step {step}" in logs[0]
+    assert "process 1: SIGTERM: finishing this step" in logs[1]
+    assert lines_of(pair) == step
+
+    shutil.copytree(pair, alone)
+    goes_on = dict(**OFTEN, train__steps=step + 8)
+    processes = start_two(monkeypatch, train_args(tmp_path, "pair", **goes_on, **MESH_OF_TWO))
+    logs = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs
+    assert f"resuming from step {step}" in logs[0] and (pair / "report.html").exists()
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    run("train.py", *train_args(tmp_path, "alone", **goes_on))
+    assert_goes_on_alike(pair, alone, step, 8)
+    run("train.py", *train_args(tmp_path, "one", **OFTEN, train__steps=12))
+    assert_goes_on_alike(pair, one, 0, 12)
+
+
+def worker_of(process: subprocess.Popen[str]) -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+def still_running(folder: Path) -> list[str]:
+    """Commands of processes that name `folder`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        found += [command] * (str(folder) in command)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "what"), [(0, "process"), (1, "process"), (1, "worker")])
+def test_when_one_is_killed_the_other_ends_and_names_it(tmp_path, monkeypatch, victim, what):
+    run_dir = tmp_path / "runs" / "pair"
+    processes = start_two(monkeypatch, train_args(tmp_path, "pair", **OFTEN, **MESH_OF_TWO, train__steps=FOREVER))
+    wait_until(lambda: lines_of(run_dir) >= 12, processes)
+    before = latest_step(run_dir)
+    killed, other = processes[victim], processes[1 - victim]
+    os.kill(killed.pid if what == "process" else worker_of(killed), signal.SIGKILL)
+    _, log = other.communicate(timeout=30)
+    last = log.strip().splitlines()[-1]
+    assert other.returncode not in (0, None), log
+    assert f"process {victim} " in last and "resume" in last, log
+    killed.communicate(timeout=30)
+    assert killed.returncode not in (0, None)
+    wait_until(lambda: not still_running(tmp_path), [], 10)
+    step = latest_step(run_dir)
+    assert step >= before > 0
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    _, log = run("train.py", *train_args(tmp_path, "pair", **OFTEN, train__steps=step + 1))
+    assert f"resuming from step {step}" in log
+
+
+@pytest.mark.parametrize(
+    ("id_", "told"),
+    [(0, r"these of 3 processes had not come: 1, 2 \("), (1, "process 0 is missing.*could not reach it at localhost:")],
+)
+def test_a_process_that_does_not_come_is_named_after_the_time_out(tmp_path, monkeypatch, id_, told):
+    monkeypatch.setenv(START_SECONDS, "2")
+    process = start_process(monkeypatch, free_port(), id_, train_args(tmp_path, "run"), count=3)
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 2
+    lines = log.strip().splitlines()
+    assert len(lines) == 1, log
+    assert re.search(told, lines[0]), log
+    assert not (tmp_path / "runs").exists()
+
+
+def test_processes_of_other_settings_end_with_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    port = free_port()
+    args = [train_args(tmp_path, "run", **MESH_OF_TWO, train__seed=seed) for seed in (0, 1)]
+    processes = [start_process(monkeypatch, port, id_, args[id_]) for id_ in (0, 1)]
+    logs = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode == 2 for process in processes), logs
+    assert "the settings of process 1 differ from those of process 0" in logs[1]
+    assert "process 1 " in logs[0].strip().splitlines()[-1]
+
+
+def test_the_cluster_is_found_in_the_environment(monkeypatch):
+    for name in [*EXPLICIT, *(name for name in os.environ if name.startswith("SLURM"))]:
+        monkeypatch.delenv(name, raising=False)
+    assert find_cluster() is None
+    monkeypatch.setenv(EXPLICIT[0], "host:99")
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS is set: set all of"):
+        find_cluster()
+    monkeypatch.setenv(EXPLICIT[1], "4")
+    monkeypatch.setenv(EXPLICIT[2], "4")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID = 4 must be a number below JAX_NUM_PROCESSES = 4"):
+        find_cluster()
+    monkeypatch.setenv(EXPLICIT[2], "3")
+    assert find_cluster() == Cluster("host:99", 4, 3, None)
+    monkeypatch.setenv(EXPLICIT[0], "host")
+    with pytest.raises(ValueError, match="must be HOST:PORT"):
+        find_cluster()
+
+
+def test_slurm_starts_several_processes_with_a_device_each(monkeypatch):
+    for name in EXPLICIT:
+        monkeypatch.delenv(name, raising=False)
+    settings = {"SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "node[7-8]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+    for name, value in {**settings, "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    found = find_cluster()
+    assert found is not None and (found.host, found.count, found.id, found.local_device_ids) == ("node7", 2, 1, [0])
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert find_cluster() is None
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_eight_devices_goes_on_on_one_two_and_four(tmp_path, monkeypatch):
+    def train(name: str, devices: int, steps: int, **mesh: int) -> Path:
+        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
+        run("train.py", *train_args(tmp_path, name, **mesh, train__steps=steps, train__eval_every=0))
+        return tmp_path / "runs" / name
+
+    eight = dict(mesh__fsdp=2, mesh__expert=2, mesh__tensor=2)
+    whole = train("eight", 8, 10, **eight)
+    others = {1: {}, 2: dict(mesh__expert=2), 4: dict(mesh__fsdp=2, mesh__context=2)}
+    for devices in others:
+        shutil.copytree(whole, tmp_path / "runs" / str(devices))
+    train("eight", 8, 30, **eight)
+    for devices, mesh in others.items():
+        assert_goes_on_alike(train(str(devices), devices, 30, **mesh), whole, 10, 20)

@@ -1,0 +1,85 @@
+"""The train step compiles for real TPU topologies, with no TPU here, and moves what it should in the dtype it should.
+
+The compiler comes with libtpu, an ordinary wheel.
+"""
+
+import re
+from collections import defaultdict
+
+import jax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from ling_jax.parallel.mesh import BATCH_AXES
+from ling_jax.train.state import make_trainer
+from ling_jax.train.step import make_train_step
+from tests.helpers import tiny
+
+ROWS, LENGTH = 8, 512
+KINDS = "reduce-scatter|all-reduce|all-gather|collective-permute|ragged-all-to-all|all-to-all"
+# Sizes that fill a TPU's registers: smaller ones take XLA other ways.
+MODEL = tiny(
+    vocab_size=1024, hidden_size=1024, intermediate_size=512, head_dim=128, moe_intermediate_size=128,
+    num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=LENGTH,
+)  # fmt: skip
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Eight v5p chips."""
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-128", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in {**settings, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
+
+
+def compiled_collectives(devices, mesh: MeshConfig) -> dict[str, list[tuple[str, int]]]:
+    """By kind of collective, the dtype and number of elements of each result in the compiled train step."""
+    config = RunConfig(
+        model=MODEL,
+        mesh=mesh,
+        data=DataConfig(sequence_length=LENGTH, global_batch_size=ROWS),
+        train=TrainConfig(dtype="bfloat16"),
+    )
+    trainer = make_trainer(config, devices)
+    state = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        jax.eval_shape(trainer.init),
+        trainer.shardings(),
+    )
+    rows = NamedSharding(trainer.mesh, PartitionSpec(BATCH_AXES))
+    names = ("tokens", "targets", "positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct((ROWS, LENGTH), "int32", sharding=rows) for name in names}
+    text = make_train_step(trainer).lower(state, batch).compile().as_text()
+    found = defaultdict(list)
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({KINDS})(-start)?\(", line)
+        if match:
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])[:1]:
+                size = 1
+                for dim in filter(None, dims.split(",")):
+                    size *= int(dim)
+                found[match[2]].append((dtype, size))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reduce_dtype", "wire"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_gradients_are_reduced_by_reduce_scatter_in_the_chosen_dtype(devices, reduce_dtype, wire):
+    """With `data`: over a group of all 8 chips this compiler replaces a reduce-scatter by an all-reduce."""
+    found = compiled_collectives(devices, MeshConfig(data=2, fsdp=4, reduce_dtype=reduce_dtype))
+    assert len(found["reduce-scatter"]) >= 15  # one for each matrix of a layer, at least
+    assert {dtype for dtype, _ in found["reduce-scatter"]} == {wire}
+    biggest = max(size for _, size in found["all-reduce"])
+    assert biggest <= MODEL.vocab_size * MODEL.hidden_size / 4, "a matrix was reduced whole"
+    assert {dtype for dtype, size in found["all-reduce"] if size > 10_000} == {wire}
+    weights = [size for dtype, size in found["all-gather"] if dtype == "bf16"]
+    assert len(weights) >= 15, "weights travel in the compute dtype"
+
+
+@pytest.mark.slow
+def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_they_name(devices):
+    found = compiled_collectives(devices, MeshConfig(context=2, expert=2, tensor=2))
+    assert {"collective-permute", "ragged-all-to-all", "all-to-all", "all-reduce"} <= found.keys()
