@@ -172,9 +172,8 @@ def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> Tr
     diff = architecture_diff(model_config_of(init_from), trainer.config.model)
     if diff:
         raise ValueError(f"--init-from {init_from} is another architecture (there -> here): " + "; ".join(diff))
-    _, params, bias = split_model(load_pretrained(init_from))
-    dtype = trainer.config.train.param_dtype
-    return trainer.place(trainer.start(jax.tree.map(lambda a: a.astype(dtype), params), bias))
+    _, params, bias = split_model(load_pretrained(init_from, mesh=trainer.config.mesh))
+    return trainer.new_state_from(params, bias)
 
 
 def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "class") -> str:

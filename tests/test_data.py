@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -14,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ling_jax.data
-from ling_jax.config import DataConfig, DataSource
+from ling_jax.config import DataConfig, DataSource, MeshConfig
 from ling_jax.data import sources
 from ling_jax.data.baselines import baselines
 from ling_jax.data.packing import IGNORE, Rows, Stream, build_stream
 from ling_jax.data.pipeline import open_data, scoring_windows, train_batches
 from ling_jax.data.sources import Document, read_corpus
 from ling_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from ling_jax.parallel.mesh import make_mesh, place_batch, rows_here
 
 VOCAB = 256 + len(SPECIAL_TOKENS)  # bytes only
 
@@ -315,6 +317,14 @@ def test_the_parts_of_all_hosts_in_order_are_the_one_host_batch(count):
     parts = [take(9, MIX, 4, range(index * share, (index + 1) * share)) for index in range(count)]
     joined = [{k: np.concatenate([batch[k] for batch in step]) for k in step[0]} for step in zip(*parts, strict=True)]
     assert_same(joined, take(9, MIX, 4))
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 2, "context": 2}, {"data": 2}, {}])
+def test_on_every_mesh_a_step_has_the_same_ids(mesh):
+    devices = make_mesh(MeshConfig(**mesh), jax.devices()[: int(np.prod(list(mesh.values()), dtype=int))])
+    here = rows_here(devices, 12)
+    placed = [place_batch(devices, batch, here, 12) for batch in take(5, MIX, 10, here.tolist())]
+    assert_same([jax.device_get(batch) for batch in placed], take(5, MIX, 10))
 
 
 def test_batches_are_int32_rows():

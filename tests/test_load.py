@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from ling_jax import load_pretrained
+from ling_jax.checkpoint import Checkpointer
+from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from ling_jax.convert import hf
 from ling_jax.convert.mapping import hf_names
 from ling_jax.model.model import split_model
-from tests.helpers import assert_trees_equal, make_model, random_weights, small, tiny
+from ling_jax.runner import RunSaver
+from ling_jax.train.state import make_trainer
+from tests.helpers import assert_close, assert_trees_equal, make_model, random_weights, small, tiny
 
 CONFIG = tiny(use_qkv_bias=True)
 INDEX = "model.safetensors.index.json"
@@ -101,6 +107,45 @@ def test_every_weight_comes_to_its_place(tmp_path, sharded, config):
     assert_trees_equal(got_params, params)
     assert_trees_equal(got_bias, bias)
     assert model.config.to_hf() == config.to_hf()
+
+
+@pytest.mark.parametrize("kind", ["one", "sharded", "checkpoint"])
+def test_over_a_mesh_the_same_weights_are_split_and_give_the_same_logits(folders, tmp_path, kind):
+    if kind == "checkpoint":
+        train = TrainConfig(param_dtype="float32")
+        config = RunConfig(model=CONFIG, data=DataConfig(sequence_length=32), train=train)
+        saver = RunSaver(Checkpointer(str(tmp_path / "checkpoints"), config.checkpoint), config)
+        saver.save(make_trainer(config).new_state())
+        saver.checkpointer.close()
+    folder = tmp_path if kind == "checkpoint" else folders / kind
+    mesh = MeshConfig(fsdp=2, expert=4)
+    whole, split = load_pretrained(folder), load_pretrained(folder, mesh=mesh)
+    for got, want in zip(split_model(split)[1:], split_model(whole)[1:], strict=True):
+        assert_trees_equal(got, want)
+    up_proj = split_model(split)[1]["layers"]["softmax_moe"]["mlp"]["experts"]["up_proj"]["weight"]
+    assert up_proj.sharding.spec == PartitionSpec(None, "expert", None, "fsdp")
+    assert up_proj.addressable_shards[0].data.size == up_proj.size // 8
+    tokens = np.random.default_rng(0).integers(0, 59, (2, 16))
+    assert_close(split(tokens).logits_BTV, whole(tokens).logits_BTV)
+
+
+def test_only_what_a_device_holds_is_read(folders, monkeypatch):
+    read = []
+
+    def spy(source, names, index, dtype, original=hf._read_part):
+        read.append(part := original(source, names, index, dtype))
+        return part
+
+    monkeypatch.setattr(hf, "_read_part", spy)
+    model = load_pretrained(folders / "one", mesh=MeshConfig(fsdp=4, expert=2))
+    params = split_model(model)[1]
+    assert sum(part.size for part in read) < 1.2 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert max(part.size for part in read) <= max(leaf.size for leaf in jax.tree.leaves(params)) / 8
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_one_error(one):
+    with pytest.raises(ValueError, match=r"model.num_experts = 8 must be a multiple of mesh.expert = 3"):
+        load_pretrained(one, mesh=MeshConfig(expert=3))
 
 
 def test_a_path_may_be_a_string(one):

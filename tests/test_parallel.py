@@ -49,7 +49,7 @@ class Run:
         _, params, bias = random_weights(model)
         if hot:  # one expert that every token takes, and some that none does
             bias = jax.tree.map(lambda b: b.at[..., 1].set(9.0).at[..., 4:6].set(-9.0), bias)
-        self.state = self.trainer.place(self.trainer.start(params, bias))
+        self.state = self.trainer.new_state_from(params, bias)
 
     def batch(self, batch=BATCH):
         here = rows_here(self.trainer.mesh, 8)

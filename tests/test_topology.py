@@ -7,12 +7,13 @@ import re
 from collections import defaultdict
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from ling_jax.parallel.mesh import BATCH_AXES
+from ling_jax.parallel.mesh import BATCH_AXES, make_mesh
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 from tests.helpers import tiny
@@ -27,12 +28,21 @@ MODEL = tiny(
 
 
 @pytest.fixture
-def devices(monkeypatch):
-    """Eight v5p chips."""
+def tpu(monkeypatch):
+    """Devices of a TPU topology, of so many slices."""
     settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-128", "TPU_WORKER_HOSTNAMES": "localhost"}
     for name, value in {**settings, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         monkeypatch.setenv(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
+
+    def devices(name: str, slices: int = 1):
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
+
+    return devices
+
+
+@pytest.fixture
+def devices(tpu):
+    return tpu("v5p:2x2x2")
 
 
 def compiled_collectives(devices, mesh: MeshConfig) -> dict[str, list[tuple[str, int]]]:
@@ -63,6 +73,21 @@ def compiled_collectives(devices, mesh: MeshConfig) -> dict[str, list[tuple[str,
                     size *= int(dim)
                 found[match[2]].append((dtype, size))
     return found
+
+
+def test_an_axis_may_be_a_part_of_the_torus(tpu):
+    """4 x 4 x 4 chips as 8 x 8: no axis of the torus has 8."""
+    mesh = make_mesh(MeshConfig(fsdp=8, expert=8), tpu("v5p:4x4x4"))
+    assert mesh.shape["fsdp"] == mesh.shape["expert"] == 8
+
+
+def test_only_data_crosses_slices(tpu):
+    devices = tpu("v5p:2x2x2", 2)
+    mesh = make_mesh(MeshConfig(data=4, expert=4), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(4, 4)
+    assert (slices == slices[:, :1]).all() and sorted(slices[:, 0]) == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="mesh.data = 1 must be a multiple of the 2 slices"):
+        make_mesh(MeshConfig(expert=16), devices)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Reading HF safetensors folders, and `load_pretrained` for them and for our checkpoints."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from ling_jax.checkpoint import find_checkpoint, read_arrays, read_meta
-from ling_jax.config import ModelConfig, RunConfig
+from ling_jax.config import ONE_DEVICE, MeshConfig, ModelConfig, RunConfig
 from ling_jax.convert.mapping import hf_names
-from ling_jax.model.model import Ling, abstract_model, split_model
+from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
+from ling_jax.parallel.mesh import make_mesh
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("BF16", "F16", "F32")  # as safetensors spells them
@@ -62,8 +66,8 @@ class HFFolder:
     def dtype(self, name: str) -> str:
         return self.files[self.file_of[name]].get_slice(name).get_dtype()
 
-    def read(self, name: str) -> np.ndarray:
-        return self.files[self.file_of[name]].get_tensor(name)
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self.files[self.file_of[name]].get_slice(name)[index]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -101,14 +105,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _flatten(tree: dict, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat: dict[tuple[str, ...], Any] = {}
-    for key, value in tree.items():
-        path = (*prefix, key)
-        flat.update(_flatten(value, path) if isinstance(value, dict) else {path: value})
-    return flat
-
-
 def _check_tensors(source: HFFolder, wanted: dict[str, tuple[int, ...]]) -> None:
     """One error for everything wrong with a folder's tensors, before any weight is read."""
     dtypes = [f"{name} is {source.dtype(name)}" for name in source.file_of if source.dtype(name) not in DTYPES]
@@ -132,11 +128,28 @@ def _check_tensors(source: HFFolder, wanted: dict[str, tuple[int, ...]]) -> None
         raise ValueError(f"{source.folder} does not match its config.json: " + "; ".join(problems))
 
 
-def _read_stacked(source: HFFolder, names: np.ndarray, dtype: Any) -> jax.Array:
-    """Reads the tensors of `names` (shape: the stacked dims) into one array, in their own dtype or `dtype`."""
-    parts = [source.read(name) for name in names.reshape(-1)]
-    out = np.stack(parts) if names.shape else parts[0]
-    return jnp.asarray(out.reshape(*names.shape, *parts[0].shape).astype(dtype or out.dtype))
+def _read_part(source: HFFolder, names: np.ndarray, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """`index` of the array that the tensors of `names` (shape: the stacked dims) make, in their own dtype or `dtype`;
+    only what it covers is read."""
+    picked = np.array(names[index[: names.ndim]], object)
+    parts = [source.read(name, index[names.ndim :]) for name in picked.reshape(-1)]
+    out = np.stack(parts).reshape(*picked.shape, *parts[0].shape) if names.ndim else parts[0]
+    return out.astype(dtype or out.dtype)
+
+
+def _read_array(
+    source: HFFolder, names: np.ndarray, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(_read_part(source, names, (slice(None),) * len(shape), dtype))
+    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one reading
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in parts:
+            parts[str(index)] = _read_part(source, names, index, dtype)
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _compute_dtype(dtype: Any) -> jnp.dtype:
@@ -145,39 +158,56 @@ def _compute_dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def _load_hf(folder: Path, dtype: Any) -> Ling:
+def _abstract(config: ModelConfig, mesh: MeshConfig | None, **dtypes: Any) -> Ling:
+    (mesh or ONE_DEVICE).check(config)
+    return abstract_model(config, mesh=mesh or ONE_DEVICE, **dtypes)
+
+
+def _shardings(model: Ling, mesh: MeshConfig | None) -> tuple[dict, dict]:
+    """Where each parameter and each bias is to live; None for each without a mesh."""
+    _, params, bias = split_model(model)
+    if mesh is None:
+        return jax.tree.map(lambda _: None, params), jax.tree.map(lambda _: None, bias)
+    devices = make_mesh(mesh)
+    whole = NamedSharding(devices, PartitionSpec())
+    return jax.tree.map(partial(NamedSharding, devices), param_specs(model)), jax.tree.map(lambda _: whole, bias)
+
+
+def _load_hf(folder: Path, dtype: Any, mesh: MeshConfig | None) -> Ling:
     source = HFFolder(folder)
-    graph, params, bias = split_model(abstract_model(source.config, dtype=_compute_dtype(dtype)))
-    places = {path: hf_names(source.config, path) for path in (_flatten(params) | _flatten(bias))}
-    wanted = {
-        name: leaf.shape[places[path].ndim :]
-        for path, leaf in (_flatten(params) | _flatten(bias)).items()
-        for name in places[path].reshape(-1)
-    }
+    model = _abstract(source.config, mesh, dtype=_compute_dtype(dtype))
+    graph, params, bias = split_model(model)
+    leaves = flatten_dict(params) | flatten_dict(bias)
+    param_shardings, bias_shardings = map(flatten_dict, _shardings(model, mesh))
+    shardings = param_shardings | bias_shardings
+    places = {path: hf_names(source.config, path) for path in leaves}
+    wanted = {name: leaf.shape[places[path].ndim :] for path, leaf in leaves.items() for name in places[path].flat}
     _check_tensors(source, wanted)
-
-    def read(tree: dict, dtype: Any, prefix: tuple[str, ...] = ()) -> dict:
-        return {
-            key: read(value, dtype, (*prefix, key))
-            if isinstance(value, dict)
-            else _read_stacked(source, places[(*prefix, key)], dtype)
-            for key, value in tree.items()
-        }
-
-    return nnx.merge(graph, read(params, dtype), read(bias, jnp.float32))
+    arrays = {
+        path: _read_array(
+            source, places[path], leaf.shape, jnp.float32 if path in bias_shardings else dtype, shardings[path]
+        )
+        for path, leaf in leaves.items()
+    }
+    read = [unflatten_dict({path: arrays[path] for path in flatten_dict(tree)}) for tree in (params, bias)]
+    return nnx.merge(graph, *read)
 
 
 def _saved_config(folder: Any) -> RunConfig:
     return RunConfig.from_json(json.dumps(read_meta(folder)["config"]))
 
 
-def _load_checkpoint(path: str, dtype: Any) -> Ling:
+def _load_checkpoint(path: str, dtype: Any, mesh: MeshConfig | None) -> Ling:
     folder = find_checkpoint(path)
     config = _saved_config(folder)
     stored = jnp.dtype(config.train.param_dtype)
-    model = abstract_model(config.model, dtype=_compute_dtype(dtype), param_dtype=stored)
+    model = _abstract(config.model, mesh, dtype=_compute_dtype(dtype), param_dtype=stored)
     graph, params, bias = split_model(model)
-    arrays = read_arrays(folder, {"params": params, "bias": bias})
+    like = [
+        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+        for tree, shardings in zip((params, bias), _shardings(model, mesh), strict=True)
+    ]
+    arrays = read_arrays(folder, dict(zip(("params", "bias"), like, strict=True)))
     params = jax.tree.map(lambda a: jnp.asarray(a.astype(dtype or a.dtype)), arrays["params"])
     return nnx.merge(graph, params, jax.tree.map(jnp.asarray, arrays["bias"]))
 
@@ -191,14 +221,17 @@ def model_config_of(path: str | Path) -> ModelConfig:
     return _hf_config(Path(path)) if _is_hf(Path(path)) else _saved_config(find_checkpoint(str(path))).model
 
 
-def load_pretrained(path: str | Path, *, dtype: Any = None) -> Ling:
+def load_pretrained(path: str | Path, *, dtype: Any = None, mesh: MeshConfig | None = None) -> Ling:
     """Loads a model from a HF folder (bf16 or float32 safetensors, one file or sharded) or our checkpoint.
 
     Args:
       path: a HF folder, a run folder, its `checkpoints/`, or one step of it.
       dtype: of weights and computation. None keeps the weights as stored and computes in float32 on CPU,
         bfloat16 elsewhere.
+      mesh: splits the weights over all devices by `parallel.rules`; every process reads only its devices' parts.
+        None puts them whole on one device.
     Raises:
-      ValueError: naming what is missing, extra, truncated or wrongly shaped, before weights are read.
+      ValueError: naming what is missing, extra, truncated or wrongly shaped, or a dim that the mesh does not divide,
+        before weights are read.
     """
-    return _load_hf(Path(path), dtype) if _is_hf(Path(path)) else _load_checkpoint(str(path), dtype)
+    return _load_hf(Path(path), dtype, mesh) if _is_hf(Path(path)) else _load_checkpoint(str(path), dtype, mesh)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ling_jax.config import MESH_AXES, MeshConfig
@@ -41,7 +42,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
             f"--mesh.* so that the axes multiply to {len(devices)}"
         )
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(sizes, MESH_AXES, auto, devices=devices)
+    return jax.sharding.Mesh(_arrange(config, devices), MESH_AXES, axis_types=auto)
+
+
+def _arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """`devices` as an array of the mesh's shape: the later an axis, the nearer its neighbours; slices along `data`."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(config.shape, devices, allow_split_physical_axes=True)
+    if config.data % slices:
+        raise ValueError(
+            f"mesh.data = {config.data} must be a multiple of the {slices} slices, between which only `data` is split: "
+            "raise it, or use one slice"
+        )
+    between = [slices if axis == "data" else 1 for axis in MESH_AXES]
+    within = [size // part for size, part in zip(config.shape, between, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def axis_size(*names: str) -> int:

@@ -52,9 +52,13 @@ class Trainer(NamedTuple):
         fields: Any = (whole, params, bias, optimizer, whole, whole)
         return TrainState(*fields)
 
-    def place(self, state: TrainState) -> TrainState:
-        """`state` on the mesh."""
-        return jax.device_put(state, self.shardings())
+    def new_state_from(self, params: dict, bias: dict) -> TrainState:
+        """A state at step 0 with the given weights, cast to `train.param_dtype`, on the mesh."""
+
+        def start(params: dict, bias: dict) -> TrainState:
+            return self.start(jax.tree.map(lambda a: a.astype(self.options["param_dtype"]), params), bias)
+
+        return jax.jit(start, out_shardings=self.shardings())(params, bias)
 
     def on_shards(self, f: Callable, out_specs: Any) -> Callable:
         """f(params, bias, batch) as a manual region over the mesh, given this device's shards and its part of a batch
