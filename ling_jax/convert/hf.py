@@ -144,7 +144,7 @@ def _read_array(
         return jnp.asarray(_read_part(source, names, (slice(None),) * len(shape), dtype))
     parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one reading
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         if str(index) not in parts:
             parts[str(index)] = _read_part(source, names, index, dtype)
         return parts[str(index)]
@@ -177,9 +177,9 @@ def _load_hf(folder: Path, dtype: Any, mesh: MeshConfig | None) -> Ling:
     source = HFFolder(folder)
     model = _abstract(source.config, mesh, dtype=_compute_dtype(dtype))
     graph, params, bias = split_model(model)
-    leaves = flatten_dict(params) | flatten_dict(bias)
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(params) | flatten_dict(bias)
     param_shardings, bias_shardings = map(flatten_dict, _shardings(model, mesh))
-    shardings = param_shardings | bias_shardings
+    shardings: dict[tuple[str, ...], Any] = param_shardings | bias_shardings
     places = {path: hf_names(source.config, path) for path in leaves}
     wanted = {name: leaf.shape[places[path].ndim :] for path, leaf in leaves.items() for name in places[path].flat}
     _check_tensors(source, wanted)
