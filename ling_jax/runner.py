@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import time
@@ -24,7 +25,7 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.sampler import generate
 from ling_jax.model.model import split_model
 from ling_jax.parallel.mesh import rows_here
-from ling_jax.parallel.processes import barrier, lead_first
+from ling_jax.parallel.processes import barrier, check_same, lead_first
 from ling_jax.train.loop import DivergedError, StopRequest, train
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import write_report
@@ -70,6 +71,13 @@ class RunSaver:
         )
         restored: Any = from_state_dict(shapes, self.checkpointer.restore(None, like))
         return restored
+
+
+def _path(path: str) -> epath.Path:
+    """ValueError for gs:// without the package that reads it."""
+    if path.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"{path} needs the package gcsfs, which is not installed: pip install gcsfs")
+    return epath.Path(path)
 
 
 def _aside(path: epath.Path) -> epath.Path:
@@ -216,7 +224,8 @@ def run_training(name: str, command: TrainCommand) -> int:
       ValueError: for whatever is wrong with the settings, the data or the folder, before any compilation.
     """
     started, config = time.perf_counter(), command.config
-    run_dir = epath.Path(command.runs_dir) / (command.run or name)
+    run_dir = _path(command.runs_dir) / (command.run or name)
+    trainer = make_trainer(config)
     lead = jax.process_index() == 0
     if lead:
         _make_room(run_dir, command)
@@ -224,7 +233,7 @@ def run_training(name: str, command: TrainCommand) -> int:
     saver = RunSaver(Checkpointer(str(run_dir / "checkpoints"), config.checkpoint), config)
     with StopRequest().listening() as stop, contextlib.closing(saver.checkpointer):
         data = lead_first("the data is open", lambda: _prepare(run_dir, config, saver.checkpointer.latest_step()))
-        trainer = make_trainer(config)
+        check_same("the text", data.fingerprint())
         state = _first_state(trainer, saver, command.init_from)
         step = int(state.step)
         _log_start(config, step)
@@ -244,6 +253,7 @@ def run_training(name: str, command: TrainCommand) -> int:
         if int(state.step) < config.train.steps:
             cause = "a signal to another process" if stop.received is None else stop.received.name
             log.info("stopped by %s at step %d; run the same command to resume", cause, int(state.step))
+            return 0  # whoever sent the signal does not wait long
     sample = _sample(trainer, state, data.tokenizer)
     if lead:
         _report(trainer, int(state.step), data, run_dir, time.perf_counter() - started, sample)

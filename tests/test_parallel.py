@@ -12,10 +12,10 @@ import pytest
 
 from ling_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from ling_jax.parallel.mesh import place_batch, rows_here
+from ling_jax.train.loss import count_targets
 from ling_jax.train.state import make_trainer
-from ling_jax.train.step import accumulate_gradients, make_train_step
+from ling_jax.train.step import accumulate_gradients, apply_gradients, in_microbatches
 from tests.helpers import (
-    QUICK,
     assert_close,
     assert_gradients_close,
     documents,
@@ -51,39 +51,31 @@ class Run:
             bias = jax.tree.map(lambda b: b.at[..., 1].set(9.0).at[..., 4:6].set(-9.0), bias)
         self.state = self.trainer.new_state_from(params, bias)
 
-    def batch(self, batch=BATCH):
+    def outcome(self):
+        """(sums, gradients, state after the step, its metrics): what `make_train_step` does, with the gradients."""
         here = rows_here(self.trainer.mesh, 8)
-        return place_batch(self.trainer.mesh, {k: v[here] for k, v in batch.items()}, here, 8)
+        placed = place_batch(self.trainer.mesh, {k: v[here] for k, v in BATCH.items()}, here, 8)
 
-    def gradients(self, batch=BATCH):
-        parts = self.config.train.microbatches
+        def run(state, batch):
+            batch = in_microbatches(batch, self.config.train.microbatches)
+            sums, grads = accumulate_gradients(self.trainer, state.params, state.bias, batch)
+            return sums, grads, *apply_gradients(self.trainer, state, sums, grads, count_targets(batch))
 
-        def run(params, bias, batch):
-            batch = {k: v.reshape(parts, -1, v.shape[-1]) for k, v in batch.items()}
-            return accumulate_gradients(self.trainer, params, bias, batch)
-
-        return jax.device_get(jit(run)(self.state.params, self.state.bias, self.batch(batch)))
-
-    def step(self):
-        step = make_train_step(self.trainer).lower(self.state, self.batch()).compile(compiler_options=QUICK)
-        return jax.device_get(step(self.state, self.batch()))
+        return jax.device_get(jit(run)(self.state, placed))
 
 
 @cache
 def one_device(hot: bool = False, **train: Any):
-    run = Run(MODEL, MeshConfig(), hot, **train)
-    return run.gradients(), run.step()
+    return Run(MODEL, MeshConfig(), hot, **train).outcome()
 
 
 def compare(run: Run, want) -> None:
-    (want_sums, want_grads), (want_state, want_metrics) = want
-    sums, grads = run.gradients()
+    (sums, grads, state, metrics), (want_sums, want_grads, want_state, want_metrics) = run.outcome(), want
     for name in ("nll", "mtp_nll", "z"):
         assert_close(getattr(sums, name), getattr(want_sums, name))
     np.testing.assert_array_equal(sums.expert_counts_LE, want_sums.expert_counts_LE)
     assert sums.dropped == 0
     assert_gradients_close(grads, want_grads)
-    state, metrics = run.step()
     assert_close(metrics["train/total_loss"], want_metrics["train/total_loss"])
     assert_gradients_close(state.optimizer[1].mu, want_state.optimizer[1].mu)
     assert_gradients_close(state.optimizer[1].nu, want_state.optimizer[1].nu, 2e-5)

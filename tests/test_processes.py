@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 from test_resume import latest_step, lines_of
-from tiny_run import run, start, train_args
+from tiny_run import run, start, train_args, write_text
 
-from ling_jax.parallel.processes import EXPLICIT, START_SECONDS, Cluster, find_cluster
+from ling_jax.parallel.processes import EXPLICIT, START_SECONDS, Cluster, _device_ids, find_cluster
 from ling_jax.train.metrics import read_metrics
 
 FOREVER = 100_000
@@ -160,6 +161,20 @@ def test_processes_of_other_settings_end_with_one_error(tmp_path, monkeypatch):
     assert "process 1 " in logs[0].strip().splitlines()[-1]
 
 
+def test_processes_of_other_text_end_with_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    port, processes = free_port(), []
+    for id_ in (0, 1):
+        write_text(tmp_path / str(id_) / "text")
+        (tmp_path / str(id_) / "text" / "3.txt").write_text(f"text of {id_}\n")
+        monkeypatch.setenv("HOME", str(tmp_path / str(id_)))
+        args = train_args(tmp_path, "run", **MESH_OF_TWO, data__sources__0__path="~/text", data__cache_dir="~/cache")
+        processes.append(start_process(monkeypatch, port, id_, args))
+    logs = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode == 2 for process in processes), logs
+    assert all("the text of process 1 differs from that of process 0" in log for log in logs), logs
+
+
 def test_the_cluster_is_found_in_the_environment(monkeypatch):
     for name in [*EXPLICIT, *(name for name in os.environ if name.startswith("SLURM"))]:
         monkeypatch.delenv(name, raising=False)
@@ -176,6 +191,36 @@ def test_the_cluster_is_found_in_the_environment(monkeypatch):
     monkeypatch.setenv(EXPLICIT[0], "host")
     with pytest.raises(ValueError, match="must be HOST:PORT"):
         find_cluster()
+
+
+def test_gke_tpu_hosts_are_found_in_the_environment(monkeypatch):
+    for name in EXPLICIT:
+        monkeypatch.delenv(name, raising=False)
+    settings = {"TPU_WORKER_HOSTNAMES": "localhost,b,c,d", "TPU_WORKER_ID": "3"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value", lambda name: None)  # one slice
+    found = find_cluster()
+    assert found is not None and (found.host, found.count, found.id) == ("localhost", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, [1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [1]),
+        ({"JAX_LOCAL_DEVICE_IDS": "2,3"}, [2, 3]),
+    ],
+)
+def test_a_process_takes_its_own_gpus_of_those_it_sees(monkeypatch, settings, ids):
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert _device_ids([1]) == ids
 
 
 def test_slurm_starts_several_processes_with_a_device_each(monkeypatch):

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 TOKENIZER_SAMPLE_BYTES = 20_000_000  # of training text; more changes a vocabulary little
 READ_THREADS = 2
 PREFETCHED_BATCHES = 8
+FINGERPRINT_TOKENS = 100_000  # of a source that are compared between hosts
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,18 @@ class Data:
     tokenizer: Tokenizer
     rows: dict[str, Rows]
     heldout: dict[str, list[Document]]
+
+    def fingerprint(self) -> int:
+        """A number below 2^31 that follows from the tokenizer, the order of the documents and samples of the text."""
+        digest = hashlib.sha256(self.tokenizer.to_json().encode())
+        for name, rows in self.rows.items():
+            tokens = rows.stream.tokens_S
+            sample = np.ascontiguousarray(tokens[:: max(1, len(tokens) // FINGERPRINT_TOKENS)])
+            for part in (name.encode(), str(tokens.shape).encode(), sample.tobytes(), rows.stream.starts_D.tobytes()):
+                digest.update(part)
+        for name, documents in self.heldout.items():
+            digest.update("\0".join([name, *(document.text for document in documents)]).encode())
+        return int.from_bytes(digest.digest()[:4]) >> 1
 
 
 def open_data(config: DataConfig, vocab_size: int, tokenizer_dir: str) -> Data:

@@ -46,8 +46,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
 
 
 def _arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """`devices` as an array of the mesh's shape: the later an axis, the nearer its neighbours; slices along `data`."""
+    """`devices` as an array of the mesh's shape: the later an axis, the nearer its neighbours; TPU slices along `data`.
+    GPUs and CPUs keep their order, host by host, so that any axis may span hosts."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(config.shape)
     if slices == 1:
         return mesh_utils.create_device_mesh(config.shape, devices, allow_split_physical_axes=True)
     if config.data % slices:

@@ -7,7 +7,7 @@ in it, so it can always stop its worker, name the process that is missing, and l
 The parents talk in lines of JSON. Process 0 listens at the cluster's coordinator address:
 
   {"id", "count", "host"}    from each of the others, once
-  {"port"}                   to all, when all are there: where JAX's coordination service will be
+  {"port"}                   to all, when all are there: where JAX's coordination service will be; the next one if free
   {"ended"}                  from each, its worker's exit code
   {"stop"}                   to all: why the run ends
   {"done"}                   to all: every worker has ended well
@@ -67,10 +67,11 @@ def find_cluster() -> Cluster | None:
     """
     given = {name: os.environ[name] for name in EXPLICIT if os.environ.get(name)}
     if not given:
-        address, count, id_, local = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, None)
+        detect = ClusterEnv.auto_detect_unset_distributed_params
+        address, count, id_, local = detect(None, None, None, None, None, start_seconds())
         if address is None or count is None or id_ is None or count == 1:
             return None
-        return Cluster(address, count, id_, _ids(local))
+        return Cluster(address, count, id_, _device_ids(local))
     if len(given) < len(EXPLICIT):
         raise ValueError(f"{', '.join(given)} is set: set all of {', '.join(EXPLICIT)}, or none")
     address, count, id_ = given.values()
@@ -82,8 +83,16 @@ def find_cluster() -> Cluster | None:
     return Cluster(address, int(count), int(id_), None) if int(count) > 1 else None
 
 
-def _ids(local: Any) -> list[int] | None:
-    return None if local is None else [int(i) for i in ([local] if isinstance(local, int) else local)]
+def _device_ids(found: Any) -> list[int] | None:
+    """Which of a host's devices are this process's; None: all that it sees. JAX finds the process's number on its host,
+    for one process per GPU; that is wrong where there is one process per host, or each sees its own GPU only."""
+    if given := os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return [int(i) for i in given.split(",")]
+    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if found is None or alone or (visible and len(visible.split(",")) <= max(found)):
+        return None
+    return [int(i) for i in found]
 
 
 def worker_id() -> int | None:
@@ -120,6 +129,18 @@ def barrier(name: str) -> None:
     """Returns once every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def check_same(what: str, fingerprint: int) -> None:
+    """ValueError naming the processes whose `fingerprint` (below 2^31) of `what` is not process 0's."""
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.array([fingerprint], np.int32)).reshape(-1)
+    if others := [str(i) for i in np.flatnonzero(found != found[0])]:
+        raise ValueError(
+            f"{what} of process {', '.join(others)} differs from that of process 0: give all hosts the same files and "
+            "the same versions of the packages"
+        )
 
 
 class AnyProcess:
@@ -203,9 +224,12 @@ def start_seconds() -> int:
     return int(text)
 
 
-def _free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
+def _free_port(wanted: int) -> int:
+    """`wanted`, which a firewall can be told of; another one where it is taken."""
+    for port in (wanted, 0):
+        with contextlib.suppress(OSError), socket.create_server(("", port)) as server:
+            return server.getsockname()[1]
+    raise ValueError(f"this host has no free port, and {wanted} is taken")
 
 
 class _Worker:
@@ -300,7 +324,7 @@ async def _lead(cluster: Cluster) -> int:
     """Process 0: waits for the others, starts its worker, watches all."""
     links: dict[int, _Link] = {}
     server = await _meet(cluster, links)
-    port = _free_port()
+    port = _free_port(cluster.port + 1)
     for link in links.values():
         await link.send(port=port)
     worker = await _Worker.start(cluster, port)

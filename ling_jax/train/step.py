@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ling_jax.parallel.mesh import TOKEN_AXES, WORK_AXES, axis_size, psum
 from ling_jax.train.balance import balance_biases
-from ling_jax.train.loss import Batch, Sums, count_targets, loss_sums, total_loss
+from ling_jax.train.loss import Batch, Counts, Sums, count_targets, loss_sums, total_loss
 from ling_jax.train.state import Trainer, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -46,6 +46,11 @@ def _local_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batch) -
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
     start = (zeros, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     return jax.lax.scan(body, start, batch)[0]
+
+
+def in_microbatches(batch: Batch, parts: int) -> Batch:
+    """[B, T] arrays as [A, B/A, T]."""
+    return {name: value.reshape(parts, -1, value.shape[-1]) for name, value in batch.items()}
 
 
 def accumulate_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batch) -> tuple[Sums, dict]:
@@ -87,48 +92,52 @@ def _moe_metrics(sums: Sums, bias: dict) -> Metrics:
     }
 
 
+def apply_gradients(
+    trainer: Trainer, state: TrainState, sums: Sums, grads: dict, counts: Counts
+) -> tuple[TrainState, Metrics]:
+    """The state after a step whose sums, gradients and counts are given, and the step's metrics.
+
+    A step whose loss or gradient is not finite leaves weights, moments and biases as they were and is counted.
+    """
+    config = trainer.config
+    loss = total_loss(sums, counts, config.model, config.train.z_loss_coefficient)
+    norm = optax.tree.norm(grads)
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+    with jax.named_scope("optimizer"):
+        updates, optimizer = trainer.optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+    bias = state.bias
+    if config.model.moe_router_enable_expert_bias and config.train.bias_update_rate > 0:
+        bias = balance_biases(bias, sums.expert_counts_LE, config.train.bias_update_rate, config.model)
+    kept = (state.params, state.bias, state.optimizer)
+    params, bias, optimizer = jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, bias, optimizer), kept)
+    failed = 1 - ok.astype(jnp.int32)
+    in_a_row = jnp.where(ok, 0, state.skipped_in_a_row + 1)
+    metrics = {
+        "train/loss": sums.nll / jnp.maximum(counts.targets, 1),
+        "train/total_loss": loss,
+        "train/grad_norm": norm,
+        "train/learning_rate": trainer.schedule(_update_count(state)),
+        "train/tokens": counts.tokens,
+        "train/skipped_steps": state.skipped + failed,
+        "train/skipped_in_a_row": in_a_row,
+        **_moe_metrics(sums, bias),
+    }
+    if config.model.num_nextn_predict_layers:
+        metrics["train/mtp_loss"] = sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
+    return TrainState(state.step + 1, params, bias, optimizer, state.skipped + failed, in_a_row), metrics
+
+
 def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns step(state, batch) -> (state, metrics), jitted, with `state` donated.
 
-    `batch` is as `loss_sums` takes it, with B the global batch. A step whose loss or gradient is not finite
-    leaves weights, moments and biases as they were and is counted.
+    `batch` is as `loss_sums` takes it, with B the global batch.
     """
-    config = trainer.config
-    balanced = config.model.moe_router_enable_expert_bias and config.train.bias_update_rate > 0
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        parts = config.train.microbatches
-        batch = {k: v.reshape(parts, -1, v.shape[-1]) for k, v in batch.items()}
+        batch = in_microbatches(batch, trainer.config.train.microbatches)
         sums, grads = accumulate_gradients(trainer, state.params, state.bias, batch)
-        counts = count_targets(batch)
-        loss = total_loss(sums, counts, config.model, config.train.z_loss_coefficient)
-        norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-        with jax.named_scope("optimizer"):
-            updates, optimizer = trainer.optimizer.update(grads, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
-        bias = state.bias
-        if balanced:
-            bias = balance_biases(bias, sums.expert_counts_LE, config.train.bias_update_rate, config.model)
-        kept = (state.params, state.bias, state.optimizer)
-        params, bias, optimizer = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old), (params, bias, optimizer), kept
-        )
-        failed = 1 - ok.astype(jnp.int32)
-        in_a_row = jnp.where(ok, 0, state.skipped_in_a_row + 1)
-        metrics = {
-            "train/loss": sums.nll / jnp.maximum(counts.targets, 1),
-            "train/total_loss": loss,
-            "train/grad_norm": norm,
-            "train/learning_rate": trainer.schedule(_update_count(state)),
-            "train/tokens": counts.tokens,
-            "train/skipped_steps": state.skipped + failed,
-            "train/skipped_in_a_row": in_a_row,
-            **_moe_metrics(sums, bias),
-        }
-        if config.model.num_nextn_predict_layers:
-            metrics["train/mtp_loss"] = sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
-        return TrainState(state.step + 1, params, bias, optimizer, state.skipped + failed, in_a_row), metrics
+        return apply_gradients(trainer, state, sums, grads, count_targets(batch))
 
     everywhere = NamedSharding(trainer.mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(trainer.shardings(), everywhere))
