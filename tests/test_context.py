@@ -41,25 +41,26 @@ def inputs(dtype=jnp.float32):
 
 
 def one_device(q, k, v):
-    slots = jnp.broadcast_to(jnp.arange(T), (2, T))
-    places = dict(q_slots_BT=slots, kv_slots_BS=slots, q_segments_BT=SEGMENTS, kv_segments_BS=SEGMENTS)
-    return attention(q, k, v, **places, scale=SCALE)
+    return attention(q, k, v, SEGMENTS, SCALE, "xla")
 
 
-def across(ranks, method):
+def across(ranks, method, implementation="xla"):
     def run(q, k, v, segments):
-        return context_attention(q, k, v, segments, scale=SCALE, method=method)
+        return context_attention(q, k, v, segments, SCALE, method, implementation)
 
     whole = sharded(run, ranks, 4)
     return lambda q, k, v: whole(q, k, v, jnp.asarray(SEGMENTS))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_attention_and_its_gradients_equal_one_devices(ranks, method):
+@pytest.mark.parametrize(
+    ("ranks", "method", "implementation"),
+    [(ranks, method, "xla") for ranks in (2, 4) for method in METHODS] + [(4, "ring", "splash")],
+)
+def test_attention_and_its_gradients_equal_one_devices(ranks, method, implementation):
+    """Also by the TPU's kernels, interpreted."""
     *qkv, g = inputs()
     want, want_gradients = output_and_gradients(one_device, qkv, g)
-    got, gradients = output_and_gradients(across(ranks, method), qkv, g)
+    got, gradients = output_and_gradients(across(ranks, method, implementation), qkv, g)
     assert_close(got, want)
     for got_d, want_d in zip(gradients, want_gradients, strict=True):
         assert_gradient_close(got_d, want_d)

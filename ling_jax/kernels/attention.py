@@ -1,37 +1,226 @@
 """Causal attention inside segments, with grouped key/value heads.
 
-Legend: B rows, T queries, S keys, H query heads, G kv heads, M = H/G, C head_dim.
+`attend` and `attend_bwd` are one block of queries over one block of keys; whole rows and rows cut over devices
+(`parallel.context`) are made of them.
+
+Legend: B rows, T queries, t of a chunk, S keys, H query heads, G kv heads, M = H/G, R = M*t, C head_dim.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ling_jax.kernels.linear import precision_of
+from ling_jax.kernels.splash import splash, splash_bwd
 
 QUERY_CHUNK = 1024
-MASKED = -1e30  # finite: a fully masked row (padding) gives a mean, not NaN
+MASKED = -1e30  # finite: a row that sees no key gives a mean, not NaN
 
 
-def _attend(q_BTHC, k_BSGC, v_BSGC, q_slots_BT, kv_slots_BS, q_segments_BT, kv_segments_BS, scale):
-    batch, queries, heads, width = q_BTHC.shape
-    groups = k_BSGC.shape[2]
-    precision = precision_of(q_BTHC.dtype)
-    q_BTGMC = q_BTHC.reshape(batch, queries, groups, heads // groups, width)
-    scores = jnp.einsum("btgmc,bsgc->bgmts", q_BTGMC, k_BSGC, precision=precision, preferred_element_type=jnp.float32)
-    seen_BTS = kv_slots_BS[:, None, :] <= q_slots_BT[:, :, None]
-    seen_BTS &= kv_segments_BS[:, None, :] == q_segments_BT[:, :, None]
-    scores = jnp.where(seen_BTS[:, None, None], scores * scale, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGC.dtype)
-    out = jnp.einsum("bgmts,bsgc->btgmc", weights, v_BSGC, precision=precision, preferred_element_type=jnp.float32)
-    return out.reshape(q_BTHC.shape).astype(q_BTHC.dtype)
+class Answer(NamedTuple):
+    """Attention over some keys, to be merged with that over others."""
+
+    out_BTHC: jax.Array  # float32
+    lse_BTH: jax.Array  # float32: logarithm of the sum of the exponentiated scores
 
 
-def _chunk(queries: int) -> int:
-    """Queries per chunk: an eighth of the row in whole 128s, at most QUERY_CHUNK."""
-    return min(max(queries // 8 // 128, 1) * 128, QUERY_CHUNK)
+Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
 
+def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(form, a, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _rows(x_BtHC: jax.Array, groups: int) -> jax.Array:
+    """[B, G, R, C]: the t queries of a group's M heads under one another. On CPU products of such plain matrices take
+    half the time of those over [B, t, G, M, C]."""
+    batch, queries, _, width = x_BtHC.shape
+    return x_BtHC.reshape(batch, queries, groups, -1, width).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
+
+
+def _unrows(x_BGRC: jax.Array, queries: int) -> jax.Array:
+    batch, groups, _, width = x_BGRC.shape
+    x_BtGMC = x_BGRC.reshape(batch, groups, -1, queries, width).transpose(0, 3, 1, 2, 4)
+    return x_BtGMC.reshape(batch, queries, -1, width)
+
+
+def _scores(q_BGRC, k_BGSC, seen_BtS, scale):
+    """float32 [B, G, R, S]."""
+    repeats = q_BGRC.shape[2] // seen_BtS.shape[1]
+    seen_B1RS = jnp.tile(seen_BtS, (1, repeats, 1))[:, None]
+    return jnp.where(seen_B1RS, _product("bgrc,bgsc->bgrs", q_BGRC, k_BGSC) * scale, MASKED)
+
+
+def _answer(q_BtHC, k_BGSC, v_BGSC, seen_BtS, scale) -> tuple[jax.Array, jax.Array]:
+    """The fields of an Answer; a query that sees no key gets the mean of all values."""
+    scores = _scores(_rows(q_BtHC, k_BGSC.shape[1]), k_BGSC, seen_BtS, scale)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    out = _product("bgrs,bgsc->bgrc", weights.astype(v_BGSC.dtype), v_BGSC) / total
+    queries = q_BtHC.shape[1]
+    return _unrows(out, queries), _unrows(top + jnp.log(total), queries)[..., 0]
+
+
+def _gradients(q_BtHC, k_BGSC, v_BGSC, seen_BtS, lse_BtH, delta_BtH, g_BtHC, scale) -> Gradients:
+    """dq [B, t, H, C], dk and dv [B, G, S, C]."""
+    q, lse, delta, g = (_rows(x, k_BGSC.shape[1]) for x in (q_BtHC, lse_BtH[..., None], delta_BtH[..., None], g_BtHC))
+    weights = jnp.exp(_scores(q, k_BGSC, seen_BtS, scale) - lse)
+    dscores = weights * (_product("bgrc,bgsc->bgrs", g, v_BGSC) - delta) * scale
+    dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
+    dq_BtHC = _unrows(_product("bgrs,bgsc->bgrc", dscores, k_BGSC), q_BtHC.shape[1])
+    return dq_BtHC, _product("bgrs,bgrc->bgsc", dscores, q), _product("bgrs,bgrc->bgsc", weights, g)
+
+
+def _chunks(queries: int) -> list[slice]:
+    """Queries in chunks of an eighth of the row in whole 128s, at most QUERY_CHUNK."""
+    size = min(max(queries // 8 // 128, 1) * 128, QUERY_CHUNK)
+    return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+
+
+def _seen(q_segments_BT, kv_segments_BS, mine: slice, causal: bool) -> tuple[slice, jax.Array]:
+    """The keys that a chunk of queries can need, and whether each query sees each of them."""
+    keys = slice(0, mine.stop if causal else None)
+    seen_BtS = kv_segments_BS[:, None, keys] == q_segments_BT[:, mine, None]
+    if causal:
+        seen_BtS &= jnp.arange(mine.stop) <= jnp.arange(mine.start, mine.stop)[:, None]
+    return keys, seen_BtS
+
+
+def _xla(q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, *, scale, causal) -> tuple[jax.Array, jax.Array]:
+    """In chunks of queries, so that memory grows with S and not with T x S."""
+    k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
+    parts = []
+    for mine in _chunks(q_BTHC.shape[1]):
+        keys, seen_BtS = _seen(q_segments_BT, kv_segments_BS, mine, causal)
+        parts.append(_answer(q_BTHC[:, mine], k_BGSC[:, :, keys], v_BGSC[:, :, keys], seen_BtS, scale))
+    out, lse = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    return out, lse
+
+
+def _xla_bwd(
+    q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC, *, scale, causal
+) -> Gradients:
+    k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
+    delta_BTH = (g_BTHC.astype(jnp.float32) * out_BTHC.astype(jnp.float32)).sum(-1)
+    dq, dk, dv = [], jnp.zeros(k_BGSC.shape, jnp.float32), jnp.zeros(v_BGSC.shape, jnp.float32)
+    for mine in _chunks(q_BTHC.shape[1]):
+        keys, seen_BtS = _seen(q_segments_BT, kv_segments_BS, mine, causal)
+        rows = lse_BTH[:, mine], delta_BTH[:, mine], g_BTHC[:, mine]
+        part = _gradients(q_BTHC[:, mine], k_BGSC[:, :, keys], v_BGSC[:, :, keys], seen_BtS, *rows, scale)
+        dq.append(part[0])
+        dk, dv = dk.at[:, :, keys].add(part[1]), dv.at[:, :, keys].add(part[2])
+    return jnp.concatenate(dq, axis=1), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+
+
+def _choose(implementation: str, xla: Callable, kernel: Callable, *args: jax.Array) -> Any:
+    if implementation == "xla":
+        return xla(*args)
+    interpreted = partial(kernel, interpret=True)
+    compiled = partial(kernel, interpret=False)
+    if implementation == "splash":
+        return jax.lax.platform_dependent(*args, cpu=interpreted, default=compiled)
+    # Decided by the platform that the program is lowered for, never by the machine that compiles it.
+    return jax.lax.platform_dependent(*args, tpu=compiled, default=xla)
+
+
+def attend(
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    implementation: str = "auto",
+) -> Answer:
+    """Softmax attention of each query over those of the given keys that are of its segment (spec 2.3).
+
+    Scores and softmax are float32. Not differentiable: see `attend_bwd`.
+
+    Args:
+      q_segments_BT, kv_segments_BS: int32, not negative.
+      causal: queries and keys are the same tokens, and a query sees none after its own; else it sees all.
+      implementation: "xla", "splash" (Pallas, for TPU; interpreted on CPU) or "auto".
+    Returns:
+      A query that sees no key has out 0 and an lse of MASKED, which counts for nothing in a merge.
+    """
+    xla, kernel = (partial(f, scale=scale, causal=causal) for f in (_xla, splash))
+    answer = Answer(*_choose(implementation, xla, kernel, q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS))
+    if causal:
+        return answer  # each query sees itself
+    lonely_BTH = answer.lse_BTH < MASKED / 2
+    return Answer(jnp.where(lonely_BTH[..., None], 0, answer.out_BTHC), jnp.where(lonely_BTH, MASKED, answer.lse_BTH))
+
+
+def attend_bwd(
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    out_BTHC: jax.Array,
+    lse_BTH: jax.Array,
+    g_BTHC: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    implementation: str = "auto",
+) -> Gradients:
+    """float32 (dq, dk, dv) through these keys' part of a softmax over perhaps more of them, with the weights computed
+    anew (FlashAttention, arXiv 2205.14135, section 3.1).
+
+    Args:
+      out_BTHC, lse_BTH: attention over all keys, these and others.  g_BTHC: the cotangent of `out`.
+      The rest as `attend` took it.
+    """
+    lse_BTH = jnp.where(lse_BTH < MASKED / 2, 0, lse_BTH)  # weights of 0, not of 1, where no key is seen
+    xla, kernel = (partial(f, scale=scale, causal=causal) for f in (_xla_bwd, splash_bwd))
+    args = (q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC)
+    return _choose(implementation, xla, kernel, *args)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(
+    q_BTHC: jax.Array,
+    k_BTGC: jax.Array,
+    v_BTGC: jax.Array,
+    segments_BT: jax.Array,
+    scale: float,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Softmax attention of each token over its own segment up to itself, differentiable; arguments as in `attend`.
+
+    Returns:
+      [B, T, H, C] in q's dtype.
+    """
+    return _attention_fwd(q_BTHC, k_BTGC, v_BTGC, segments_BT, scale, implementation)[0]
+
+
+def _attention_fwd(q_BTHC, k_BTGC, v_BTGC, segments_BT, scale, implementation):
+    args = (q_BTHC, k_BTGC, v_BTGC, segments_BT, segments_BT)
+    answer = attend(*args, scale=scale, causal=True, implementation=implementation)
+    out_BTHC = answer.out_BTHC.astype(q_BTHC.dtype)
+    return out_BTHC, (*args, out_BTHC, answer.lse_BTH)
+
+
+def _attention_bwd(scale, implementation, saved, g_BTHC):
+    q_BTHC, k_BTGC, v_BTGC, q_segments_BT, kv_segments_BT, out_BTHC, lse_BTH = saved
+    dq, dk, dv = attend_bwd(
+        q_BTHC, k_BTGC, v_BTGC, q_segments_BT, kv_segments_BT, out_BTHC, lse_BTH, g_BTHC,
+        scale=scale, causal=True, implementation=implementation,
+    )  # fmt: skip
+    return dq.astype(q_BTHC.dtype), dk.astype(k_BTGC.dtype), dv.astype(v_BTGC.dtype), None
+
+
+attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def cached_attention(
     q_BTHC: jax.Array,
     k_BSGC: jax.Array,
     v_BSGC: jax.Array,
@@ -41,28 +230,18 @@ def attention(
     q_segments_BT: jax.Array,
     kv_segments_BS: jax.Array,
     scale: float,
-    same_row: bool = False,
 ) -> jax.Array:
-    """Softmax attention of each query over the keys of its own segment at its own or an earlier slot.
+    """Softmax attention of each query over the keys of its own segment at its own or an earlier slot of a cache.
 
-    Slots are places in the row (or in the cache), not RoPE positions. Scores and softmax are float32
-    (spec 2.3). Queries go in chunks, recomputed in the backward pass where there are more than 1024, so that
-    memory grows with S and not with T x S.
+    Slots are places in the cache, not RoPE positions. Scores and softmax are float32.
 
-    Args:
-      same_row: keys are the queries' own tokens in slot order, so no chunk needs keys after its end: half
-        of the products fall away.
     Returns:
       [B, T, H, C] in q's dtype.
     """
-    queries = q_BTHC.shape[1]
-    size = _chunk(queries)
-    attend = jax.checkpoint(_attend, static_argnums=(7,)) if queries > QUERY_CHUNK else _attend
+    k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
     parts = []
-    for start in range(0, queries, size):
-        mine = slice(start, min(start + size, queries))
-        seen = slice(0, mine.stop if same_row else None)
-        q = q_BTHC[:, mine], q_slots_BT[:, mine], q_segments_BT[:, mine]
-        kv = k_BSGC[:, seen], v_BSGC[:, seen], kv_slots_BS[:, seen], kv_segments_BS[:, seen]
-        parts.append(attend(q[0], kv[0], kv[1], q[1], kv[2], q[2], kv[3], scale))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    for mine in _chunks(q_BTHC.shape[1]):
+        seen_BtS = kv_slots_BS[:, None, :] <= q_slots_BT[:, mine, None]
+        seen_BtS &= kv_segments_BS[:, None, :] == q_segments_BT[:, mine, None]
+        parts.append(_answer(q_BTHC[:, mine], k_BGSC, v_BGSC, seen_BtS, scale)[0])
+    return jnp.concatenate(parts, axis=1).astype(q_BTHC.dtype)

@@ -8,9 +8,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ling_jax.kernels import megablox
 from ling_jax.kernels.linear import precision_of
 
 MAX_BLOCK = 128
+TILE = 512  # the most rows that a kernel takes at a time
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
@@ -22,8 +24,10 @@ def block_rows(num_rows: int, num_groups: int) -> int:
 
 
 def padded_rows(num_rows: int, num_groups: int, block: int) -> int:
-    """Rows that hold any `num_rows` rows once every non-empty group is padded to whole blocks."""
-    return block * ((num_rows + min(num_rows, num_groups) * (block - 1)) // block)
+    """Rows that hold any `num_rows` rows once every non-empty group is padded to whole blocks. Many are whole
+    accelerator tiles too, for less than a hundredth more, so that no kernel has to copy them to be so."""
+    rows = block * ((num_rows + min(num_rows, num_groups) * (block - 1)) // block)
+    return rows if rows < 100 * TILE else -(-rows // TILE) * TILE
 
 
 def _blocked_dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -52,6 +56,12 @@ def _blocked_dw(g_RO, x_RI, group_sizes_E, block):
     return jax.ops.segment_sum(products_JOI, groups_J, num_groups, indices_are_sorted=True)
 
 
+def _inside(y_RO: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Zeros past the last group, where some implementations leave what they like, NaN included."""
+    inside_R = jnp.arange(y_RO.shape[0]) < group_sizes_E.sum()
+    return jnp.where(inside_R[:, None], y_RO, 0)
+
+
 def _ragged(x_RI, w_EOI, group_sizes_E, block, out_dim):
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (3 - out_dim,)), ((), ())),
@@ -66,8 +76,7 @@ def _ragged(x_RI, w_EOI, group_sizes_E, block, out_dim):
         precision=precision_of(x_RI.dtype),
         preferred_element_type=jnp.float32,
     )
-    inside_R = jnp.arange(x_RI.shape[0]) < group_sizes_E.sum()  # what lies past the last group is unspecified
-    return jnp.where(inside_R[:, None], y, 0).astype(x_RI.dtype)
+    return _inside(y, group_sizes_E).astype(x_RI.dtype)
 
 
 def _ragged_dw(g_RO, x_RI, group_sizes_E, block):
@@ -79,19 +88,31 @@ def _ragged_dw(g_RO, x_RI, group_sizes_E, block):
     )
 
 
+def _megablox(x_RI, w_EOI, group_sizes_E, block, out_dim, interpret):
+    y_RO = megablox.product(x_RI, w_EOI, group_sizes_E, out_dim=out_dim, interpret=interpret)
+    return _inside(y_RO, group_sizes_E)
+
+
+def _megablox_dw(g_RO, x_RI, group_sizes_E, block, interpret):
+    return megablox.weight_gradient(g_RO, x_RI, group_sizes_E, interpret=interpret)
+
+
 def _product(implementation, x, w_EOI, group_sizes_E, block, out_dim):
-    blocked, ragged = (partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged))
-    return _choose(implementation, blocked, ragged, x, w_EOI, group_sizes_E)
+    functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox)]
+    return _choose(implementation, *functions, x, w_EOI, group_sizes_E)
 
 
-def _choose(implementation, blocked, ragged, *args):
+def _choose(implementation, blocked, ragged, kernel, *args):
     if implementation == "blocked":
         return blocked(*args)
     if implementation == "ragged":
         return ragged(*args)
-    # Decided by the platform that the program is lowered for, never by the machine that compiles it:
-    # XLA:CPU computes every group for every row of a ragged product.
-    return jax.lax.platform_dependent(*args, cpu=blocked, default=ragged)
+    compiled = partial(kernel, interpret=False)
+    if implementation == "megablox":
+        return jax.lax.platform_dependent(*args, cpu=partial(kernel, interpret=True), default=compiled)
+    # Decided by the platform that the program is lowered for, never by the machine that compiles it. XLA:CPU computes
+    # every group for every row of a ragged product, and so does XLA for some TPUs.
+    return jax.lax.platform_dependent(*args, cpu=blocked, tpu=compiled, default=ragged)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -105,7 +126,8 @@ def grouped_linear(
       w_EOI: any float dtype, cast to x's.
       group_sizes_E: int32 rows of each group, padding included, each a multiple of `block`.
       block: rows per block, see `block_rows`.
-      implementation: "blocked" (XLA, good on CPU), "ragged" (lax.ragged_dot) or "auto".
+      implementation: "blocked" (XLA, for CPU), "megablox" (Pallas, for TPU; interpreted on CPU), "ragged"
+        (lax.ragged_dot, for the rest) or "auto".
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """
@@ -119,7 +141,7 @@ def _grouped_linear_fwd(x_RI, w_EOI, group_sizes_E, block, implementation):
 def _grouped_linear_bwd(block, implementation, saved, g_RO):
     x_RI, w_EOI, group_sizes_E = saved
     dx_RI = _product(implementation, g_RO, w_EOI, group_sizes_E, block, 2)
-    dw = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw)]
+    dw = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw, _megablox_dw)]
     dw_EOI = _choose(implementation, *dw, g_RO, x_RI, group_sizes_E)
     return dx_RI, dw_EOI.astype(w_EOI.dtype), None
 

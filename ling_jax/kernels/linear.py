@@ -3,6 +3,8 @@
 Legend: I inputs, O outputs.
 """
 
+from contextlib import AbstractContextManager
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,11 @@ import jax.numpy as jnp
 def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
     """float32 products are float32 everywhere: a TPU would otherwise round the operands to bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def kernel_precision(dtype: jnp.dtype) -> AbstractContextManager:
+    """The same inside a Pallas kernel that JAX ships: in what is traced under it, products of operands in `dtype`."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ling_jax.config import ModelConfig
-from ling_jax.kernels.attention import attention
+from ling_jax.kernels.attention import attention, cached_attention
 from ling_jax.kernels.linear import linear
 from ling_jax.model.linear import Init, Linear
 from ling_jax.model.norm import RMSNorm
@@ -89,24 +89,23 @@ class Attention(nnx.Module):
         if self.query_layernorm is not None and self.key_layernorm is not None:
             q_BTHC, k_BTGC = self.query_layernorm(q_BTHC), self.key_layernorm(k_BTGC)
         q_BTHC, k_BTGC = apply_rope(q_BTHC, context.rope), apply_rope(k_BTGC, context.rope)
+        scale = c.head_dim**-0.5
         if axis_size("context") > 1:
             assert cache is None, "caches are not split over context"
-            out_BTHC = context_attention(
-                q_BTHC, k_BTGC, v_BTGC, context.q_segments_BT, scale=c.head_dim**-0.5, method=self.mesh.context_method
-            )
-            return self.dense(out_BTHC.reshape(*x_BTD.shape[:2], -1)), None
-        same_row = cache is None
-        if cache is not None:
+            method = self.mesh.context_method
+            out_BTHC = context_attention(q_BTHC, k_BTGC, v_BTGC, context.q_segments_BT, scale, method)
+        elif cache is None:
+            out_BTHC = attention(q_BTHC, k_BTGC, v_BTGC, context.q_segments_BT, scale)
+        else:
             k_BTGC, v_BTGC, cache = cache.append(k_BTGC, v_BTGC)
-        out_BTHC = attention(
-            q_BTHC,
-            k_BTGC,
-            v_BTGC,
-            q_slots_BT=context.q_slots_BT,
-            kv_slots_BS=context.kv_slots_BS,
-            q_segments_BT=context.q_segments_BT,
-            kv_segments_BS=context.kv_segments_BS,
-            scale=c.head_dim**-0.5,
-            same_row=same_row,
-        )
+            out_BTHC = cached_attention(
+                q_BTHC,
+                k_BTGC,
+                v_BTGC,
+                q_slots_BT=context.q_slots_BT,
+                kv_slots_BS=context.kv_slots_BS,
+                q_segments_BT=context.q_segments_BT,
+                kv_segments_BS=context.kv_segments_BS,
+                scale=scale,
+            )
         return self.dense(out_BTHC.reshape(*x_BTD.shape[:2], -1)), cache

@@ -3,20 +3,18 @@
 A row's T tokens are cut in 2c pieces for c ranks; rank i holds pieces i and 2c-1-i (zig-zag). Causality then leaves
 every rank the same work: against another rank's two pieces a rank computes two products of pieces, never four.
 
-Legend: B rows, T tokens of a row, t of them here, h = t/2 of a piece, G kv heads, M query heads of each, C head_dim,
-c ranks.
+Legend: B rows, T tokens of a row, t of them here, H query heads, G kv heads, C head_dim, c ranks.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ling_jax.kernels.attention import MASKED
-from ling_jax.kernels.linear import precision_of
+from ling_jax.kernels.attention import MASKED, Answer, attend, attend_bwd
 from ling_jax.parallel.mesh import axis_index, axis_size
 
 AXIS = "context"
@@ -64,84 +62,22 @@ def shift_left(x_BT: jax.Array, fill: int) -> jax.Array:
     return moved_BT.at[:, half - 1].set(first_PB[early + 1]).at[:, -1].set(first_PB[late + 1])
 
 
-class Piece(NamedTuple):
-    """Consecutive tokens of each row."""
-
-    segments_Bs: jax.Array  # int32
-    slots_s: jax.Array  # int32 natural places
-    k_BsGC: jax.Array
-    v_BsGC: jax.Array
-
-
-class Queries(NamedTuple):
-    segments_Bh: jax.Array
-    slots_h: jax.Array
-    q_BhGMC: jax.Array
-
-
-class Answer(NamedTuple):
-    """Attention over the keys met so far."""
-
-    out_BhGMC: jax.Array  # float32
-    lse_BGMh: jax.Array  # float32: logarithm of the sum of the exponentiated scores
-
-
-def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(form, a, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
-
-
-def _scores(queries: Queries, keys: Piece, scale: float) -> jax.Array:
-    """float32 [B, G, M, h, s]."""
-    scores = _product("bhgmc,bsgc->bgmhs", queries.q_BhGMC, keys.k_BsGC) * scale
-    seen_Bhs = keys.slots_s[None, None, :] <= queries.slots_h[None, :, None]
-    seen_Bhs &= keys.segments_Bs[:, None, :] == queries.segments_Bh[:, :, None]
-    return jnp.where(seen_Bhs[:, None, None], scores, MASKED)
-
-
-def _attend(queries: Queries, keys: Piece, scale: float) -> Answer:
-    scores = _scores(queries, keys, scale)
-    top = scores.max(-1)
-    weights = jnp.exp(scores - top[..., None])
-    total = weights.sum(-1)
-    out = _product("bgmhs,bsgc->bhgmc", weights.astype(keys.v_BsGC.dtype), keys.v_BsGC)
-    return Answer(out / total.transpose(0, 3, 1, 2)[..., None], top + jnp.log(total))
-
-
 def _merge(a: Answer, b: Answer, counts: Any = True) -> Answer:
     """Attention over the keys of both; `b` is left out unless `counts`."""
-    b_lse = jnp.where(counts, b.lse_BGMh, MASKED)
-    lse = jnp.logaddexp(a.lse_BGMh, b_lse)
-    share_a, share_b = (jnp.exp(x - lse).transpose(0, 3, 1, 2)[..., None] for x in (a.lse_BGMh, b_lse))
-    return Answer(a.out_BhGMC * share_a + b.out_BhGMC * share_b, lse)
+    b_lse = jnp.where(counts, b.lse_BTH, MASKED)
+    lse = jnp.logaddexp(a.lse_BTH, b_lse)
+    share_a, share_b = (jnp.exp(x - lse)[..., None] for x in (a.lse_BTH, b_lse))
+    return Answer(a.out_BTHC * share_a + b.out_BTHC * share_b, lse)
 
 
-def _attend_bwd(queries, keys, scale, lse_BGMh, g_BhGMC, delta_BhGM):
-    """float32 gradients (dq, dk, dv) through the keys' part of the softmax whose sums are in `lse`."""
-    weights = jnp.exp(_scores(queries, keys, scale) - lse_BGMh[..., None])
-    dweights = _product("bhgmc,bsgc->bgmhs", g_BhGMC, keys.v_BsGC)
-    dscores = weights * (dweights - delta_BhGM.transpose(0, 2, 3, 1)[..., None]) * scale
-    dscores, weights = (x.astype(g_BhGMC.dtype) for x in (dscores, weights))
-    dq = _product("bgmhs,bsgc->bhgmc", dscores, keys.k_BsGC)
-    dk = _product("bgmhs,bhgmc->bsgc", dscores, queries.q_BhGMC)
-    return dq, dk, _product("bgmhs,bhgmc->bsgc", weights, g_BhGMC)
+def _pieces(*arrays: jax.Array) -> tuple[tuple, tuple]:
+    """The early and the late piece of each [B, t, ...]."""
+    early, late = zip(*(jnp.split(x, 2, axis=1) for x in arrays), strict=True)
+    return early, late
 
 
-def _halves(x: jax.Array, axis: int = 1) -> tuple[jax.Array, jax.Array]:
-    first, second = jnp.split(x, 2, axis)
-    return first, second
-
-
-def _key_pieces(kv: tuple, rank: Any) -> tuple[Piece, Piece]:
-    """Early and late piece of a rank from its (k, v, segments)."""
-    k, v, segments = (_halves(x) for x in kv)
-    half = segments[0].shape[1]
-    early, late = (piece * half + jnp.arange(half) for piece in _pieces_of(rank))
-    return Piece(segments[0], early, k[0], v[0]), Piece(segments[1], late, k[1], v[1])
-
-
-def _query_pieces(q_BtGMC: jax.Array, segments_Bt: jax.Array) -> tuple[Queries, Queries]:
-    q, segments, slots = _halves(q_BtGMC), _halves(segments_Bt), _halves(local_slots(q_BtGMC.shape[1]), 0)
-    return Queries(segments[0], slots[0], q[0]), Queries(segments[1], slots[1], q[1])
+def _join(early: Any, late: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), early, late)
 
 
 def _choose(condition: jax.Array, a: Any, b: Any) -> Any:
@@ -178,85 +114,84 @@ def _visit(method: str, kv: Any, state: Any, dkv: Any, fold: Callable) -> tuple[
     return state, jax.tree.map(lambda x: jax.lax.psum_scatter(x, AXIS), all_dkv)
 
 
-def _forward(q_BtGMC, k_BtGC, v_BtGC, segments_Bt, scale, method) -> Answer:
+def _forward(q_BtHC, k_BtGC, v_BtGC, segments_Bt, scale, method, implementation) -> Answer:
     me, kv = axis_index(AXIS), (k_BtGC, v_BtGC, segments_Bt)
-    q_early, q_late = _query_pieces(q_BtGMC, segments_Bt)
-    k_early, k_late = _key_pieces(kv, me)
-    late = _merge(_attend(q_late, k_early, scale), _attend(q_late, k_late, scale))
+
+    def product(queries, keys, causal=False):
+        args = queries[0], keys[0], keys[1], queries[1], keys[2]
+        return attend(*args, scale=scale, causal=causal, implementation=implementation)
+
+    q_early, q_late = _pieces(q_BtHC, segments_Bt)
+    k_early, k_late = _pieces(*kv)
+    home = product(q_early, k_early, True), _merge(product(q_late, k_late, True), product(q_late, k_early))
 
     def fold(state, kv, rank):
         early, late = state
-        k_early, k_late = _key_pieces(kv, rank)
-        late = _merge(late, _attend(q_late, k_early, scale))
+        k_early, k_late = _pieces(*kv)
+        late = _merge(late, product(q_late, k_early))
         before = rank < me  # then its early piece is before ours, else its late piece is before our late one
-        other = _attend(_choose(before, q_early, q_late), _choose(before, k_early, k_late), scale)
+        other = product(_choose(before, q_early, q_late), _choose(before, k_early, k_late))
         return (_merge(early, other, before), _merge(late, other, ~before)), None
 
-    (early, late), _ = _visit(method, kv, (_attend(q_early, k_early, scale), late), None, fold)
-    return Answer(
-        jnp.concatenate([early.out_BhGMC, late.out_BhGMC], axis=1),
-        jnp.concatenate([early.lse_BGMh, late.lse_BGMh], axis=3),
-    )
+    state, _ = _visit(method, kv, home, None, fold)
+    return _join(*state)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_BtGMC, k_BtGC, v_BtGC, segments_Bt, scale, method):
-    return _forward(q_BtGMC, k_BtGC, v_BtGC, segments_Bt, scale, method).out_BhGMC.astype(q_BtGMC.dtype)
-
-
-def _attention_fwd(q_BtGMC, k_BtGC, v_BtGC, segments_Bt, scale, method):
-    answer = _forward(q_BtGMC, k_BtGC, v_BtGC, segments_Bt, scale, method)
-    out = answer.out_BhGMC.astype(q_BtGMC.dtype)
-    return out, (q_BtGMC, k_BtGC, v_BtGC, segments_Bt, out, answer.lse_BGMh)
-
-
-def _attention_bwd(scale, method, saved, g_BtGMC):
-    """Goes round once more with the weights recomputed (FlashAttention, arXiv 2205.14135, section 3.1)."""
-    q_BtGMC, k_BtGC, v_BtGC, segments_Bt, out_BtGMC, lse_BGMt = saved
-    me, kv = axis_index(AXIS), (k_BtGC, v_BtGC, segments_Bt)
-    delta_BtGM = (g_BtGMC.astype(jnp.float32) * out_BtGMC.astype(jnp.float32)).sum(-1)
-    queries = _query_pieces(q_BtGMC, segments_Bt)
-    rest = zip(_halves(lse_BGMt, 3), _halves(g_BtGMC), _halves(delta_BtGM), strict=True)
-    early, late = ((mine, *others) for mine, others in zip(queries, rest, strict=True))
-
-    def back(side, keys):
-        return _attend_bwd(side[0], keys, scale, *side[1:])
-
-    def joined(a, b):
-        return jnp.concatenate([a, b], axis=1)
-
-    k_early, k_late = _key_pieces(kv, me)
-    ee, le, ll = back(early, k_early), back(late, k_early), back(late, k_late)
-    state = (ee[0], le[0] + ll[0])
-    dkv = tuple(joined(ee[i] + le[i], ll[i]) for i in (1, 2))
-
-    def fold(state, kv, rank):
-        k_early, k_late = _key_pieces(kv, rank)
-        before = rank < me
-        le = back(late, k_early)
-        dq, dk, dv = back(_choose(before, early, late), _choose(before, k_early, k_late))
-        state = (state[0] + jnp.where(before, dq, 0), state[1] + le[0] + jnp.where(before, 0, dq))
-        part = (joined(own + jnp.where(before, d, 0), jnp.where(before, 0, d)) for own, d in ((le[1], dk), (le[2], dv)))
-        return state, tuple(part)
-
-    state, (dk, dv) = _visit(method, kv, state, dkv, fold)
-    return joined(*state).astype(q_BtGMC.dtype), dk.astype(k_BtGC.dtype), dv.astype(v_BtGC.dtype), None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
-
-
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def context_attention(
-    q_BtHC: jax.Array, k_BtGC: jax.Array, v_BtGC: jax.Array, segments_Bt: jax.Array, *, scale: float, method: str
+    q_BtHC: jax.Array,
+    k_BtGC: jax.Array,
+    v_BtGC: jax.Array,
+    segments_Bt: jax.Array,
+    scale: float,
+    method: str,
+    implementation: str = "auto",
 ) -> jax.Array:
     """`kernels.attention.attention` over whole rows, from a manual region over `context` with zig-zag shards.
 
     Args:
       q_BtHC, k_BtGC, v_BtGC: this rank's tokens, H a multiple of G.  segments_Bt: int32 documents.
       method: "ring" (keys and values pass from neighbour to neighbour) or "all_gather".
+      implementation: of each product of pieces, see `kernels.attention.attend`.
     Returns:
-      [B, t, H, C] in q's dtype. Each score matrix is [t/2, t/2]; none is kept for the backward pass.
+      [B, t, H, C] in q's dtype. No product is larger than [t/2, t/2]; no score is kept for the backward pass.
     """
-    groups = k_BtGC.shape[2]
-    q_BtGMC = q_BtHC.reshape(*q_BtHC.shape[:2], groups, -1, q_BtHC.shape[3])
-    return _attention(q_BtGMC, k_BtGC, v_BtGC, segments_Bt, scale, method).reshape(q_BtHC.shape)
+    return _attention_fwd(q_BtHC, k_BtGC, v_BtGC, segments_Bt, scale, method, implementation)[0]
+
+
+def _attention_fwd(q_BtHC, k_BtGC, v_BtGC, segments_Bt, scale, method, implementation):
+    answer = _forward(q_BtHC, k_BtGC, v_BtGC, segments_Bt, scale, method, implementation)
+    out_BtHC = answer.out_BTHC.astype(q_BtHC.dtype)
+    return out_BtHC, (q_BtHC, k_BtGC, v_BtGC, segments_Bt, out_BtHC, answer.lse_BTH)
+
+
+def _attention_bwd(scale, method, implementation, saved, g_BtHC):
+    """Goes round once more; each product of pieces gives its part of the gradients."""
+    q_BtHC, k_BtGC, v_BtGC, segments_Bt, out_BtHC, lse_BtH = saved
+    me, kv = axis_index(AXIS), (k_BtGC, v_BtGC, segments_Bt)
+
+    def back(queries, keys, causal=False):
+        args = queries[0], keys[0], keys[1], queries[1], keys[2], *queries[2:]
+        return attend_bwd(*args, scale=scale, causal=causal, implementation=implementation)
+
+    q_early, q_late = _pieces(q_BtHC, segments_Bt, out_BtHC, lse_BtH, g_BtHC)
+    k_early, k_late = _pieces(*kv)
+    ee, le, ll = back(q_early, k_early, True), back(q_late, k_early), back(q_late, k_late, True)
+    dq = ee[0], le[0] + ll[0]
+    dkv = tuple(_join(ee[i] + le[i], ll[i]) for i in (1, 2))
+
+    def fold(dq, kv, rank):
+        k_early, k_late = _pieces(*kv)
+        before = rank < me
+        le = back(q_late, k_early)
+        other = back(_choose(before, q_early, q_late), _choose(before, k_early, k_late))
+        nothing = jax.tree.map(jnp.zeros_like, other)
+        early, late = _choose(before, other, nothing), _choose(before, nothing, other)
+        part = tuple(_join(le[i] + early[i], late[i]) for i in (1, 2))
+        return (dq[0] + early[0], dq[1] + le[0] + late[0]), part
+
+    dq, (dk, dv) = _visit(method, kv, dq, dkv, fold)
+    return _join(*dq).astype(q_BtHC.dtype), dk.astype(k_BtGC.dtype), dv.astype(v_BtGC.dtype), None
+
+
+context_attention.defvjp(_attention_fwd, _attention_bwd)
