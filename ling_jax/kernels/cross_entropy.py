@@ -3,6 +3,7 @@
 Legend: N tokens, D hidden, V vocabulary, c a chunk of it.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -37,30 +38,37 @@ def _hit_Nc(targets_N, start, width):
     return targets_N[:, None] == start + jnp.arange(width)[None, :]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def target_logprobs(x_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array, vocab_axis: str | None = None) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 4))
+def target_logprobs(
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    whole_rows: Callable[[jax.Array], jax.Array],
+    targets_N: jax.Array,
+    vocab_axis: str | None = None,
+) -> jax.Array:
     """log softmax(x w^T)[target] for each token, chunked over the vocabulary.
 
     Args:
-      x_ND: hidden states.  w_VD: the head, cast to x's dtype.  targets_N: int32 ids; an id outside the
-        vocabulary (-100 for "none") gives minus the logsumexp: mask such tokens.
+      x_ND: hidden states.  w_VD: the head, or a device's shard of it, whose rows
+      whole_rows: makes whole [c, D], chunk by chunk; they are cast to x's dtype.
+      targets_N: int32 ids; an id outside the vocabulary (-100 for "none") gives minus the logsumexp: mask such tokens.
       vocab_axis: the mesh axis of a manual region over whose devices the vocabulary is split, in order.
     Returns:
       float32 [N]. The backward pass recomputes the logits chunk by chunk.
     """
-    return _forward(x_ND, w_VD, targets_N, vocab_axis)[0]
+    return _forward(x_ND, w_VD, whole_rows, targets_N, vocab_axis)[0]
 
 
 def _local_targets(targets_N, w_VD, vocab_axis):
     return targets_N if vocab_axis is None else targets_N - jax.lax.axis_index(vocab_axis) * w_VD.shape[0]
 
 
-def _forward(x_ND, w_VD, targets_N, vocab_axis):
+def _forward(x_ND, w_VD, whole_rows, targets_N, vocab_axis):
     targets_N = _local_targets(targets_N, w_VD, vocab_axis)
 
     def step(carry, w_cD, start):
         top_N, total_N, picked_N = carry
-        logits_Nc = dot(x_ND, w_cD.astype(x_ND.dtype), ((1,), (1,)))
+        logits_Nc = dot(x_ND, whole_rows(w_cD).astype(x_ND.dtype), ((1,), (1,)))
         new_top_N = jnp.maximum(top_N, logits_Nc.max(axis=1))
         total_N = total_N * jnp.exp(top_N - new_top_N) + jnp.exp(logits_Nc - new_top_N[:, None]).sum(axis=1)
         picked_N += jnp.where(_hit_Nc(targets_N, start, w_cD.shape[0]), logits_Nc, 0).sum(axis=1)
@@ -76,24 +84,25 @@ def _forward(x_ND, w_VD, targets_N, vocab_axis):
     return picked_N - lse_N, lse_N
 
 
-def _fwd(x_ND, w_VD, targets_N, vocab_axis):
-    logprobs_N, lse_N = _forward(x_ND, w_VD, targets_N, vocab_axis)
+def _fwd(x_ND, w_VD, whole_rows, targets_N, vocab_axis):
+    logprobs_N, lse_N = _forward(x_ND, w_VD, whole_rows, targets_N, vocab_axis)
     return logprobs_N, (x_ND, w_VD, targets_N, lse_N)
 
 
-def _bwd(vocab_axis, saved, g_N):
+def _bwd(whole_rows, vocab_axis, saved, g_N):
     x_ND, w_VD, targets_N, lse_N = saved
     targets_N = _local_targets(targets_N, w_VD, vocab_axis)
     if vocab_axis is not None:
         g_N = jax.lax.psum(g_N, vocab_axis)  # every device's objective has its share of each logprob
 
     def step(dx_ND, w_cD, start):
-        w_cD = w_cD.astype(x_ND.dtype)
-        logits_Nc = dot(x_ND, w_cD, ((1,), (1,)))
+        whole_cD, shard_of = jax.vjp(whole_rows, w_cD)
+        whole_cD = whole_cD.astype(x_ND.dtype)
+        logits_Nc = dot(x_ND, whole_cD, ((1,), (1,)))
         hit_Nc = _hit_Nc(targets_N, start, w_cD.shape[0])
         dlogits_Nc = ((hit_Nc - jnp.exp(logits_Nc - lse_N[:, None])) * g_N[:, None]).astype(x_ND.dtype)
         dw_cD = dot(dlogits_Nc, x_ND, ((0,), (0,))).astype(w_VD.dtype)
-        return dx_ND + dot(dlogits_Nc, w_cD, ((1,), (0,))), dw_cD
+        return dx_ND + dot(dlogits_Nc, whole_cD, ((1,), (0,))), shard_of(dw_cD)[0]
 
     dx_ND, dw_VD = _scan_vocab(w_VD, step, jnp.zeros(x_ND.shape, jnp.float32))
     return dx_ND.astype(x_ND.dtype), dw_VD, None

@@ -17,17 +17,16 @@ from jax.typing import DTypeLike
 
 from ling_jax.config import ONE_DEVICE, MeshConfig, ModelConfig, Segment, layer_kinds, layer_plan
 from ling_jax.kernels.linear import dot
-from ling_jax.kernels.rows import take_rows
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
-from ling_jax.model.linear import Init, Linear, whole
+from ling_jax.model.linear import Init, Linear
 from ling_jax.model.mtp import MTP, next_tokens
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.rope import rope_tables
 from ling_jax.model.router import ExpertBias, Routing
 from ling_jax.parallel.context import local_slots
 from ling_jax.parallel.mesh import axis_index, axis_size, psum
-from ling_jax.parallel.rules import spec_of
+from ling_jax.parallel.rules import gather, look_up, spec_of
 
 # What may be named in `capture`. "hidden_states" is the input of each trunk layer and the last one's output;
 # per-layer entries are stacked in layer order, the MTP layer last.
@@ -64,10 +63,11 @@ class Embedding(nnx.Module):
         self.padding_id, self.mesh = config.pad_token_id, init.mesh
 
     def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        table_VD = whole(self.weight, dtype, self.mesh)
+        table_VD = self.weight[...]
         first = axis_index("tensor") * table_VD.shape[0]  # of this device's part of the vocabulary
         local_BT = jnp.where(tokens_BT >= first, tokens_BT - first, table_VD.shape[0])
-        rows = psum(take_rows(table_VD, local_BT).astype(dtype), "tensor")
+        with jax.named_scope("embedding"):
+            rows = psum(look_up(table_VD, local_BT, self.weight.split, dtype, self.mesh.reduce_dtype), "tensor")
         if self.padding_id is None:
             return rows
         return jnp.where((tokens_BT == self.padding_id)[..., None], jax.lax.stop_gradient(rows), rows)
@@ -129,15 +129,17 @@ class Ling(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(*head, init)
         self.mtp = MTP(config, init) if config.num_nextn_predict_layers else None
 
-    def head_VD(self, dtype: DTypeLike) -> jax.Array:
-        """The output projection, the embedding table when they are tied, sent between devices as `dtype`; inside a
-        manual region this device's part of the vocabulary."""
+    def head(self, dtype: DTypeLike) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+        """The output projection [V, D] (the embedding table when they are tied), and what makes some of its rows whole.
+        Inside a manual region it is this device's shard, and rows are gathered, sent as `dtype`."""
         weight = (self.word_embeddings if self.lm_head is None else self.lm_head).weight
-        return whole(weight, jnp.dtype(dtype), self.mesh)
+        options = dict(wire_dtype=jnp.dtype(dtype), reduce_dtype=self.mesh.reduce_dtype)
+        return weight[...], partial(gather, names=weight.axes, split=weight.split, **options)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits of hidden states [..., D], not rounded to the compute dtype on the way."""
-        return dot(hidden, self.head_VD(hidden.dtype).astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
+        w_VD, whole_rows = self.head(hidden.dtype)
+        return dot(hidden, whole_rows(w_VD).astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
 
     def __call__(
         self,

@@ -9,15 +9,16 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ling_jax.config import MeshConfig
+from ling_jax.kernels.rows import take_rows
 from ling_jax.parallel.mesh import axis_size
 
 # A dim's mesh axes, major first; () where it stays whole. Vectors (norms, biases) are never split.
 RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
-    "hidden": ("fsdp", "expert"),
+    "hidden": ("expert", "fsdp"),
     "heads": ("tensor",),  # query heads, as the output projection's inputs
     "qkv_heads": (),  # the fused rows are query, key and value heads: no contiguous part is one rank's,
-    "qkv_inputs": ("fsdp", "expert", "tensor"),  # so the inputs are split, and `tensor_rows` swaps them for heads
+    "qkv_inputs": ("expert", "fsdp", "tensor"),  # so the inputs are split, and `tensor_rows` swaps them for heads
     "ffn": ("tensor",),
     "expert": ("expert",),
     "expert_ffn": ("tensor",),
@@ -64,7 +65,11 @@ def spec_of(split: Split, dims: int) -> PartitionSpec:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(w: jax.Array, dim: int, axes: tuple[str, ...], wire_dtype: Any, reduce_dtype: Any) -> jax.Array:
-    return jax.lax.all_gather(w.astype(wire_dtype), axes, axis=dim, tiled=True).astype(w.dtype)
+    """One axis after the other: over all of a slice's devices at once, XLA for TPU makes an all-reduce of it."""
+    wire = w.astype(wire_dtype)
+    for axis in reversed(axes):
+        wire = jax.lax.all_gather(wire, axis, axis=dim, tiled=True)
+    return wire.astype(w.dtype)
 
 
 def _gather_fwd(w, dim, axes, wire_dtype, reduce_dtype):
@@ -72,7 +77,9 @@ def _gather_fwd(w, dim, axes, wire_dtype, reduce_dtype):
 
 
 def _gather_bwd(dim, axes, wire_dtype, reduce_dtype, _, g):
-    part = jax.lax.psum_scatter(g.astype(reduce_dtype), axes, scatter_dimension=dim, tiled=True)
+    part = g.astype(reduce_dtype)
+    for axis in axes:
+        part = jax.lax.psum_scatter(part, axis, scatter_dimension=dim, tiled=True)
     return (part.astype(g.dtype),)
 
 
@@ -94,6 +101,22 @@ def gather(w: jax.Array, names: tuple[str, ...], split: Split, wire_dtype: Any, 
             with jax.named_scope("gather_weights"):
                 w = _gather(w, dim, axes, jnp.dtype(wire_dtype), jnp.dtype(reduce_dtype))
     return w
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, split: Split, wire_dtype: Any, reduce_dtype: Any) -> jax.Array:
+    """Rows of a table whose inputs are split, zeros for an id past its end, as `wire_dtype`: [B, T, D].
+
+    The devices along the first axis look up each other's tokens in their own inputs and exchange what they find: none
+    ever has the whole table, nor its gradient. Over further axes the table is gathered (see `gather`).
+    """
+    axes = tuple(axis for axis in split[1] if axis_size(axis) > 1)
+    if not axes:
+        return take_rows(table_VD, ids_BT).astype(wire_dtype)
+    if axes[1:]:
+        table_VD = _gather(table_VD, 1, axes[1:], jnp.dtype(wire_dtype), jnp.dtype(reduce_dtype))
+    everyones_BT = jax.lax.all_gather(ids_BT, axes[0], tiled=True)
+    rows = take_rows(table_VD, everyones_BT).astype(wire_dtype)
+    return jax.lax.all_to_all(rows, axes[0], split_axis=0, concat_axis=2, tiled=True)
 
 
 def tensor_rows(w: jax.Array, rows_PR: np.ndarray) -> jax.Array:

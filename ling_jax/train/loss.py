@@ -53,7 +53,7 @@ def count_targets(batch: Batch) -> Counts:
 def _logprobs(model: Ling, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
     flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     vocab_axis = "tensor" if axis_size("tensor") > 1 else None
-    logprobs_N = target_logprobs(flat_ND, model.head_VD(flat_ND.dtype), targets_BT.reshape(-1), vocab_axis)
+    logprobs_N = target_logprobs(flat_ND, *model.head(flat_ND.dtype), targets_BT.reshape(-1), vocab_axis)
     return logprobs_N.reshape(targets_BT.shape)
 
 
