@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from ling_jax.kernels.linear import kernel_precision
 
 ROWS = (512, 256, 128)
+MOST_TILES = 4096
 
 
 def _tile(dim: int, most: int) -> int:
@@ -37,7 +38,11 @@ def weight_tiles(rows: int, groups: int, outputs: int, inputs: int, itemsize: in
 
 
 def _row_tile(rows: int, groups: int) -> int:
-    return next(size for size in ROWS if rows % size == 0 and (size <= rows // (8 * groups) or size == ROWS[-1]))
+    """See `tiles`. The kernels find shared tiles with a float32 histogram, which miscounts from 8000 tiles on."""
+    most = max(rows // (8 * groups), rows // MOST_TILES, ROWS[-1])
+    tile = next(size for size in ROWS if rows % size == 0 and size <= most)
+    assert rows // tile <= MOST_TILES, f"{rows} rows in tiles of {tile}: split the batch in more microbatches"
+    return tile
 
 
 def _fill(x_RI: jax.Array) -> jax.Array:
