@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from ling_jax.cli import parse_train, run_main
 from ling_jax.model.model import sharding_table
 from ling_jax.parallel.processes import run_together
+from ling_jax.plan.plan import make_plan
+from ling_jax.plan.report import render
 from ling_jax.runner import run_training
 
 
@@ -18,6 +20,10 @@ def main(argv: Sequence[str]) -> int:
         config = command.config
         print(sharding_table(config.model, config.mesh, config.train.param_dtype))
         return 0
+    if command.topology is not None:
+        plan = make_plan(command.config, command.topology, command.slices)
+        print(plan.to_json() if command.json else f"{render(plan)}\n\n{plan.to_json()}")
+        return 0 if plan.memory.fits else 3
     return run_together(lambda: run_training(name, command))
 
 

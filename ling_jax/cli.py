@@ -42,6 +42,14 @@ class TrainCommand:
     """Print the resolved configuration and stop."""
     print_sharding: bool = False
     """Print how each parameter is split over the mesh and stop; needs none of its devices."""
+    topology: str | None = None
+    """Compile the step for a TPU topology such as v5p:4x4x4, print what it needs and what bounds it, and stop."""
+    slices: int = 1
+    """With --topology: so many of it, joined by the data centre's network."""
+    json: bool = False
+    """With --topology: only one JSON object."""
+    suggest: bool = False
+    """With --topology: look for the mesh, remat policy, microbatches and buffer factor with the best bound."""
 
 
 def config_names() -> list[str]:

@@ -135,6 +135,12 @@ def test_tiles_divide_what_they_can_and_fit_vmem(rows, hidden, ffn, groups):
             assert 2 * itemsize * tm * (tk + tn) + 3 * 4 * tk * tn <= 12 * 2**20
 
 
+@pytest.mark.parametrize("rows", [1, 200, 262144, 10**6])
+def test_tiles_of_rows_are_never_more_than_the_kernels_count_exactly(rows):
+    tile = megablox.tiles(rows, 256, 64, 64, 4)[0]
+    assert tile % 128 == 0 and -(-rows // tile) <= megablox.MOST_TILES
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_grouped_linear_of_a_single_row(implementation):
     sizes = np.array([0, 0, 1], np.int32)

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from ling_jax.kernels.attention import attention
+from ling_jax.kernels.grouped import grouped_linear
 from ling_jax.parallel.mesh import BATCH_AXES, make_mesh
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
@@ -45,15 +47,16 @@ def devices(tpu):
     return tpu("v5p:2x2x2")
 
 
-def compiled_collectives(devices, mesh: MeshConfig) -> dict[str, list[tuple[str, int]]]:
-    """By kind of collective, the dtype and number of elements of each result in the compiled train step."""
-    config = RunConfig(
+def run_config(mesh: MeshConfig) -> RunConfig:
+    return RunConfig(
         model=MODEL,
         mesh=mesh,
         data=DataConfig(sequence_length=LENGTH, global_batch_size=ROWS),
         train=TrainConfig(dtype="bfloat16"),
     )
-    trainer = make_trainer(config, devices)
+
+
+def step_arguments(trainer) -> tuple:
     state = jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
         jax.eval_shape(trainer.init),
@@ -61,8 +64,17 @@ def compiled_collectives(devices, mesh: MeshConfig) -> dict[str, list[tuple[str,
     )
     rows = NamedSharding(trainer.mesh, PartitionSpec(BATCH_AXES))
     names = ("tokens", "targets", "positions", "segment_ids")
-    batch = {name: jax.ShapeDtypeStruct((ROWS, LENGTH), "int32", sharding=rows) for name in names}
-    text = make_train_step(trainer).lower(state, batch).compile().as_text()
+    return state, {name: jax.ShapeDtypeStruct((ROWS, LENGTH), "int32", sharding=rows) for name in names}
+
+
+def compiled_step(devices, mesh: MeshConfig) -> str:
+    """The train step's optimized program."""
+    trainer = make_trainer(run_config(mesh), devices)
+    return make_train_step(trainer).lower(*step_arguments(trainer)).compile().as_text()
+
+
+def collectives(text: str) -> dict[str, list[tuple[str, int]]]:
+    """By kind of collective, the dtype and number of elements of each result."""
     found = defaultdict(list)
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({KINDS})(-start)?\(", line)
@@ -94,7 +106,7 @@ def test_only_data_crosses_slices(tpu):
 @pytest.mark.parametrize(("reduce_dtype", "wire"), [("float32", "f32"), ("bfloat16", "bf16")])
 def test_gradients_are_reduced_by_reduce_scatter_in_the_chosen_dtype(devices, reduce_dtype, wire):
     """With `data`: over a group of all 8 chips this compiler replaces a reduce-scatter by an all-reduce."""
-    found = compiled_collectives(devices, MeshConfig(data=2, fsdp=4, reduce_dtype=reduce_dtype))
+    found = collectives(compiled_step(devices, MeshConfig(data=2, fsdp=4, reduce_dtype=reduce_dtype)))
     assert len(found["reduce-scatter"]) >= 15  # one for each matrix of a layer, at least
     assert {dtype for dtype, _ in found["reduce-scatter"]} == {wire}
     biggest = max(size for _, size in found["all-reduce"])
@@ -105,6 +117,51 @@ def test_gradients_are_reduced_by_reduce_scatter_in_the_chosen_dtype(devices, re
 
 
 @pytest.mark.slow
-def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_they_name(devices):
-    found = compiled_collectives(devices, MeshConfig(context=2, expert=2, tensor=2))
-    assert {"collective-permute", "ragged-all-to-all", "all-to-all", "all-reduce"} <= found.keys()
+def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_kernels_they_name(devices):
+    text = compiled_step(devices, MeshConfig(context=2, expert=2, tensor=2))
+    assert {"collective-permute", "ragged-all-to-all", "all-to-all", "all-reduce"} <= collectives(text).keys()
+    assert kernels(text) == KERNELS
+
+
+KERNELS = {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv", "gmm", "tgmm"}
+
+
+def kernels(text: str) -> set[str]:
+    """The Pallas kernels that a compiled program calls."""
+    called = re.findall(r"%(\w+)[.\d]* = .*custom_call_target=\"tpu_custom_call\"", text)
+    return {re.sub("_segmented.*", "", name) for name in called}
+
+
+def attention_and_experts(q, kv, segments, rows, weights, sizes):
+    """Gradients of both, at widths of Ling-mini."""
+
+    def total(q, kv, rows, weights):
+        out, y = attention(q, kv, kv, segments, 0.1), grouped_linear(rows, weights, sizes, 128)
+        return out.astype("float32").sum() + y.astype("float32").sum()
+
+    return jax.grad(total, (0, 1, 2, 3))(q, kv, rows, weights)
+
+
+def arguments(dtype: str, sharding=None) -> list[jax.ShapeDtypeStruct]:
+    shapes = [(1, 1024, 4, 128), (1, 1024, 2, 128), (1, 1024), (4096, 2048), (4, 512, 2048), (4,)]
+    dtypes = [dtype, dtype, "int32", dtype, "float32", "int32"]
+    return [jax.ShapeDtypeStruct(*a, sharding=sharding) for a in zip(shapes, dtypes, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_on_tpu_attention_and_grouped_products_are_pallas_kernels(devices, dtype):
+    args = arguments(dtype, SingleDeviceSharding(devices[0]))
+    assert kernels(jax.jit(attention_and_experts).lower(*args).compile().as_text()) == KERNELS
+
+
+def test_for_cuda_attention_is_xlas_and_grouped_products_are_ragged_dots():
+    """The machine that lowers has neither a GPU nor a say."""
+    traced = jax.jit(attention_and_experts).trace(*arguments("bfloat16"))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("ragged_dot") >= 3 and "tpu_custom_call" not in text
+
+
+def test_the_train_step_lowers_for_cuda():
+    trainer = make_trainer(run_config(MeshConfig()), jax.devices()[:1])
+    text = make_train_step(trainer).trace(*step_arguments(trainer)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "ragged_dot" in text and "tpu_custom_call" not in text

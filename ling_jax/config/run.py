@@ -56,6 +56,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices only
     clip_norm: float = 1.0  # global gradient norm
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second is always float32
 
     def __post_init__(self):
         check_at_least(self, 0, "b1", "b2", "eps", "weight_decay", "clip_norm")
@@ -220,6 +221,11 @@ class RunConfig:
         )
         self.mesh.check(self.model)
         self.mesh.check_rows(rows, parts, length)
+
+    @property
+    def rows_per_device(self) -> int:
+        """Of one microbatch."""
+        return self.data.global_batch_size // self.train.microbatches // self.mesh.batch_shards
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)

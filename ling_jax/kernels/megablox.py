@@ -10,6 +10,8 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from ling_jax.kernels.linear import kernel_precision
 
 ROWS = (512, 256, 128)
+# The kernels count tiles with a float32 histogram, whose edges stop being exact near 2**12 tiles (on CPU 3485 fail).
+MOST_TILES = 1024
 
 
 def _tile(dim: int, most: int) -> int:
@@ -37,19 +39,23 @@ def weight_tiles(rows: int, groups: int, outputs: int, inputs: int, itemsize: in
 
 
 def _row_tile(rows: int, groups: int) -> int:
-    return next(size for size in ROWS if rows % size == 0 and (size <= rows // (8 * groups) or size == ROWS[-1]))
+    """See `tiles`; more rows where there would be more than MOST_TILES."""
+    rows += -rows % ROWS[-1]
+    tile = next(size for size in ROWS if rows % size == 0 and size <= max(rows // (8 * groups), ROWS[-1]))
+    return tile if rows // tile <= MOST_TILES else ROWS[0] * -(-rows // (ROWS[0] * MOST_TILES))
 
 
-def _fill(x_RI: jax.Array) -> jax.Array:
+def _fill(x_RI: jax.Array, tile: int) -> jax.Array:
     """Rows in whole tiles; no copy where they are."""
-    missing = -x_RI.shape[0] % ROWS[-1]
+    missing = -x_RI.shape[0] % tile
     return jnp.pad(x_RI, ((0, missing), (0, 0))) if missing else x_RI
 
 
 def product(x_RI, w_EOI, group_sizes_E, *, out_dim: int, interpret: bool) -> jax.Array:
     """x_r w_e^T (`out_dim` 1) or x_r w_e (`out_dim` 2) in x's dtype; what lies past the last group is unspecified."""
-    x, w = _fill(x_RI), w_EOI.astype(x_RI.dtype)
-    tiling = tiles(x.shape[0], w.shape[0], w.shape[3 - out_dim], w.shape[out_dim], x.dtype.itemsize)
+    w = w_EOI.astype(x_RI.dtype)
+    tiling = tiles(x_RI.shape[0], w.shape[0], w.shape[3 - out_dim], w.shape[out_dim], w.dtype.itemsize)
+    x = _fill(x_RI, tiling[0])
     with kernel_precision(x.dtype):
         y = gmm(
             x, w, group_sizes_E, x.dtype, tiling, transpose_rhs=out_dim == 1, interpret=interpret
@@ -59,7 +65,7 @@ def product(x_RI, w_EOI, group_sizes_E, *, out_dim: int, interpret: bool) -> jax
 
 def weight_gradient(g_RO, x_RI, group_sizes_E, *, interpret: bool) -> jax.Array:
     """float32 [E, O, I]: sum of g_r x_r^T over each group's rows, 0 for an empty one; other rows are never read."""
-    g, x = _fill(g_RO), _fill(x_RI)
-    tiling = weight_tiles(x.shape[0], group_sizes_E.size, g.shape[1], x.shape[1], x.dtype.itemsize)
+    tiling = weight_tiles(x_RI.shape[0], group_sizes_E.size, g_RO.shape[1], x_RI.shape[1], x_RI.dtype.itemsize)
+    g, x = _fill(g_RO, tiling[0]), _fill(x_RI, tiling[0])
     with kernel_precision(x.dtype):
         return tgmm(g.swapaxes(0, 1), x, group_sizes_E, jnp.float32, tiling, interpret=interpret)

@@ -74,7 +74,7 @@ def splash(q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, *, scale, caus
     """
     q_BHTC, k_BGSC, v_BGSC = _heads_first(q_BTHC * scale), _heads_first(k_BSGC), _heads_first(v_BSGC)
     kernel = _kernel(q_BHTC, k_BGSC, causal, interpret)
-    with kernel_precision(q_BTHC.dtype):
+    with kernel_precision(q_BTHC.dtype), jax.named_scope("causal" if causal else "whole"):
         out_BHTC, (lse_BHT,) = jax.vmap(kernel)(q_BHTC, k_BGSC, v_BGSC, _segments(q_segments_BT, kv_segments_BS))
     length = q_BTHC.shape[1]
     return _tokens_first(out_BHTC, length), _tokens_first(lse_BHT, length)
@@ -93,7 +93,7 @@ def splash_bwd(
         saved = (q, k, v, segments, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
         return kernels._splash_attention_bwd(**kernel.kwargs, res=saved, do=g)[3:6]
 
-    with kernel_precision(q_BTHC.dtype):
+    with kernel_precision(q_BTHC.dtype), jax.named_scope("causal" if causal else "whole"):
         segments = _segments(q_segments_BT, kv_segments_BS)
         dq, dk, dv = jax.vmap(backward)(q_BHTC, k_BGSC, v_BGSC, segments, out_BHTC, lse_BHT, g_BHTC)
     queries, keys = q_BTHC.shape[1], k_BSGC.shape[1]

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from ling_jax.config import ONE_DEVICE, MeshConfig, ModelConfig, Segment, layer_kinds, layer_plan
+from ling_jax.config.text import columns
 from ling_jax.kernels.linear import dot
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
@@ -337,8 +338,7 @@ def sharding_table(config: ModelConfig, mesh: MeshConfig, param_dtype: DTypeLike
         shape = "x".join(map(str, value.shape))
         rows.append((".".join(map(str, path)), shape, " ".join(names), where, f"{size:,.3f}"))
     rows.append(("total", "", "", "", f"{total:,.3f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return columns(rows)
 
 
 def _without(values: dict, name: str) -> dict:

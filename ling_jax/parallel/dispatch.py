@@ -179,9 +179,12 @@ class Exchange(NamedTuple):
 
 def _work(exchange: Exchange, experts_R, local: int, rows_RD, scale_R1, weights) -> jax.Array:
     """[R, D]: the rows of one round through their experts, scaled."""
-    plan = plan_rows(experts_R[:, None], local, exchange.block)
-    y_RD = exchange.expert_fn(gather_rows(rows_RD, plan), weights, plan.group_sizes_E, exchange.block)
-    return combine_rows(y_RD, scale_R1, plan)
+    with jax.named_scope("sort_rows"):
+        plan = plan_rows(experts_R[:, None], local, exchange.block)
+        sorted_RD = gather_rows(rows_RD, plan)
+    y_RD = exchange.expert_fn(sorted_RD, weights, plan.group_sizes_E, exchange.block)
+    with jax.named_scope("sort_rows"):
+        return combine_rows(y_RD, scale_R1, plan)
 
 
 def _further_rounds(exchange: Exchange, queue: Any, body: Callable, carry: Any) -> Any:
@@ -224,14 +227,17 @@ def _run_fwd(exchange, queue, x_ND, scale_NK, weights):
 def _run_bwd(exchange, saved, g_ND):
     """Round by round: the same rows and their cotangents, the experts' own gradients, and the way back."""
     queue, x_ND, scale_NK, weights = saved
-    x, g, scale = queue.spread(x_ND), queue.spread(g_ND), queue.spread_weights(scale_NK)
+    with jax.named_scope("dispatch"):
+        x, g, scale = queue.spread(x_ND), queue.spread(g_ND), queue.spread_weights(scale_NK)
 
     def one_round(round_, dx, dscale):
-        rows_RD, g_RD = (queue.fetch(a, round_, exchange.rows) for a in (x, g))
-        scale_R1 = queue.fetch_weights(scale, round_, exchange.rows)
+        with jax.named_scope("dispatch"):
+            rows_RD, g_RD = (queue.fetch(a, round_, exchange.rows) for a in (x, g))
+            scale_R1 = queue.fetch_weights(scale, round_, exchange.rows)
         work = partial(_work, exchange, queue.experts(round_, exchange.rows), _local(weights))
         drows_RD, dscale_R1, dweights = jax.vjp(work, rows_RD, scale_R1, weights)[1](g_RD)
-        return queue.put(dx, drows_RD, round_), queue.put_weights(dscale, dscale_R1, round_), dweights
+        with jax.named_scope("combine"):
+            return queue.put(dx, drows_RD, round_), queue.put_weights(dscale, dscale_R1, round_), dweights
 
     def further(round_, carry):
         dx, dscale, dweights = one_round(round_, *carry[:2])
@@ -239,8 +245,8 @@ def _run_bwd(exchange, saved, g_ND):
 
     carry = one_round(0, queue.zeros(x_ND.shape[1], x_ND.dtype), queue.zero_weights())
     dx, dscale, dweights = _further_rounds(exchange, queue, further, carry)
-    dscale_NK = queue.collect_weights(dscale)
-    return None, queue.collect(dx).astype(x_ND.dtype), dscale_NK, dweights
+    with jax.named_scope("combine"):
+        return None, queue.collect(dx).astype(x_ND.dtype), queue.collect_weights(dscale), dweights
 
 
 _run.defvjp(_run_fwd, _run_bwd)

@@ -43,7 +43,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, mask: dict
     return _in_float32(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            optax.scale_by_adam(config.b1, config.b2, config.eps),
+            optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype),
             optax.add_decayed_weights(config.weight_decay, mask),
             optax.scale_by_learning_rate(schedule),
         )
@@ -51,8 +51,8 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, mask: dict
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on float32 copies, so that its moments are float32 whatever the parameters are (optax makes the
-    second moment in their dtype)."""
+    """`inner` on float32 copies, so that its second moment is float32 whatever the parameters are (optax makes it in
+    their dtype)."""
 
     def widen(tree):
         return jax.tree.map(lambda a: a.astype(jnp.float32), tree)

@@ -1,0 +1,1 @@
+"""What a training step will cost on a TPU that is not here: memory from the compiler, time from a roofline."""
