@@ -157,7 +157,11 @@ def test_parameters_add_up_to_the_count_and_have_one_name_each_in_hf_files(confi
 # How the layers are run.
 
 
-@pytest.mark.parametrize("options", [{"unroll": True}, {"remat": "full"}, {"remat": "minimal"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"unroll": True}, *({"remat": policy} for policy in ("full", "minimal", "save_attention", "offload"))],
+    ids=str,
+)
 def test_layers_unrolled_or_recomputed_give_the_scanned_loss_and_gradients(packed, options):
     loss, sums, grads = loss_and_grads(make_model(tiny(), **options), PACKED)
     assert_close(loss, packed[0])

@@ -109,5 +109,5 @@ def test_hostile_routing_in_a_tight_buffer_gives_one_devices_numbers(name):
 
 
 def test_microbatches_on_a_mesh_give_one_devices_numbers():
-    train = dict(microbatches=2, remat="minimal")
+    train = dict(microbatches=2, remat="save_dispatch")
     compare(Run(MODEL, MeshConfig(fsdp=2, expert=2), **train), one_device(**train))

@@ -84,7 +84,7 @@ class TrainConfig:
     microbatches: int = 1  # the global batch is cut into this many, gradients are summed
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "minimal"] = "full"
+    remat: Literal["none", "full", "minimal", "save_attention", "save_dispatch", "offload"] = "full"
     unroll_layers: bool = False  # run the layers as straight code instead of a scan
     init_std: float = 0.006  # Ling 2.0 report, section 3.2.1
     z_loss_coefficient: float = 0.0

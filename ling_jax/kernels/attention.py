@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ling_jax.kernels.linear import precision_of
 from ling_jax.kernels.splash import splash, splash_bwd
@@ -184,6 +185,11 @@ def attend_bwd(
     return _choose(implementation, xla, kernel, *args)
 
 
+def keep(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`arrays`, by the name that `train.remat` save_attention keeps: with them no kernel runs twice."""
+    return tuple(checkpoint_name(x, "attention") for x in arrays)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(
     q_BTHC: jax.Array,
@@ -204,8 +210,8 @@ def attention(
 def _attention_fwd(q_BTHC, k_BTGC, v_BTGC, segments_BT, scale, implementation):
     args = (q_BTHC, k_BTGC, v_BTGC, segments_BT, segments_BT)
     answer = attend(*args, scale=scale, causal=True, implementation=implementation)
-    out_BTHC = answer.out_BTHC.astype(q_BTHC.dtype)
-    return out_BTHC, (*args, out_BTHC, answer.lse_BTH)
+    out_BTHC, lse_BTH = keep(answer.out_BTHC.astype(q_BTHC.dtype), answer.lse_BTH)
+    return out_BTHC, (*args, out_BTHC, lse_BTH)
 
 
 def _attention_bwd(scale, implementation, saved, g_BTHC):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -33,9 +34,20 @@ from ling_jax.parallel.rules import gather, look_up, spec_of
 # per-layer entries are stacked in layer order, the MTP layer last.
 CAPTURES = ("hidden_states", "attn_out", "router_logits", "final_norm", "mtp_hidden")
 
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+_POLICIES = jax.checkpoint_policies
+# What the backward pass keeps of a layer, beside its weights ("none" keeps everything). The names are given to arrays
+# by kernels.attention, parallel.dispatch and below.
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "full": _POLICIES.nothing_saveable,  # its input
+    "minimal": _POLICIES.dots_with_no_batch_dims_saveable,  # the products with weights
+    "save_attention": _POLICIES.save_only_these_names("attention"),
+    "save_dispatch": _POLICIES.save_only_these_names("dispatch"),  # the rows that came to this device's experts
+    "offload": _POLICIES.save_and_offload_only_these_names(  # its input, in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -98,8 +110,7 @@ class Ling(nnx.Module):
       rngs: `nnx.Rngs(seed)` for the initial weights.
       dtype: of activations and products.  param_dtype: of the weights.
       init_std: standard deviation of the initial matrices; None takes `config.initializer_range`.
-      remat: what the backward pass keeps of a layer: "none" (everything), "full" (nothing), "minimal" (the
-        products with weights).
+      remat: what the backward pass keeps of a layer, see `REMAT_POLICIES`.
       unroll: run layers as straight code instead of a scan.
       mesh: how weights are split; the split is used inside a `parallel.mesh.manual` region.
     """
@@ -259,6 +270,7 @@ class Ling(nnx.Module):
             ids = ids.reshape(segment.repeats, -1, *ids.shape[1:]) if ids.shape[0] else None
 
         def run_layer(kind, params, x_BTD, ids_BTK, layer_cache):
+            x_BTD = checkpoint_name(x_BTD, "layer_input")
             out = nnx.merge(graphs[kind], params)(x_BTD, context, ids_BTK, layer_cache)
             return out._replace(captured={k: v for k, v in out.captured.items() if k in capture})
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ling_jax.kernels.attention import MASKED, Answer, attend, attend_bwd
+from ling_jax.kernels.attention import MASKED, Answer, attend, attend_bwd, keep
 from ling_jax.parallel.mesh import axis_index, axis_size
 
 AXIS = "context"
@@ -161,8 +161,8 @@ def context_attention(
 
 def _attention_fwd(q_BtHC, k_BtGC, v_BtGC, segments_Bt, scale, method, implementation):
     answer = _forward(q_BtHC, k_BtGC, v_BtGC, segments_Bt, scale, method, implementation)
-    out_BtHC = answer.out_BTHC.astype(q_BtHC.dtype)
-    return out_BtHC, (q_BtHC, k_BtGC, v_BtGC, segments_Bt, out_BtHC, answer.lse_BTH)
+    out_BtHC, lse_BtH = keep(answer.out_BTHC.astype(q_BtHC.dtype), answer.lse_BTH)
+    return out_BtHC, (q_BtHC, k_BtGC, v_BtGC, segments_Bt, out_BtHC, lse_BtH)
 
 
 def _attention_bwd(scale, method, implementation, saved, g_BtHC):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ling_jax.config import MeshConfig
 from ling_jax.kernels.grouped import block_rows
@@ -200,39 +201,52 @@ def _local(weights: Any) -> int:
     return jax.tree.leaves(weights)[0].shape[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(exchange: Exchange, queue: Any, x_ND: jax.Array, scale_NK: jax.Array, weights: Any) -> jax.Array:
+def _forward(
+    exchange: Exchange, queue: Any, x_ND: jax.Array, scale_NK: jax.Array, weights: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The result, and the first round's rows, by the name that `train.remat` save_dispatch keeps."""
     with jax.named_scope("dispatch"):
         x, scale = queue.spread(x_ND), queue.spread_weights(scale_NK)
+        first_RD = checkpoint_name(queue.fetch(x, 0, exchange.rows), "dispatch")
 
-    def one_round(round_, total):
+    def one_round(round_, total, rows_RD):
         with jax.named_scope("dispatch"):
-            rows_RD = queue.fetch(x, round_, exchange.rows)
             scale_R1 = queue.fetch_weights(scale, round_, exchange.rows)
         experts_R = queue.experts(round_, exchange.rows)
         y_RD = _work(exchange, experts_R, _local(weights), rows_RD, scale_R1, weights)
         with jax.named_scope("combine"):
             return queue.put(total, y_RD, round_)
 
-    total = one_round(0, queue.zeros(x_ND.shape[1], x_ND.dtype))
-    total = _further_rounds(exchange, queue, one_round, total)
+    def further(round_, total):
+        with jax.named_scope("dispatch"):
+            rows_RD = queue.fetch(x, round_, exchange.rows)
+        return one_round(round_, total, rows_RD)
+
+    total = one_round(0, queue.zeros(x_ND.shape[1], x_ND.dtype), first_RD)
+    total = _further_rounds(exchange, queue, further, total)
     with jax.named_scope("combine"):
-        return queue.collect(total).astype(x_ND.dtype)
+        return queue.collect(total).astype(x_ND.dtype), first_RD
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(exchange: Exchange, queue: Any, x_ND: jax.Array, scale_NK: jax.Array, weights: Any) -> jax.Array:
+    return _forward(exchange, queue, x_ND, scale_NK, weights)[0]
 
 
 def _run_fwd(exchange, queue, x_ND, scale_NK, weights):
-    return _run(exchange, queue, x_ND, scale_NK, weights), (queue, x_ND, scale_NK, weights)
+    y_ND, first_RD = _forward(exchange, queue, x_ND, scale_NK, weights)
+    return y_ND, (queue, x_ND, scale_NK, weights, first_RD)
 
 
 def _run_bwd(exchange, saved, g_ND):
     """Round by round: the same rows and their cotangents, the experts' own gradients, and the way back."""
-    queue, x_ND, scale_NK, weights = saved
+    queue, x_ND, scale_NK, weights, first_RD = saved
     with jax.named_scope("dispatch"):
         x, g, scale = queue.spread(x_ND), queue.spread(g_ND), queue.spread_weights(scale_NK)
 
-    def one_round(round_, dx, dscale):
+    def one_round(round_, rows_RD, dx, dscale):
         with jax.named_scope("dispatch"):
-            rows_RD, g_RD = (queue.fetch(a, round_, exchange.rows) for a in (x, g))
+            g_RD = queue.fetch(g, round_, exchange.rows)
             scale_R1 = queue.fetch_weights(scale, round_, exchange.rows)
         work = partial(_work, exchange, queue.experts(round_, exchange.rows), _local(weights))
         drows_RD, dscale_R1, dweights = jax.vjp(work, rows_RD, scale_R1, weights)[1](g_RD)
@@ -240,10 +254,12 @@ def _run_bwd(exchange, saved, g_ND):
             return queue.put(dx, drows_RD, round_), queue.put_weights(dscale, dscale_R1, round_), dweights
 
     def further(round_, carry):
-        dx, dscale, dweights = one_round(round_, *carry[:2])
+        with jax.named_scope("dispatch"):
+            rows_RD = queue.fetch(x, round_, exchange.rows)
+        dx, dscale, dweights = one_round(round_, rows_RD, *carry[:2])
         return dx, dscale, jax.tree.map(jnp.add, carry[2], dweights)
 
-    carry = one_round(0, queue.zeros(x_ND.shape[1], x_ND.dtype), queue.zero_weights())
+    carry = one_round(0, first_RD, queue.zeros(x_ND.shape[1], x_ND.dtype), queue.zero_weights())
     dx, dscale, dweights = _further_rounds(exchange, queue, further, carry)
     with jax.named_scope("combine"):
         return None, queue.collect(dx).astype(x_ND.dtype), queue.collect_weights(dscale), dweights

@@ -29,7 +29,7 @@ WRITTEN = {
     "reduce_sum", "reduce_max", "reduce_min", "argmax", "concatenate",
 }  # fmt: skip
 VIEWS = {"slice", "dynamic_slice", "squeeze", "split"}  # of which only the part is read
-INLINED = {"jit", "closed_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "shard_map"}
+CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters of primitives that run another jaxpr once
 COLLECTIVES = {
     "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "psum": "all-reduce", "pmax": "all-reduce",
     "ppermute": "collective-permute", "all_to_all": "all-to-all", "ragged_all_to_all": "ragged-all-to-all",
@@ -123,10 +123,6 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(_open(value)[0], "eqns")
-
-
 def _bytes(v: Any) -> float:
     aval = v.aval
     shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
@@ -206,15 +202,15 @@ class _Counter:
         return self.run(inner, [self.written(float(np.asarray(c).nbytes)) for c in consts], inputs, stack, trips)
 
     def _eqn(self, eqn: Any, name: str, inputs: list[Value], stack: str, trips: float) -> list[Value]:
-        if name in INLINED:
-            parts = [v for v in eqn.params.values() if _is_jaxpr(v)]
-            return self._inline(parts[0], inputs, f"{stack}/{eqn.params.get('name', name)}", trips)
         if name == "scan":
             return self._scan(eqn, inputs, stack, trips)
         if name == "while":
             self.uncounted_loops += 1
             carry = len(eqn.outvars)
             return inputs[-carry:]
+        called = [eqn.params[p] for p in CALLED if p in eqn.params and name != "pallas_call"]
+        if called:
+            return self._inline(called[0], inputs, f"{stack}/{eqn.params.get('name', name)}", trips)
         sizes = [_bytes(v) for v in eqn.outvars]
         if name in VIEWS:
             return [self.written(size) if inputs[0].written else Value(inputs[0].sources, False) for size in sizes]
@@ -281,7 +277,7 @@ class _Counter:
         out = eqn.outvars[0].aval
         if any(name in ("gmm", "tgmm") for name in names):
             a, b = arrays[:2]
-            rows, wide = (a.shape[0], b.shape[1:]) if out.ndim == 2 else (a.shape[1], out.shape[1:])
+            rows, wide = (a.shape[0], b.shape[1:]) if out.ndim == 2 else (b.shape[0], out.shape[1:])
             return {a.dtype.name: 2.0 * self._rows(rows) * math.prod(wide)}
         products = [n for part, n in SPLASH_PRODUCTS.items() if any(part in name for name in names)]
         if not products:
