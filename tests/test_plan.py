@@ -15,6 +15,7 @@ import pytest
 from tiny_run import REPO
 
 from ling_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ling_jax.plan import suggest
 from ling_jax.plan.count import Count, Work, key_of
 from ling_jax.plan.hardware import chip_of, peak_flops, wires_of
 from ling_jax.plan.memory import largest_buffers, memory_of_error
@@ -283,6 +284,28 @@ def test_ling_mini_with_two_layers_is_planned_by_the_command():
     told = "\n".join(lines[:-1])
     for words in ("fits, with", "largest buffers", "attention", "experts", "recompute", "bounds, not forecasts"):
         assert words in told
+
+
+@pytest.mark.slow
+def test_the_best_bound_that_fits_is_suggested(monkeypatch):
+    """Among the meshes of 4 chips and two microbatchings; with an HBM that the best bound does not fit into."""
+    monkeypatch.setattr(suggest, "POLICIES", ("full",))
+    monkeypatch.setattr(suggest, "BUFFERS", (2.0,))
+    config = run_config(mesh={"fsdp": 4}, global_batch_size=8)
+    found = suggest.suggest(config, "v5p:2x2x1", 1)
+    meshes = {(c.config.mesh.fsdp, c.config.mesh.expert) for c in found.candidates}
+    assert meshes == {(4, 1), (2, 2), (1, 4)}
+    assert {c.config.train.microbatches for c in found.candidates} == {1, 2}
+    seconds = [c.seconds for c in found.candidates]
+    assert seconds == sorted(seconds) and found.best is not None
+    assert found.best.config == found.candidates[0].config
+    assert found.candidates[0].floor < found.best.memory.peak < found.best.memory.hbm
+    text = suggest.render("NAME", found)
+    assert text.splitlines()[-1].startswith("python train.py NAME --mesh.data 1 --mesh.fsdp")
+    small = chip_of(devices()[0]).__class__(**{**vars(chip_of(devices()[0])), "hbm_bytes": 1.0})
+    monkeypatch.setattr(suggest, "chip_of", lambda device: small)
+    none = suggest.suggest(config, "v5p:2x2x1", 1)
+    assert none.best is None and "nothing that was compiled fits" in suggest.render("NAME", none)
 
 
 def test_an_unknown_topology_is_one_error():

@@ -15,14 +15,19 @@ from ling_jax.parallel.mesh import axis_size
 # A dim's mesh axes, major first; () where it stays whole. Vectors (norms, biases) are never split.
 RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
-    "hidden": ("expert", "fsdp"),
+    "hidden": ("expert", "fsdp", "context"),
     "heads": ("tensor",),  # query heads, as the output projection's inputs
     "qkv_heads": (),  # the fused rows are query, key and value heads: no contiguous part is one rank's,
-    "qkv_inputs": ("expert", "fsdp", "tensor"),  # so the inputs are split, and `tensor_rows` swaps them for heads
+    "qkv_inputs": (
+        "expert",
+        "fsdp",
+        "context",
+        "tensor",
+    ),  # so the inputs are split, and `tensor_rows` swaps them for heads
     "ffn": ("tensor",),
     "expert": ("expert",),
     "expert_ffn": ("tensor",),
-    "expert_hidden": ("fsdp",),
+    "expert_hidden": ("fsdp", "context"),
     "expert_row": (),
     "head_dim": (),
     "mtp_input": (),
@@ -33,8 +38,8 @@ Split = tuple[tuple[str, ...], ...]  # mesh axes of each dim of a parameter
 
 
 def split_of(shape: tuple[int, ...], names: tuple[str, ...], mesh: MeshConfig) -> Split:
-    """Mesh axes of more than one device that each dim is split over; `expert` stores dense weights only where it
-    divides them.
+    """Mesh axes of more than one device that each dim is split over; `context` and `expert` help to store a dim only
+    where they divide it.
 
     Raises:
       ValueError: naming the dim and both numbers, where the axes do not divide it.
@@ -46,8 +51,9 @@ def split_of(shape: tuple[int, ...], names: tuple[str, ...], mesh: MeshConfig) -
     split = []
     for name, size in zip(names, shape, strict=True):
         axes = tuple(axis for axis in RULES[name] if getattr(mesh, axis) > 1) if len(names) > 1 else ()
-        if name in STORAGE and size % shards(axes):
-            axes = tuple(axis for axis in axes if axis != "expert")
+        for helper in ("context", "expert"):
+            if name in STORAGE and size % shards(axes):
+                axes = tuple(axis for axis in axes if axis != helper)
         if size % shards(axes):
             text = " * ".join(f"mesh.{axis} {getattr(mesh, axis)}" for axis in axes)
             raise ValueError(f"dim {name!r} of {size} must be a multiple of {text} = {shards(axes)}; lower these axes")

@@ -124,6 +124,7 @@ class Step(NamedTuple):
     traced: jax.stages.Traced
     count: Count
     given: float  # bytes per device of its arguments
+    parameters: float  # elements per device
 
 
 def _shard_bytes(tree: Any) -> list[float]:
@@ -150,7 +151,8 @@ def trace_step(config: RunConfig, devices: list[Any]) -> Step:
     balanced = tokens * config.model.num_experts_per_tok
     sizes = dict(trainer.mesh.shape)
     count = count_step(traced, given, _shard_bytes(state) + metrics, sizes, balanced, "tpu")
-    return Step(trainer, traced, count, sum(given))
+    held = sum(math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(state.params))
+    return Step(trainer, traced, count, sum(given), held)
 
 
 def make_plan(config: RunConfig, topology: str, slices: int = 1) -> Plan:
@@ -159,10 +161,14 @@ def make_plan(config: RunConfig, topology: str, slices: int = 1) -> Plan:
     Raises:
       ValueError: for a topology that is none, a chip without figures, or a mesh that does not fit the topology.
     """
-    devices = topology_devices(topology, slices)
-    hbm = chip_of(devices[0]).hbm_bytes
-    step = trace_step(config, devices)
-    log.info("compiling the train step for %d %s devices, a few minutes", len(devices), devices[0].device_kind)
+    return compile_plan(config, topology, slices, trace_step(config, topology_devices(topology, slices)))
+
+
+def compile_plan(config: RunConfig, topology: str, slices: int, step: Step) -> Plan:
+    mesh = step.trainer.mesh
+    device = mesh.devices.flat[0]
+    hbm = chip_of(device).hbm_bytes
+    log.info("compiling the train step for %d %s devices, a few minutes", mesh.devices.size, device.device_kind)
     start, buffers = time.perf_counter(), []
     try:
         compiled = step.traced.lower().compile()
@@ -172,5 +178,4 @@ def make_plan(config: RunConfig, topology: str, slices: int = 1) -> Plan:
             raise
         memory = memory_of_error(str(error), step.given, hbm)
     seconds = time.perf_counter() - start
-    mesh, counts = step.trainer.mesh, count_params(config.model)
-    return Plan(config, topology, slices, mesh, counts, step.count, memory, buffers, seconds)
+    return Plan(config, topology, slices, mesh, count_params(config.model), step.count, memory, buffers, seconds)

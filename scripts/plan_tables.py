@@ -1,0 +1,78 @@
+"""Writes the plans of docs/plans: python -m scripts.plan_tables [NAME...]; hours for all on two cores.
+
+Each is what its command prints, with the command above it; docs/plans.md is their summary.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+PLANS = Path(__file__).parents[1] / "docs" / "plans"
+LONG = "--data.sequence-length 32768 --model.max-position-embeddings 32768"
+BASE = "--train.dtype bfloat16 --data.sequence-length 4096"
+# Name: configuration and flags; one row of 4,096 tokens for each device, in one microbatch.
+RUNS = {
+    "mini-v5p-4x4x4": "ling_mini_2_0 --topology v5p:4x4x4 --mesh.fsdp 8 --mesh.expert 8 --data.global-batch-size 64",
+    "mini-v6e-16x16": "ling_mini_2_0 --topology v6e:16x16 --mesh.fsdp 32 --mesh.expert 8 --data.global-batch-size 256",
+    "mini-tpu7x-4x4x4": "ling_mini_2_0 --topology tpu7x:4x4x4 --mesh.fsdp 16 --mesh.expert 8 "
+    "--data.global-batch-size 128",
+    "mini-v5p-4x4x4-two-slices": "ling_mini_2_0 --topology v5p:4x4x4 --slices 2 --mesh.data 2 --mesh.fsdp 8 "
+    "--mesh.expert 8 --data.global-batch-size 128",
+    "flash-v5p-8x8x4": "ling_flash_2_0 --topology v5p:8x8x4 --mesh.fsdp 16 --mesh.expert 16 "
+    "--data.global-batch-size 256",
+    "1t-v5p-8x8x16": "ling_1t_base --topology v5p:8x8x16 --mesh.fsdp 64 --mesh.expert 16 --data.global-batch-size 1024",
+    "1t-v5p-8x8x16-32768-tokens": "ling_1t_base --topology v5p:8x8x16 --mesh.fsdp 8 --mesh.expert 16 "
+    "--mesh.context 8 --data.global-batch-size 128",
+}
+WORST = {"mini": 8, "flash": 16, "1t": 16}  # the buffer factor from which no row is ever beyond it: mesh.expert
+
+
+def commands() -> dict[str, str]:
+    """Every plan twice: with buffers of twice the mean, and of the worst case."""
+    found = {}
+    for name, flags in RUNS.items():
+        tokens = LONG if name.endswith("tokens") else "--data.sequence-length 4096"
+        for suffix, factor in (("", 2), ("-worst-case", WORST[name.split("-")[0]])):
+            found[name + suffix] = f"{flags} --train.dtype bfloat16 {tokens} --mesh.buffer-factor {factor}"
+    for name in ("mini-v5p-4x4x4", "1t-v5p-8x8x16"):
+        flags = RUNS[name].replace("ling_1t_base", "ling_1t")
+        found[f"{name}-bf16-moment"] = f"{flags} {BASE} --optimizer.mu-dtype bfloat16"
+    return found
+
+
+def summary() -> str:
+    """A row for each plan that has been made."""
+    head = "| plan | parameters | devices | arguments | temporaries | HBM | at least | at most MFU | at most tokens/s |"
+    rows = [head, "|---" * 9 + "|"]
+    for name in commands():
+        if not (file := PLANS / f"{name}.txt").exists():
+            continue
+        plan = json.loads(file.read_text().splitlines()[-1])
+        size = {key: f"{value / 1e9:.2f} GB" for key, value in plan["bytes_per_device"].items() if value is not None}
+        rows.append(
+            f"| [{name}](plans/{name}.txt) | {plan['params_total'] / 1e9:,.1f} G | {plan['devices']} "
+            f"| {size['arguments']} | {size.get('temporaries', '?')}{'' if plan['fits'] else ' **too much**'} "
+            f"| {size['hbm']} | {plan['roofline_seconds']['step']:.3f} s | {plan['mfu_at_roofline']:.0%} "
+            f"| {plan['tokens_per_second_per_device']:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def main(names: list[str]) -> None:
+    PLANS.mkdir(exist_ok=True)
+    for name, command in commands().items():
+        if names and name not in names:
+            continue
+        words = shlex.split(command)
+        done = subprocess.run([sys.executable, "train.py", *words], capture_output=True, text=True)
+        if done.returncode not in (0, 3):
+            raise SystemExit(f"{name}: {done.stderr}")
+        (PLANS / f"{name}.txt").write_text(f"python train.py {command}\n\n{done.stdout}")
+        print(name, done.stdout.splitlines()[-1], flush=True)
+    print(summary())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
