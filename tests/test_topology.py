@@ -148,6 +148,7 @@ def arguments(dtype: str, sharding=None) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(*a, sharding=sharding) for a in zip(shapes, dtypes, strict=True)]
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older versions compile it but cannot print the program")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_on_tpu_attention_and_grouped_products_are_pallas_kernels(devices, dtype):
     args = arguments(dtype, SingleDeviceSharding(devices[0]))
