@@ -26,6 +26,7 @@ KINDS = "reduce-scatter|all-reduce|all-gather|collective-permute|ragged-all-to-a
 MODEL = tiny(
     vocab_size=1024, hidden_size=1024, intermediate_size=512, head_dim=128, moe_intermediate_size=128,
     num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=LENGTH,
+    first_k_dense_replace=0, num_nextn_predict_layers=0,
 )  # fmt: skip
 
 
@@ -107,13 +108,13 @@ def test_only_data_crosses_slices(tpu):
 def test_gradients_are_reduced_by_reduce_scatter_in_the_chosen_dtype(devices, reduce_dtype, wire):
     """With `data`: over a group of all 8 chips this compiler replaces a reduce-scatter by an all-reduce."""
     found = collectives(compiled_step(devices, MeshConfig(data=2, fsdp=4, reduce_dtype=reduce_dtype)))
-    assert len(found["reduce-scatter"]) >= 15  # one for each matrix of a layer, at least
+    assert len(found["reduce-scatter"]) >= 9  # one for each matrix of a layer, at least
     assert {dtype for dtype, _ in found["reduce-scatter"]} == {wire}
     biggest = max(size for _, size in found["all-reduce"])
     assert biggest <= MODEL.vocab_size * MODEL.hidden_size / 4, "a matrix was reduced whole"
     assert {dtype for dtype, size in found["all-reduce"] if size > 10_000} == {wire}
     weights = [size for dtype, size in found["all-gather"] if dtype == "bf16"]
-    assert len(weights) >= 15, "weights travel in the compute dtype"
+    assert len(weights) >= 8, "weights travel in the compute dtype"
 
 
 @pytest.mark.slow

@@ -21,13 +21,15 @@ import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.clusters import ClusterEnv  # JAX has no public way to ask for a cluster without joining it
+from jax._src.clusters import ClusterEnv  # JAX has no public way to ask for a cluster without joining it,
+from jax._src.distributed import global_state  # nor to wait without a collective
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -36,6 +38,7 @@ EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 T = TypeVar("T")
 START_SECONDS = "LING_JAX_START_SECONDS"  # how long processes wait for each other at the start
 RETRY_SECONDS = 0.5
+BARRIER_SECONDS = 24 * 3600  # a process may tokenize for hours while the others wait; a dead one ends all at once
 GRACE_SECONDS = 10.0  # for a worker to end by itself, with its own message, once another has failed
 NEWS_SECONDS = 1.0  # after a worker failed: for word that another failed first, and this one because of it
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}  # a host without power is noticed in 20 s
@@ -125,10 +128,16 @@ def lead_first(name: str, f: Callable[[], T]) -> T:
     return result
 
 
+_barriers: Counter[str] = Counter()  # passed so far, by name: JAX wants another id for each
+
+
 def barrier(name: str) -> None:
-    """Returns once every process is here."""
+    """Returns once every process is here, however late; no device takes part (gloo gives up after 30 seconds)."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        _barriers[name] += 1
+        client = global_state.client
+        assert client is not None
+        client.wait_at_barrier(f"ling_jax: {name} {_barriers[name]}", BARRIER_SECONDS * 1000)
 
 
 def check_same(what: str, fingerprint: int) -> None:
