@@ -1,6 +1,6 @@
-"""Writes the plans of docs/plans: python -m scripts.plan_tables [NAME...]; hours for all on two cores.
+"""Writes the plans of docs/plans: python -m scripts.plan_tables [NAME...]; minutes for each on two cores.
 
-Each is what its command prints, with the command above it; docs/plans.md is their summary.
+Each is what its command prints, with the command above it; then it prints the table for docs/plans.md.
 """
 
 import json
