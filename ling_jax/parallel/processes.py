@@ -140,6 +140,21 @@ def barrier(name: str) -> None:
         client.wait_at_barrier(f"ling_jax: {name} {_barriers[name]}", BARRIER_SECONDS * 1000)
 
 
+class CompiledTogether:
+    """A jitted `f`, called by all processes with arguments of one shape. The first call compiles it, then waits for the
+    others' compilers: an exchange within `f` would give up on them after 30 seconds."""
+
+    def __init__(self, name: str, f: jax.stages.Wrapped):
+        self._name, self._f = name, f
+        self._compiled: jax.stages.Compiled | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self._f.lower(*args).compile()
+            barrier(f"{self._name} is compiled")
+        return self._compiled(*args)
+
+
 def check_same(what: str, fingerprint: int) -> None:
     """ValueError naming the processes whose `fingerprint` (below 2^31) of `what` is not process 0's."""
     if jax.process_count() == 1:
@@ -159,7 +174,8 @@ class AnyProcess:
     def __init__(self, mesh: jax.sharding.Mesh):
         self._pending: jax.Array | None = None
         self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        greatest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._max = CompiledTogether("the vote", greatest)
 
     def __call__(self, flag: bool) -> bool:
         if jax.process_count() == 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ling_jax.config import train_flops_per_token
 from ling_jax.parallel.mesh import place_batch, rows_here
-from ling_jax.parallel.processes import AnyProcess, barrier
+from ling_jax.parallel.processes import AnyProcess, CompiledTogether
 from ling_jax.train.hardware import peak_flops, peak_memory_bytes
 from ling_jax.train.metrics import MetricsWriter, Progress
 from ling_jax.train.state import Trainer, TrainState
@@ -178,11 +178,10 @@ def train(
       DivergedError: after saving nothing more: the last checkpoint holds finite weights.
     """
     config = trainer.config
-    step_fn, scorer = make_train_step(trainer), make_scorer(trainer)
+    step_fn, scorer = CompiledTogether("the step", make_train_step(trainer)), make_scorer(trainer)
     here = rows_here(trainer.mesh, config.data.global_batch_size)
     first = done = int(state.step)
     saved = first if first else -1
-    compiled: Any = None
 
     def save() -> None:
         nonlocal saved
@@ -201,10 +200,7 @@ def train(
             started = time.perf_counter()
             batch = place_batch(trainer.mesh, next(batches), here, config.data.global_batch_size)
             data_wait = time.perf_counter() - started
-            if compiled is None:
-                compiled = step_fn.lower(state, batch).compile()
-                barrier("compiled")  # the first exchange must not wait for another's compiler
-            state, metrics = compiled(state, batch)
+            state, metrics = step_fn(state, batch)
             done += 1
             recorder.push(done, metrics, data_wait)
             last = done == config.train.steps

@@ -3,7 +3,6 @@
 Legend: A microbatches, B rows, T tokens, L MoE layers, E experts.
 """
 
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +127,7 @@ def apply_gradients(
     return TrainState(state.step + 1, params, bias, optimizer, state.skipped + failed, in_a_row), metrics
 
 
-def make_train_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(trainer: Trainer) -> jax.stages.Wrapped:
     """Returns step(state, batch) -> (state, metrics), jitted, with `state` donated.
 
     `batch` is as `loss_sums` takes it, with B the global batch.

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from ling_jax.data.pipeline import scoring_windows
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.parallel.mesh import TOKEN_AXES, psum
+from ling_jax.parallel.processes import CompiledTogether
 from ling_jax.train.loss import IGNORE, loss_sums
 from ling_jax.train.state import Trainer
 
@@ -92,12 +93,12 @@ def _batches(rows: Mapping[str, np.ndarray], size: int) -> Iterator[dict[str, np
 
 def make_scorer(trainer: Trainer) -> Callable[[dict, dict, Mapping[str, np.ndarray]], jax.Array]:
     """Returns scorer(params, bias, batch) -> the batch's summed nats; the MTP layer does not run. `batch` is the
-    whole one, the same on every process."""
+    whole one, the same on every process, in one shape."""
 
     def nll(params, bias, batch):
         return psum(loss_sums(trainer.model(params, bias), batch).nll, *TOKEN_AXES)
 
-    return jax.jit(trainer.on_shards(nll, PartitionSpec()))
+    return CompiledTogether("the scorer", jax.jit(trainer.on_shards(nll, PartitionSpec())))
 
 
 def score_rows(scorer: Callable, params: dict, bias: dict, rows: Mapping[str, np.ndarray], batch_size: int) -> float:
