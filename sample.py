@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tyro
 
 from ling_jax.cli import run_main
-from ling_jax.convert.hf import load_pretrained
+from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import generation_config_of, tokenizer_of
 from ling_jax.generate.sampler import Sampling, stream
 

@@ -9,19 +9,22 @@ A step's folder bears its number only once complete; other names (`500.orbax-che
 progress, or leftovers that the next `Checkpointer` removes: only one run at a time may write into a folder.
 """
 
+import contextlib
 import json
 import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental.array_serialization.serialization import get_tensorstore_spec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from ling_jax.config import CheckpointConfig
@@ -30,6 +33,7 @@ from ling_jax.parallel.processes import barrier
 log = logging.getLogger(__name__)
 
 STATE, META, META_FILE = "state", "meta", "meta.json"  # of a step's folder
+UNFINISHED = "meta-unfinished"  # META of a folder whose arrays are still being written
 DELETING = "deleting"  # old steps move here first: a half-deleted one must not look like a step
 CHUNK_BYTES = 256 << 20  # of a file at most: all of it is read, even for a small shard
 MAX_LINES = 20  # of a list of mismatches
@@ -200,6 +204,57 @@ def read_arrays(path: str | epath.Path, like: Tree | None = None, whole: bool = 
     args = ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(_placed, tree), partial_restore=True)
     arrays = ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=args)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(arrays))
+
+
+def open_array(folder: epath.Path, path: Sequence[str]) -> ts.TensorStore:
+    """The array at `path` in one step's folder, to be read (or, as `make_checkpoint` left it, written) in parts."""
+    spec = get_tensorstore_spec(str(folder / STATE / ".".join(path)), ocdbt=False)
+    return ts.open(spec).result()
+
+
+class NewArray(NamedTuple):
+    """An array that `make_checkpoint` makes room for; `chunk` is the part of it that one file holds."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+
+
+def make_checkpoint(folder: epath.Path, arrays: Mapping[tuple[str, ...], NewArray], meta: Tree) -> None:
+    """Makes a folder whose arrays are zero until they are written with `open_array`: for states larger than memory.
+    `folder` must not exist. It is one step's checkpoint, for whoever reads it, after `finish_checkpoint` only."""
+    making = folder.parent / f"{folder.name}.making"
+    if making.exists():
+        making.rmtree()
+    with contextlib.closing(Checkpointer(str(making), CheckpointConfig())) as checkpointer:
+        small = {path: np.zeros((1,) * len(new.shape), new.dtype) for path, new in arrays.items()}
+        checkpointer.save(0, unflatten_dict(small), meta)
+    for path, new in arrays.items():
+        place = making / "0" / STATE / ".".join(path)
+        place.rmtree()
+        spec = get_tensorstore_spec(str(place), ocdbt=False)
+        chunked = {"compressor": None, "chunks": list(new.chunk)}
+        ts.open(spec | {"metadata": chunked}, create=True, dtype=new.dtype.name, shape=new.shape).result()
+    (making / "0" / META).rename(making / "0" / UNFINISHED)
+    (making / "0").rename(folder)
+    making.rmtree()
+
+
+def finish_checkpoint(folder: epath.Path) -> None:
+    """What `make_checkpoint` made has all its values now."""
+    if not (folder / META).exists():
+        (folder / UNFINISHED).rename(folder / META)
+
+
+def chunk_of(shape: Sequence[int], itemsize: int, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
+    """The largest block of at most `limit` bytes that lies together in C order."""
+    chunk = [1] * len(shape)
+    for dim in reversed(range(len(shape))):
+        chunk[dim] = max(1, min(shape[dim], limit // itemsize))
+        itemsize *= chunk[dim]
+        if chunk[dim] < shape[dim]:
+            break
+    return tuple(chunk)
 
 
 def _placed(x: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:

@@ -12,7 +12,7 @@ from etils import epath
 
 from ling_jax.cli import run_main
 from ling_jax.config import DataConfig, RunConfig, TrainConfig
-from ling_jax.convert.hf import load_pretrained
+from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import tokenizer_of
 from ling_jax.model.model import split_model
 from ling_jax.train.state import make_trainer

@@ -17,7 +17,8 @@ from flax.serialization import from_state_dict, to_state_dict
 from ling_jax.checkpoint import Checkpointer
 from ling_jax.cli import TrainCommand
 from ling_jax.config import ModelConfig, RunConfig, architecture_diff, count_params
-from ling_jax.convert.hf import load_pretrained, model_config_of
+from ling_jax.convert.load import load_pretrained
+from ling_jax.convert.weights import model_config_of
 from ling_jax.data.baselines import baselines
 from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import read_corpus

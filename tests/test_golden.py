@@ -75,7 +75,7 @@ def kind_of(case: Path) -> str:
 def cases():
     folders = sorted(p for p in FOLDER.iterdir() if p.is_dir())
     assert folders, f"no golden cases under {FOLDER}"
-    later = {"ling-fp8": "FP8 checkpoints", "ring-linear": "Ring-linear layers", "lightning": "lightning attention"}
+    later = {"ring-linear": "Ring-linear layers", "lightning": "lightning attention"}
     for folder in folders:
         reason = later.get(kind_of(folder))
         marks = [pytest.mark.xfail(strict=True, reason=f"not there yet: {reason}")] if reason else []

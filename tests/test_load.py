@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from ling_jax import load_pretrained
 from ling_jax.checkpoint import Checkpointer
 from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from ling_jax.convert import hf
 from ling_jax.convert.mapping import hf_names
+from ling_jax.convert.weights import HFFolder
 from ling_jax.model.model import split_model
 from ling_jax.runner import RunSaver
 from ling_jax.train.state import make_trainer
@@ -132,11 +132,11 @@ def test_over_a_mesh_the_same_weights_are_split_and_give_the_same_logits(folders
 def test_only_what_a_device_holds_is_read(folders, monkeypatch):
     read = []
 
-    def spy(source, names, index, dtype, original=hf._read_part):
-        read.append(part := original(source, names, index, dtype))
+    def spy(source, path, index, original=HFFolder.read):
+        read.append(part := original(source, path, index))
         return part
 
-    monkeypatch.setattr(hf, "_read_part", spy)
+    monkeypatch.setattr(HFFolder, "read", spy)
     model = load_pretrained(folders / "one", mesh=MeshConfig(fsdp=4, expert=2))
     params = split_model(model)[1]
     assert sum(part.size for part in read) < 1.2 * sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -329,9 +329,10 @@ def test_a_config_of_another_architecture_is_refused(one):
     assert "model_type = 'llama' in config.json" in error_of(one)
 
 
-def test_quantised_weights_are_refused(one):
-    edit_json(one / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
-    assert "quantization_config" in error_of(one)
+@pytest.mark.parametrize("settings", [{"quant_method": "gptq"}, {"quant_method": "fp8", "fmt": "e5m2"}, {}, 3])
+def test_weights_quantised_in_another_way_are_refused(one, settings):
+    edit_json(one / "config.json", lambda c: c.update(quantization_config=settings))
+    assert "quantization_config" in error_of(one) and "use the bf16 release" in error_of(one)
 
 
 def test_a_quantization_config_of_null_is_none(one):

@@ -15,7 +15,7 @@ from tiny_run import REPO, STEPS, WORDS, numbers, run, start, train_args
 import sample
 from ling_jax.cli import parse_train
 from ling_jax.config import RunConfig
-from ling_jax.convert.hf import load_pretrained
+from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.mapping import hf_names
 from ling_jax.data.sources import read_corpus
 from ling_jax.evaluate import evaluate

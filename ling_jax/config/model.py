@@ -5,6 +5,7 @@ the identity and one name serves the paper, the checkpoint and this code.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import tyro
 
 from ling_jax.config.checks import check, check_at_least, check_types
 
-MODEL_TYPES = ("bailing_moe", "bailing_moe_v2")
+MODEL_TYPES = ("bailing_moe", "bailing_moe_v2", "bailing_moe_linear")
+LINEAR_HF_FIELDS = ("layer_group_size", "group_norm_size", "linear_silu")  # of bailing_moe_linear only
 
 # Fields a release sets in config.json. The reference configuration class fills some of them with values
 # that no release uses (spec 1.6: routed_scaling_factor 1.0 for 2.5), so none is ever filled in for a user.
@@ -102,6 +104,9 @@ class ModelConfig:
     use_qkv_bias: bool = False
     use_bias: bool = False
     tie_word_embeddings: bool = False
+    layer_group_size: int = 0  # Ring-linear: all but the last layer of each group are linear; 0: every layer is softmax
+    group_norm_size: int = 1  # number of groups of a linear layer's output norm
+    linear_silu: bool = False  # whether a linear layer's queries, keys and values pass through silu
     initializer_range: float = 0.02
     pad_token_id: int | None = 156892
     eos_token_id: int | None = 156892
@@ -116,8 +121,9 @@ class ModelConfig:
             "moe_intermediate_size", "intermediate_size", "max_position_embeddings",
         )  # fmt: skip
         check_at_least(
-            self, 0, "num_shared_experts", "first_k_dense_replace", "mtp_loss_scaling_factor", "rms_norm_eps"
-        )
+            self, 0, "num_shared_experts", "first_k_dense_replace", "mtp_loss_scaling_factor", "rms_norm_eps",
+            "layer_group_size",
+        )  # fmt: skip
         check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
@@ -201,9 +207,11 @@ class ModelConfig:
         kind = config.get("model_type")
         check(
             kind in MODEL_TYPES,
-            f"model_type = {kind!r} in config.json: this version reads {' and '.join(MODEL_TYPES)} only",
+            f"model_type = {kind!r} in config.json: this version reads {', '.join(MODEL_TYPES)} only",
         )
-        missing = [name for name in REQUIRED_HF_FIELDS if name not in config]
+        linear = kind == "bailing_moe_linear"
+        required = REQUIRED_HF_FIELDS + LINEAR_HF_FIELDS * linear
+        missing = [name for name in required if name not in config]
         nextn = config.get("num_nextn_predict_layers") or 0
         if nextn and config.get("mtp_loss_scaling_factor") is None:
             missing.append("mtp_loss_scaling_factor")
@@ -215,7 +223,7 @@ class ModelConfig:
         for name, allowed in FIXED_HF_FIELDS.items():
             value = config.get(name, allowed[0])
             check(value in allowed, f"{name} = {value!r} in config.json: only {allowed[0]!r} is implemented")
-        known = {f.name for f in dataclasses.fields(cls)} - {"hf_json"}
+        known = {f.name for f in dataclasses.fields(cls)} - {"hf_json"} - set(() if linear else LINEAR_HF_FIELDS)
         values = {name: config[name] for name in known if name in config}
         values.setdefault("partial_rotary_factor", None)
         values.setdefault("norm_topk_prob", True)  # hard-coded in the reference's router
@@ -232,7 +240,8 @@ class ModelConfig:
         """The `config.json` dict: the one read, with the fields that changed since; or a new one."""
         ours = _hf_values(self)
         if not self.hf_json:
-            head = {"architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe_v2"}
+            kind = ("BailingMoeLinearV2", "linear") if self.layer_group_size else ("BailingMoeV2", "v2")
+            head = {"architectures": [f"{kind[0]}ForCausalLM"], "model_type": f"bailing_moe_{kind[1]}"}
             fixed = {name: allowed[0] for name, allowed in FIXED_HF_FIELDS.items()}
             return head | fixed | ours
         original = json.loads(self.hf_json)
@@ -242,7 +251,8 @@ class ModelConfig:
 
 def _hf_values(config: ModelConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
-    del values["hf_json"]
+    for name in ("hf_json", *(() if config.layer_group_size else LINEAR_HF_FIELDS)):
+        del values[name]
     if config.rope_scaling is not None:
         scaling = {k: v for k, v in values["rope_scaling"].items() if v is not None}
         values["rope_scaling"] = {"rope_type": "yarn", **scaling}
@@ -278,16 +288,26 @@ class Segment(NamedTuple):
     repeats: int
 
 
-def layer_plan(config: ModelConfig) -> tuple[Segment, ...]:
-    """The trunk as segments: the dense prefix, then the MoE body (the MTP layer is not of the trunk)."""
-    dense = config.first_k_dense_replace
-    plan = (Segment(("softmax_dense",), dense), Segment(("softmax_moe",), config.num_hidden_layers - dense))
-    return tuple(segment for segment in plan if segment.repeats)
-
-
 def layer_kinds(config: ModelConfig) -> tuple[str, ...]:
-    """The kind of every trunk layer, in layer order."""
-    return tuple(kind for segment in layer_plan(config) for _ in range(segment.repeats) for kind in segment.pattern)
+    """The kind of every trunk layer, in layer order (the MTP layer is not of the trunk).
+
+    In Ring-linear the last layer of each group and those of an incomplete last group are softmax (spec 1.5).
+    """
+    size = config.layer_group_size
+    whole_groups = config.num_hidden_layers // size * size if size else 0
+
+    def kind(layer: int) -> str:
+        linear = layer < whole_groups and (layer + 1) % size != 0
+        ffn = "dense" if layer < config.first_k_dense_replace else "moe"
+        return f"{'linear' if linear else 'softmax'}_{ffn}"
+
+    return tuple(map(kind, range(config.num_hidden_layers)))
+
+
+def layer_plan(config: ModelConfig) -> tuple[Segment, ...]:
+    """The trunk as segments: the dense prefix, then the MoE body."""
+    runs = ((kind, len(list(layers))) for kind, layers in itertools.groupby(layer_kinds(config)))
+    return tuple(Segment((kind,), repeats) for kind, repeats in runs)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -314,6 +334,9 @@ def count_params(config: ModelConfig) -> Counts:
     attention = hidden * qkv_rows + heads * c.head_dim * hidden
     attention += 2 * c.head_dim * c.use_qk_norm + qkv_rows * c.use_qkv_bias + hidden * c.use_bias
     layer = attention + 2 * hidden
+    width = heads * c.head_dim  # linear layers have as many kv heads as query heads, a gate and its norm
+    more = 2 * (heads - kv) * c.head_dim * (hidden + c.use_qkv_bias) + width * hidden + width
+    linear_layers = sum(kind.startswith("linear") for kind in layer_kinds(c))
     expert = 3 * hidden * c.moe_intermediate_size
     shared = 3 * hidden * c.shared_intermediate_size
     gate = hidden * c.num_experts
@@ -321,7 +344,9 @@ def count_params(config: ModelConfig) -> Counts:
     moe_total = c.num_experts * expert + shared + gate + c.num_experts
     dense_layers = c.first_k_dense_replace
     moe_layers = c.num_hidden_layers - dense_layers
-    trunk = c.num_hidden_layers * layer + dense_layers * 3 * hidden * c.intermediate_size + hidden
+    trunk = (
+        c.num_hidden_layers * layer + linear_layers * more + dense_layers * 3 * hidden * c.intermediate_size + hidden
+    )
     embeddings = c.vocab_size * hidden * (1 if c.tie_word_embeddings else 2)
     mtp = c.num_nextn_predict_layers * (layer + moe_total + 2 * hidden * hidden + 3 * hidden)
     active = trunk + moe_layers * moe_active

@@ -3,7 +3,6 @@
 Legend: A microbatches, B rows, T tokens, L MoE layers, E experts.
 """
 
-
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,0 +1,91 @@
+"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|inspect|verify [...]; see --help."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import tyro
+
+from ling_jax.cli import run_main
+from ling_jax.convert.survey import survey
+from ling_jax.convert.to_hf import to_hf
+from ling_jax.convert.to_jax import to_jax
+from ling_jax.convert.verify import verify
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToJax:
+    """From a HF folder of safetensors (bf16, float32, FP8 blocks) to a checkpoint that can be trained and sampled."""
+
+    source: str
+    """A HF folder."""
+    target: str
+    """The checkpoint's folder; must not exist."""
+    dtype: Literal["keep", "bfloat16", "float32"] = "keep"
+    """keep: every tensor's own, FP8 codes and scales included."""
+
+    def run(self) -> int:
+        print(to_jax(self.source, self.target, self.dtype).render())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToHF:
+    """From a run, or another HF folder, to a HF folder for transformers, vLLM and SGLang."""
+
+    source: str
+    """A run folder, its checkpoints/, one step of it, a converted checkpoint, or a HF folder."""
+    target: str
+    """The HF folder; must not exist."""
+    format: Literal["keep", "bf16", "fp32", "fp8"] = "keep"
+    """keep: as it came, byte for byte."""
+    max_shard_size: str = "5GB"
+    """Of one file; MB and TB are known too."""
+
+    def run(self) -> int:
+        print(to_hf(self.source, self.target, self.format, self.max_shard_size).render())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """The configuration, parameter counts, tensors, dtypes and checksums of a folder of weights."""
+
+    source: str
+    """A HF folder, a run folder, its checkpoints/, one step of it, or a converted checkpoint."""
+    checksums: bool = True
+    """Read every weight, for its checksum and to find NaN."""
+    each: bool = False
+    """A line for each tensor, not for each stack of layers and experts."""
+
+    def run(self) -> int:
+        print(survey(self.source, self.checksums).render(self.each))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compares every tensor of two folders, and both models' logits; exit code 1 if they differ."""
+
+    source: str
+    """A: any folder of weights."""
+    target: str
+    """B: another one; its tensors must be A's, or A's cast to its dtypes."""
+
+    def run(self) -> int:
+        found = verify(self.source, self.target)
+        print(found.render())
+        return 0 if found.good else 1
+
+
+def main(argv: Sequence[str]) -> int:
+    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU is left alone
+    named = {"to-jax": ToJax, "to-hf": ToHF, "inspect": Inspect, "verify": Verify}
+    return tyro.extras.subcommand_cli_from_dict(named, args=list(argv), prog="convert.py", description=__doc__).run()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, "")
+    run_main(main)

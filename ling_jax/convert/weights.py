@@ -1,0 +1,367 @@
+"""A model's weights in a folder, HF's or ours, read piece by piece under one interface.
+
+Both are seen as our stacked arrays (`mapping.layout`): a HF folder's tensors are stacked as they are read. Where the
+tensors of one array have several dtypes, it has the narrowest one that holds them all exactly; each tensor's own is
+kept beside, so that an export gives back every byte. FP8 arrays hold codes, and "scales" has their scales.
+"""
+
+import functools
+import json
+import pathlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from ling_jax.checkpoint import META, find_checkpoint, open_array, read_meta, read_shapes
+from ling_jax.config import ModelConfig, RunConfig
+from ling_jax.convert.fp8 import BLOCK, FP8, dequantise
+from ling_jax.convert.mapping import SCALE, Path, Stack, layout, scales_of
+from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFile
+
+INDEX = "model.safetensors.index.json"
+HF = "hf"  # of a checkpoint's metadata: what only a HF folder knows; of its folder: files that came with the weights
+SHOWN = 10  # names listed in an error
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+
+Index = tuple[slice, ...]  # of an array: a start and a stop for every dim
+
+
+class Weights(ABC):
+    """Where the weights of one model are, and how to read any part of them.
+
+    Attributes:
+      stacks: our arrays, FP8 scales included, in the order of HF's files.
+      dtypes: of each HF tensor that the folder has or an export of it would have.
+      block: sides of an FP8 block, if any array is quantised.
+    """
+
+    folder: Any
+    config: ModelConfig
+    stacks: dict[Path, Stack]
+    dtypes: dict[str, np.dtype]
+    block: tuple[int, int] = BLOCK
+
+    def dtype(self, path: Path) -> np.dtype:
+        """Of our array: the narrowest that holds its tensors exactly."""
+        return self._dtypes[path]
+
+    @functools.cached_property
+    def _dtypes(self) -> dict[Path, np.dtype]:
+        return {
+            path: common({self.dtypes.get(n, F32) for n in stack.names.flat}) for path, stack in self.stacks.items()
+        }
+
+    @abstractmethod
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        """A part of our array, in `dtype(path)`."""
+
+    def chunk(self, path: Path) -> tuple[int, ...]:
+        """The shape in whose multiples an array is best read."""
+        return (1,) * len(self.stacks[path].names.shape) + self.stacks[path].shape
+
+    def scales_path(self, path: Path) -> Path | None:
+        """Where the scales of an array are; None for one that has none."""
+        scales = ("scales", *path[1:])
+        return scales if path[0] == "params" and scales in self.stacks else None
+
+    def blocks(self, index: Index) -> Index:
+        """The part of the scales that a part of a quantised array needs."""
+        rows = (slice(s.start // b, -(-s.stop // b)) for s, b in zip(index[-2:], self.block, strict=True))
+        return (*index[:-2], *rows)
+
+    def decode(self, path: Path, index: Index, read: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+        """The numbers that a part which was `read` stands for, FP8 multiplied out, in `dtype` (None: the array's own,
+        or float32 for FP8)."""
+        scales_path = self.scales_path(path)
+        if scales_path is not None:
+            start = (index[-2].start % self.block[0], index[-1].start % self.block[1])
+            read = dequantise(read, self.read(scales_path, self.blocks(index)), self.block, start)
+        return read if dtype is None else narrow(read, np.dtype(dtype))
+
+    def values(self, path: Path, index: Index, dtype: Any = None) -> np.ndarray:
+        """The same of a part that is read now."""
+        return self.decode(path, index, self.read(path, index), dtype)
+
+
+def common(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds all values of `dtypes` exactly."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    return BF16 if found <= {FP8, BF16} else F32
+
+
+def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`values` in `dtype`: bit by bit where they came from it, else rounded to the nearest."""
+    if values.dtype == dtype:
+        return values
+    if (values.dtype, dtype) == (F32, BF16):
+        bits = values.view(np.uint32)
+        if not np.any(bits & 0xFFFF):  # a cast would change the bits of a NaN
+            return (bits >> 16).astype(np.uint16).view(BF16)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
+def whole(shape: Iterable[int]) -> Index:
+    return tuple(slice(0, size) for size in shape)
+
+
+# A HF folder.
+
+
+class HFFolder(Weights):
+    """A HF folder: one safetensors file or a sharded set with its index, in any of DTYPES, FP8 blocks too.
+
+    Raises:
+      ValueError: on opening, when a file is missing, damaged or outside the folder, or the tensors are not exactly
+        those of config.json.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        json_config = _read_json(folder / "config.json")
+        self.config = _hf_config(folder, json_config)
+        quantised = _is_quantised(folder, json_config)
+        if quantised:
+            self.block = _block(folder, json_config["quantization_config"])
+        self._files = _open_files(folder)
+        self._file_of = {name: file for file in self._files for name in file.tensors}
+        self.stacks = {}
+        for path, stack in layout(self.config).items():
+            self.stacks[path] = stack
+            if quantised and len(stack.shape) == 2 and any(self._spelled(n) == NAMES[FP8] for n in stack.names.flat):
+                scales_path, scales = scales_of(path, stack, self.block)
+                self.stacks[scales_path] = scales
+        self._check_tensors(quantised)
+        self.dtypes = {name: DTYPES[file.tensors[name].dtype] for name, file in self._file_of.items()}
+
+    def _spelled(self, name: str) -> str | None:
+        return self._file_of[name].tensors[name].dtype if name in self._file_of else None
+
+    def files(self) -> list[pathlib.Path]:
+        return [file.path for file in self._files]
+
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        stack, dtype = self.stacks[path], self.dtype(path)
+        depth = stack.names.ndim
+        names = np.array(stack.names[index[:depth]], object)
+        inner = index[depth:]
+        out = np.empty((names.size, *(s.stop - s.start for s in inner)), dtype)
+        for row, name in enumerate(names.reshape(-1)):
+            out[row] = self._file_of[name].view(name)[inner] if name in self._file_of else 1  # a scale of no FP8 tensor
+        return out.reshape(*names.shape, *out.shape[1:])
+
+    def _check_tensors(self, quantised: bool) -> None:
+        """One error for everything wrong with the folder's tensors, before any weight is read."""
+        wanted = {str(name): stack.shape for stack in self.stacks.values() for name in stack.names.flat}
+        unscaled = {n for n in wanted if n.endswith(SCALE) and self._spelled(n[: -len(SCALE)]) != NAMES[FP8]}
+        wanted = {name: shape for name, shape in wanted.items() if name not in unscaled}
+        have = {name: self._file_of[name].tensors[name] for name in self._file_of}
+        missing = [name for name in wanted if name not in have]
+        extra = sorted(have.keys() - wanted.keys())
+        shapes = [
+            f"{name} is {have[name].shape}, the config says {shape}"
+            for name, shape in wanted.items()
+            if name in have and have[name].shape != shape
+        ]
+        allowed = [name for name in DTYPES if quantised or name != NAMES[FP8]]
+        dtypes = [f"{name} is {tensor.dtype}" for name, tensor in have.items() if tensor.dtype not in allowed]
+        problems = []
+        if missing:
+            problems.append(f"{len(missing)} tensor(s) missing: {some(missing)}{self._hint(missing)}")
+        if extra:
+            problems.append(f"{len(extra)} tensor(s) that the config has no place for: {some(extra)}")
+        if shapes:
+            problems.append(f"{len(shapes)} wrong shape(s): {some(shapes)}")
+        if dtypes:
+            problems.append(f"{len(dtypes)} dtype(s) other than {', '.join(allowed)}: {some(dtypes)}")
+        if problems:
+            raise ValueError(f"{self.folder} does not match its config.json: " + "; ".join(problems))
+
+    def _hint(self, missing: list[str]) -> str:
+        mtp = f"model.layers.{self.config.num_hidden_layers}."
+        if self.config.num_nextn_predict_layers and all(name.startswith(mtp) for name in missing):
+            return " (the MTP layer: if this release has none, set num_nextn_predict_layers to 0 in config.json)"
+        return ""
+
+
+def _open_files(folder: pathlib.Path) -> list[TensorFile]:
+    """The safetensors files of a folder, which hold what its index says and nothing twice."""
+    index = folder / INDEX
+    weight_map = _read_weight_map(index) if index.exists() else {}
+    names = sorted(set(weight_map.values())) if index.exists() else ["model.safetensors"]
+    files = [_open_file(folder, name) for name in names]
+    held: dict[str, str] = {}
+    twice = [name for file in files for name in file.tensors if held.setdefault(name, file.path.name) != file.path.name]
+    if twice:
+        raise ValueError(f"{folder} has {len(twice)} tensor(s) in two files: {some(sorted(twice))}; download it again")
+    wrong = sorted(name for name in weight_map.keys() | held.keys() if weight_map.get(name) != held.get(name))
+    if index.exists() and wrong:
+        raise ValueError(f"{index} disagrees with the files it names on {some(wrong)}; download them again")
+    return files
+
+
+def _open_file(folder: pathlib.Path, name: str) -> TensorFile:
+    path = folder / name
+    if pathlib.Path(name).name != name or name in ("", ".."):  # links are fine: HF's cache is made of them
+        raise ValueError(f"{folder / INDEX} points outside its folder: {name!r}; refusing to read it")
+    if not path.is_file():
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        if pickles:
+            raise ValueError(
+                f"{folder} has its weights in pickles only ({some(pickles)}), which can run any code when read: take "
+                "the release's safetensors files, or write them in PyTorch with model.save_pretrained(DIR), where you "
+                "trust the pickles"
+            )
+        raise ValueError(f"{path} is missing: a HF folder holds model.safetensors, or {INDEX} and its files")
+    return TensorFile(path)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def _read_weight_map(index: pathlib.Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to file names; download it again")
+    return weight_map
+
+
+def _hf_config(folder: pathlib.Path, config: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _is_quantised(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+    settings = config.get("quantization_config")
+    if settings is None:
+        return False
+    wanted = {"quant_method": "fp8", "fmt": "e4m3"}
+    found = {key: settings.get(key, value) for key, value in wanted.items()} if isinstance(settings, dict) else {}
+    if found != wanted or "quant_method" not in settings:
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config = {settings!r}: of quantised weights only FP8 blocks "
+            "(quant_method fp8, fmt e4m3) are read; use the bf16 release"
+        )
+    return True
+
+
+def _block(folder: pathlib.Path, settings: Mapping[str, Any]) -> tuple[int, int]:
+    block = settings.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config.weight_block_size = {block!r} must be two positive "
+            f"numbers, such as {list(BLOCK)}"
+        )
+    return block[0], block[1]
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+# A checkpoint of ours.
+
+
+class StoredWeights(Weights):
+    """One step of a run, or what `convert.py to-jax` made. ValueError if it lacks arrays of its configuration."""
+
+    def __init__(self, path: str):
+        self.folder = find_checkpoint(path)
+        meta = read_meta(self.folder)
+        self.run = RunConfig.from_json(json.dumps(meta["config"]))
+        self.step = int(self.folder.name) if self.folder.name.isdigit() else None
+        self.config = self.run.model
+        hf = meta.get(HF, {})
+        self.kept = hf.get("kept", False)  # whether every tensor is as it came from a HF folder
+        self.block = tuple(hf.get("block", BLOCK))
+        saved = _flat(read_shapes(self.folder))
+        self._arrays: dict[Path, ts.TensorStore] = {}  # opened so far
+        self.stacks = {}
+        for path_, stack in layout(self.config).items():
+            self.stacks[path_] = stack
+            scales_path, scales = scales_of(path_, stack, self.block) if len(stack.shape) == 2 else (None, None)
+            if scales_path in saved and scales is not None:
+                self.stacks[scales_path] = scales
+        self._check_arrays(saved)
+        self._stored = {p: np.dtype(saved[p].dtype) for p in self.stacks}
+        own = hf.get("dtypes", {})
+        self.dtypes = {}
+        for path_, stack in self.stacks.items():
+            for name in map(str, stack.names.flat):
+                spelled = own.get(name, NAMES[self._stored[path_]])
+                if spelled is not None:
+                    self.dtypes[name] = DTYPES[spelled]
+
+    def dtype(self, path: Path) -> np.dtype:
+        return self._stored[path]
+
+    def chunk(self, path: Path) -> tuple[int, ...]:
+        shape = self._array(path).chunk_layout.read_chunk.shape or ()
+        return tuple(chunk or size for chunk, size in zip(shape, self.stacks[path].full_shape, strict=True))
+
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        return self._array(path)[index].read().result()
+
+    def _array(self, path: Path) -> ts.TensorStore:
+        if path not in self._arrays:
+            self._arrays[path] = open_array(self.folder, path)
+        return self._arrays[path]
+
+    def _check_arrays(self, saved: Mapping[Path, Any]) -> None:
+        problems = []
+        for path, stack in self.stacks.items():
+            if path not in saved:
+                problems.append(f"{'/'.join(path)} is missing")
+            elif saved[path].shape != stack.full_shape:
+                problems.append(f"{'/'.join(path)} is {saved[path].shape}, not {stack.full_shape}")
+            elif np.dtype(saved[path].dtype) not in NAMES:
+                problems.append(f"{'/'.join(path)} is {saved[path].dtype}")
+        if problems:
+            raise ValueError(f"checkpoint {self.folder} does not match its configuration: {some(problems)}")
+
+
+def _flat(tree: Mapping[str, Any], start: Path = ()) -> dict[Path, Any]:
+    flat: dict[Path, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, (*start, key)) if isinstance(value, Mapping) else {(*start, key): value}
+    return flat
+
+
+def _is_hf(folder: pathlib.Path) -> bool:
+    if not folder.is_dir() or (folder / META).exists():
+        return False
+    return (folder / INDEX).exists() or any(file.suffix in (".safetensors", *PICKLES) for file in folder.iterdir())
+
+
+def open_weights(path: str | pathlib.Path) -> Weights:
+    """The weights of a HF folder, a run folder, its `checkpoints/`, or one step of it; ValueError as they say."""
+    folder = pathlib.Path(path).expanduser()
+    return HFFolder(folder) if _is_hf(folder) else StoredWeights(str(path))
+
+
+def model_config_of(path: str | pathlib.Path) -> ModelConfig:
+    """The architecture of a HF folder or checkpoint, without looking at its weights."""
+    folder = pathlib.Path(path).expanduser()
+    if _is_hf(folder):
+        return _hf_config(folder, _read_json(folder / "config.json"))
+    return RunConfig.from_json(json.dumps(read_meta(find_checkpoint(str(path)))["config"])).model
