@@ -137,7 +137,7 @@ def test_both_names_of_the_model_are_read(kind: str):
     assert ModelConfig.from_hf(HF_MINI | {"model_type": kind}).hidden_size == 2048
 
 
-@pytest.mark.parametrize("kind", ["bailing_moe_linear", "llama", None])
+@pytest.mark.parametrize("kind", ["bailing_hybrid", "llama", None])
 def test_another_architecture_is_refused_by_name(kind):
     with pytest.raises(ValueError, match=f"model_type = {kind!r}"):
         ModelConfig.from_hf(HF_MINI | {"model_type": kind})
