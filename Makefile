@@ -22,7 +22,7 @@ quickstart: .venv/installed-requirements
 
 test: export GLIBC_TUNABLES := $(MALLOC)
 test: .venv/installed-requirements-test
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: lint-format lint-rules lint-types
 

@@ -19,6 +19,15 @@ def pytest_configure():
     jax.config.update("jax_num_cpu_devices", 8)
 
 
+# The files that take longest, longest first: so both processes of pytest-xdist end at about the same time.
+LONGEST = ("processes", "parallel", "smoke", "resume", "plan", "golden", "topology", "model", "dispatch", "errors")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def pytest_addoption(parser: pytest.Parser):
     parser.addoption(
         "--rewrite-golden-configs",

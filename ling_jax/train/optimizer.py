@@ -26,6 +26,8 @@ def learning_rate(config: ScheduleConfig, steps: int) -> optax.Schedule:
     def schedule(count):
         count = jnp.asarray(count, jnp.float32) + 1
         warm = jnp.minimum(count / max(config.warmup_steps, 1), 1.0)
+        if not decay_steps:  # the number of steps is then no part of the program: a longer run compiles nothing anew
+            return warm * peak
         share = jnp.clip((count - (steps - decay_steps)) / max(decay_steps, 1), 0.0, 1.0)
         return warm * (final + (peak - final) * shapes[config.decay](share))
 
