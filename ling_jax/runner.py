@@ -18,7 +18,8 @@ from ling_jax.checkpoint import Checkpointer
 from ling_jax.cli import TrainCommand
 from ling_jax.config import ModelConfig, RunConfig, architecture_diff, count_params
 from ling_jax.convert.load import load_pretrained
-from ling_jax.convert.weights import model_config_of
+from ling_jax.convert.transfer import carry
+from ling_jax.convert.weights import HF, TOKENIZER, model_config_of, open_weights
 from ling_jax.data.baselines import baselines
 from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import read_corpus
@@ -35,7 +36,7 @@ from ling_jax.train.validate import prepare_held_out
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE, TOKENIZER = "config.json", "tokenizer"  # of a run's folder
+CONFIG_FILE = "config.json"  # of a run's folder
 TEMPERATURE, TOP_P = 0.7, 0.8  # what the releases recommend (spec 9)
 
 
@@ -141,6 +142,17 @@ def _write_generation_config(folder: epath.Path, tokenizer: Tokenizer) -> None:
     (folder / "generation_config.json").write_text(text + "\n")
 
 
+def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) -> RunConfig:
+    """The configuration with all fields of the config.json that the run's weights came with: an export keeps them."""
+    if init_from is not None:
+        origin = model_config_of(init_from)
+    elif (run_dir / CONFIG_FILE).exists():
+        origin = RunConfig.from_json((run_dir / CONFIG_FILE).read_text()).model
+    else:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, hf_json=origin.hf_json))
+
+
 def _prepare(run_dir: epath.Path, config: RunConfig, latest_step: int | None) -> Data:
     """The run's data; process 0 also writes the run's folder, which the others compare with theirs."""
     if jax.process_index() == 0:
@@ -231,10 +243,13 @@ def run_training(name: str, command: TrainCommand) -> int:
     if lead:
         _make_room(run_dir, command)
     barrier("room is made")
+    config = _with_origin(config, run_dir, command.init_from)
     saver = RunSaver(Checkpointer(str(run_dir / "checkpoints"), config.checkpoint), config)
     with StopRequest().listening() as stop, contextlib.closing(saver.checkpointer):
         data = lead_first("the data is open", lambda: _prepare(run_dir, config, saver.checkpointer.latest_step()))
         check_same("the text", data.fingerprint())
+        if lead and command.init_from is not None and saver.checkpointer.latest_step() is None:
+            carry(open_weights(command.init_from).companions(), run_dir / HF)
         state = _first_state(trainer, saver, command.init_from)
         step = int(state.step)
         _log_start(config, step)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from etils import epath
 
 from ling_jax.checkpoint import META, META_FILE
 from ling_jax.config import count_params
@@ -17,7 +16,7 @@ from ling_jax.convert.fp8 import FP8, quantise
 from ling_jax.convert.mapping import SCALE, Path, Stack, scales_of
 from ling_jax.convert.tensorfile import NAMES, TensorFileWriter
 from ling_jax.convert.transfer import Piece, Record, Work, carry, new_place, pieces, stamps, tensors_in
-from ling_jax.convert.weights import BF16, F32, HF, INDEX, HFFolder, StoredWeights, Weights, narrow, open_weights
+from ling_jax.convert.weights import BF16, F32, INDEX, HFFolder, StoredWeights, Weights, narrow, open_weights
 
 Format = Literal["keep", "bf16", "fp32", "fp8"]
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -68,7 +67,7 @@ def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str =
             writer = TensorFileWriter(work.folder / file, entries, METADATA)
             writers[file] = stack.enter_context(contextlib.closing(writer))
         work.run(_Export(weights, tensors, {name: writers[file] for file in shards for name in shards[file]}).copy)
-        carried = carry(_carried_from(weights), work.folder)
+        carried = carry(weights.companions(), work.folder)
         _write_json_files(work.folder, weights, tensors, shards, form)
         (work.folder / "README.md").write_text(_card(weights, place.name, form))
         audit = Audit(source, target, form, weights.config, work.records, list(tensors), work.seconds(), carried)
@@ -191,16 +190,6 @@ def _stamped(weights: Weights) -> list[Any]:
     if isinstance(weights, HFFolder):
         return [*weights.files(), weights.folder / "config.json"]
     return [weights.folder / META / META_FILE]
-
-
-def _carried_from(weights: Weights) -> list[Any]:
-    """Where the files that go with a model are: in its HF folder; with a run, those of the folder that it began from,
-    and its own tokenizer."""
-    if isinstance(weights, HFFolder):
-        return [weights.folder]
-    step: epath.Path = weights.folder
-    run = step.parent.parent if step.parent.name == "checkpoints" else step.parent
-    return [step / HF, run / HF, run / "tokenizer"] if isinstance(weights, StoredWeights) else []
 
 
 def _write_json_files(

@@ -5,13 +5,15 @@ from typing import Any
 
 from etils import epath
 
+from ling_jax.convert.weights import HF, TOKENIZER
 from ling_jax.data.tokenizer import Tokenizer
 
 
 def _beside(path: str, name: str) -> epath.Path | None:
-    """The file `name` in a HF folder, or in the tokenizer/ of the run that `path` (or a part of it) belongs to."""
+    """The file `name` in a HF folder, in a converted checkpoint, or in the tokenizer/ of the run that `path` (or a part
+    of it) belongs to."""
     start = epath.Path(path).expanduser()
-    folders = [start, start / "tokenizer", start.parent / "tokenizer", start.parent.parent / "tokenizer"]
+    folders = [start, start / HF, *(folder / TOKENIZER for folder in (start, start.parent, start.parent.parent))]
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 

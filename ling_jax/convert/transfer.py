@@ -243,9 +243,8 @@ class Work:
         parent = next(folder for folder in self._place.parents if folder.exists())
         free = shutil.disk_usage(parent).free
         if size > free + have:
-            raise ValueError(
-                f"{self._place} takes {size / 1e9:.2f} GB and {parent} has {(free + have) / 1e9:.2f} GB: make room"
-            )
+            sizes = f"{self._place} takes {size / 1e6:,.1f} MB and {parent} has {(free + have) / 1e6:,.1f} MB free"
+            raise ValueError(f"{sizes}: make room")
 
 
 def _sync(folder: pathlib.Path) -> None:
@@ -274,7 +273,7 @@ def stamps(files: Iterable[pathlib.Path | epath.Path]) -> list[Any]:
     return [[name, stat.length, stat.mtime] for name, stat in found]
 
 
-def carry(folders: Iterable[Any], target: pathlib.Path) -> list[str]:
+def carry(folders: Iterable[Any], target: pathlib.Path | epath.Path) -> list[str]:
     """Copies what else lies in HF folders (tokenizer, chat template, generation settings, the model's own code, which
     is never run) to `target`, a later folder's files over an earlier one's; returns their names."""
     found: dict[str, Any] = {}

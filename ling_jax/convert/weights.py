@@ -23,6 +23,7 @@ from ling_jax.convert.mapping import SCALE, Path, Stack, layout, scales_of
 from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFile
 
 INDEX = "model.safetensors.index.json"
+CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"  # of a run's folder
 HF = "hf"  # of a checkpoint's metadata: what only a HF folder knows; of its folder: files that came with the weights
 SHOWN = 10  # names listed in an error
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -55,6 +56,10 @@ class Weights(ABC):
         return {
             path: common({self.dtypes.get(n, F32) for n in stack.names.flat}) for path, stack in self.stacks.items()
         }
+
+    @abstractmethod
+    def companions(self) -> list[Any]:
+        """Folders with the files that go with a model, a tokenizer for one; where two have a file, the later counts."""
 
     @abstractmethod
     def read(self, path: Path, index: Index) -> np.ndarray:
@@ -143,6 +148,9 @@ class HFFolder(Weights):
 
     def _spelled(self, name: str) -> str | None:
         return self._file_of[name].tensors[name].dtype if name in self._file_of else None
+
+    def companions(self) -> list[Any]:
+        return [self.folder]
 
     def files(self) -> list[pathlib.Path]:
         return [file.path for file in self._files]
@@ -314,6 +322,12 @@ class StoredWeights(Weights):
 
     def dtype(self, path: Path) -> np.dtype:
         return self._stored[path]
+
+    def companions(self) -> list[Any]:
+        """What came with a converted checkpoint; of a run, what came with the weights it began from, and its own."""
+        run = self.folder.parent.parent
+        of_run = [run / HF, run / TOKENIZER] if self.folder.parent.name == CHECKPOINTS else []
+        return [self.folder / HF, *of_run]
 
     def chunk(self, path: Path) -> tuple[int, ...]:
         shape = self._array(path).chunk_layout.read_chunk.shape or ()
