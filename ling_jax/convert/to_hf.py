@@ -58,8 +58,7 @@ def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str =
     ]
     fingerprint = [str(weights.folder), form, limit, stamps(_stamped(weights))]
     itemsizes = {path: weights.dtype(path).itemsize for path in weights.stacks}
-    work = Work(place, fingerprint, todo, weights.stacks, itemsizes)
-    work.folder.mkdir(parents=True, exist_ok=True)
+    work = Work(place, fingerprint, todo, itemsizes, lambda folder: folder.mkdir(parents=True))
     with work, contextlib.ExitStack() as stack:
         writers = {}
         for file, names in shards.items():

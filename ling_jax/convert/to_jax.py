@@ -1,6 +1,7 @@
 """From a HF folder to our checkpoint, a piece at a time."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -43,10 +44,13 @@ def to_jax(source: str, target: str, dtype: Literal["keep", "bfloat16", "float32
         for piece in pieces(path, weights.stacks[path], new.chunk, new.dtype.itemsize, weights.block[0])
     ]
     files = [*weights.files(), weights.folder / "config.json"]
-    work = Work(place, [str(weights.folder.resolve()), dtype, stamps(files)], todo, weights.stacks, _itemsizes(arrays))
-    if not work.folder.exists():
-        make_checkpoint(epath.Path(work.folder), arrays, _meta(weights, arrays, kept))
-    with work:
+    fingerprint = [str(weights.folder.resolve()), dtype, stamps(files)]
+    itemsizes = {path: new.dtype.itemsize for path, new in arrays.items()}
+
+    def prepare(folder: pathlib.Path) -> None:
+        make_checkpoint(epath.Path(folder), arrays, _meta(weights, arrays, kept))
+
+    with Work(place, fingerprint, todo, itemsizes, prepare) as work:
         targets = {path: open_array(epath.Path(work.folder), path) for path in arrays}
 
         def copy(piece: Piece) -> dict[str, Record]:
@@ -71,10 +75,6 @@ def to_jax(source: str, target: str, dtype: Literal["keep", "bfloat16", "float32
 
 def _array(stack: Stack, dtype: np.dtype) -> NewArray:
     return NewArray(stack.full_shape, dtype, chunk_of(stack.full_shape, dtype.itemsize, PIECE_BYTES))
-
-
-def _itemsizes(arrays: Mapping[Path, NewArray]) -> dict[Path, int]:
-    return {path: new.dtype.itemsize for path, new in arrays.items()}
 
 
 def _meta(weights: HFFolder, arrays: Mapping[Path, NewArray], kept: bool) -> dict[str, Any]:

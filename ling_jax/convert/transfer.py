@@ -174,6 +174,7 @@ class Work:
       place: the target, which does not exist.
       fingerprint: JSON that tells this conversion from others: an unfinished one of another kind is not gone on with.
       itemsizes: of each array that is copied, in bytes.
+      prepare: makes the folder, where an earlier attempt has not.
     Raises:
       ValueError: for a disk with too little room, on making it; on entering, if another process is at it, or the folder
         is of another conversion; on leaving, for an error of the disk.
@@ -184,27 +185,33 @@ class Work:
         place: pathlib.Path,
         fingerprint: Any,
         todo: Sequence[Piece],
-        stacks: Mapping[Path, Stack],
         itemsizes: Mapping[Path, int],
+        prepare: Callable[[pathlib.Path], None],
     ):
         self.folder = place.with_name(place.name + PARTIAL)
-        self._place, self._fingerprint, self._todo = place, fingerprint, todo
+        self._place, self._fingerprint, self._todo, self._prepare = place, fingerprint, todo, prepare
         self._sizes = {piece.key: piece.nbytes(itemsizes[piece.path]) for piece in todo}
         self._start = time.monotonic()
         self._check_space(sum(self._sizes.values()))
 
     def __enter__(self) -> "Work":
+        if not self.folder.exists():
+            try:
+                self._prepare(self.folder)
+            except (OSError, ValueError) as error:
+                raise self._failed(error) from error
         self._journal = Journal(self.folder, self._fingerprint)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._journal.close()
         if isinstance(error, OSError) or "No space left" in str(error):
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"writing {self.folder} failed: {reason}. What is copied is kept: make room, and run the same command "
-                "to go on"
-            ) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: BaseException | None) -> ValueError:
+        reason = str(error).splitlines()[0]
+        hint = "What is copied is kept: make room, and run the same command to go on"
+        return ValueError(f"writing {self.folder} failed: {reason}. {hint}")
 
     @property
     def records(self) -> dict[str, Record]:
