@@ -8,6 +8,9 @@ import pytest
 # Before the first import of jax. Commands that a test starts inherit the platform and the cache, which a second run
 # finds filled, but not the eight devices: they run as they would for a user. `pytest --cache-clear` empties the cache.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the suite's time is the compiler's, and a program that runs once need not be fast: the seeded weights of a run
+# take 2 seconds to compile for 10. Only LLVM's part is left out, so TPU programs are as ever.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -94,8 +94,8 @@ MESHES = {
 
 
 CASES = [(name, {}) for name in MESHES]
-CASES += [(name, {"dispatcher": "all_gather"}) for name in ("expert8", "fsdp2-expert4", "context4-expert2")]
-CASES += [("context4-expert2", {"context_method": "all_gather"})]
+CASES += [("fsdp2-expert4", {"dispatcher": "all_gather"})]
+CASES += [("context4-expert2", {"dispatcher": "all_gather", "context_method": "all_gather"})]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
