@@ -182,7 +182,7 @@ def test_a_hf_folder_becomes_one_of_another_format(source, tmp_path, form):
     assert verify(str(source), str(tmp_path / "new")).good
 
 
-def test_tensors_of_one_array_may_have_several_dtypes(copy, tmp_path):
+def test_tensors_of_one_array_may_have_several_dtypes(copy, tmp_path, caplog):
     """bf16 beside float32, with a NaN whose bits a cast would change."""
 
     def change(tensors):
@@ -194,6 +194,7 @@ def test_tensors_of_one_array_may_have_several_dtypes(copy, tmp_path):
     for shard in SHARDS:
         edit_tensors(copy / shard, change)
     audit = to_jax(str(copy), str(tmp_path / "ours"))
+    assert "numbers are NaN or infinite: model.layers.1." in caplog.text
     assert {record.not_finite for name, record in audit.records.items() if ".layers.1.mlp.exp" in name} == {1}
     assert "NaN or infinite" in audit.render() and " in 0 tensors" not in audit.render()
     to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
@@ -411,7 +412,9 @@ def test_nothing_is_overwritten(source, tmp_path):
 
 def test_another_process_at_the_same_target_is_refused(source, tmp_path):
     (tmp_path / "x.partial").mkdir()
-    journal = transfer.Journal(tmp_path / "x.partial", "mine")
+    with pytest.raises(ValueError, match="x.partial is an unfinished conversion of other files or with other settings"):
+        to_hf(str(source), str(tmp_path / "x"))
+    journal = transfer.Journal(tmp_path / "x.partial", "mine", fresh=True)
     with pytest.raises(ValueError, match="another process is at work in"):
         to_hf(str(source), str(tmp_path / "x"))
     journal.close()

@@ -9,17 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from tiny_run import REPO, STEPS, WORDS, numbers, run, start, train_args
 
 import sample
 from ling_jax.cli import parse_train
 from ling_jax.config import RunConfig
-from ling_jax.convert.load import load_pretrained
-from ling_jax.convert.mapping import hf_names
+from ling_jax.convert.to_hf import to_hf
 from ling_jax.data.sources import read_corpus
 from ling_jax.evaluate import evaluate
-from ling_jax.model.model import split_model
 from ling_jax.train.metrics import read_metrics
 
 KEYS = {
@@ -160,31 +157,12 @@ def test_the_profiler_window_writes_a_trace_also_at_the_runs_end(folder):
     assert any(path.name.endswith(".xplane.pb") and path.stat().st_size > 0 for path in files), files
 
 
-def write_hf_folder(run_dir: Path, target: Path) -> None:
-    """The run's weights as a release would hold them, its tokenizer beside."""
-    model = load_pretrained(run_dir)
-    _, params, bias = split_model(model)
-    tensors = {}
-
-    def add(tree: dict, path: tuple[str, ...] = ()) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                add(value, (*path, key))
-                continue
-            names = hf_names(model.config, (*path, key))
-            for index in np.ndindex(names.shape):
-                tensors[names[index]] = np.ascontiguousarray(value[index])
-
-    add(params)
-    add(bias)
-    shutil.copytree(run_dir / "tokenizer", target)
-    save_file(tensors, target / "model.safetensors")
-    (target / "config.json").write_text(json.dumps(model.config.to_hf()))
-
-
 def test_a_run_starts_from_a_hf_folder_and_sample_reads_it(folder, whole, capsys):
     hf = folder / "hf"
-    write_hf_folder(whole, hf)
+    to_hf(str(whole), str(hf))
+    original = json.loads((hf / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling.Model"}}
+    (hf / "config.json").write_text(json.dumps(original))
+    (hf / "modeling.py").write_text("raise SystemExit")
     texts = []
     for checkpoint in (whole, hf):
         options = ["--prompt", "plain words", "--temperature", "0", "--max-new-tokens", "16"]
@@ -194,6 +172,10 @@ def test_a_run_starts_from_a_hf_folder_and_sample_reads_it(folder, whole, capsys
     run("train.py", *train_args(folder, "warm"), "--init-from", hf)
     new, warm = read_metrics(whole), read_metrics(folder / "runs" / "warm")
     assert abs(warm[0]["train/loss"] - new[-1]["train/loss"]) < 0.3 < new[0]["train/loss"] - warm[0]["train/loss"]
+    to_hf(str(folder / "runs" / "warm"), str(folder / "back"))
+    assert json.loads((folder / "back" / "config.json").read_text()) == original
+    for name in ("tokenizer.json", "generation_config.json", "modeling.py"):
+        assert (folder / "back" / name).read_text() == (hf / name).read_text()
 
 
 def test_init_from_another_architecture_is_one_error_that_lists_what_differs(folder):

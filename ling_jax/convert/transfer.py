@@ -21,7 +21,7 @@ from etils import epath
 
 from ling_jax.convert.mapping import Path, Stack
 from ling_jax.convert.tensorfile import DTYPES, NAMES
-from ling_jax.convert.weights import INDEX, PICKLES, Index
+from ling_jax.convert.weights import INDEX, PICKLES, Index, some
 from ling_jax.train.metrics import CONSOLE
 
 log = logging.getLogger(__name__)
@@ -118,13 +118,14 @@ def count_not_finite(flat: np.ndarray) -> int:
 
 
 class Journal:
-    """Which pieces are on the disk for good, so that an interrupted conversion goes on. One process at a time.
+    """Which pieces are on the disk for good, so that an interrupted conversion goes on. One process at a time. `fresh`:
+    the folder was made just now.
 
     Raises:
       ValueError: if another process is at it, or it tells of another conversion than `fingerprint`.
     """
 
-    def __init__(self, folder: pathlib.Path, fingerprint: Any):
+    def __init__(self, folder: pathlib.Path, fingerprint: Any, fresh: bool):
         self.records: dict[str, Record] = {}
         self._done: set[str] = set()
         self._file = (folder / JOURNAL).open("a+")
@@ -137,9 +138,9 @@ class Journal:
         lines = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last one
         self._file.truncate(len(text[: text.rfind("\n") + 1].encode()))
         header = json.dumps(fingerprint)
-        if not lines:
+        if fresh:
             self._write(header)
-        elif lines[0] != header:
+        elif lines[:1] != [header]:
             raise ValueError(
                 f"{folder} is an unfinished conversion of other files or with other settings: remove it, or run the "
                 "command that began it"
@@ -195,12 +196,13 @@ class Work:
         self._check_space(sum(self._sizes.values()))
 
     def __enter__(self) -> "Work":
-        if not self.folder.exists():
+        fresh = not self.folder.exists()
+        if fresh:
             try:
                 self._prepare(self.folder)
             except (OSError, ValueError) as error:
                 raise self._failed(error) from error
-        self._journal = Journal(self.folder, self._fingerprint)
+        self._journal = Journal(self.folder, self._fingerprint, fresh)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -239,11 +241,13 @@ class Work:
 
     def finish(self, audit: str) -> None:
         """All is copied: the target appears."""
+        if bad := {name: record.not_finite for name, record in self.records.items() if record.not_finite}:
+            log.warning("%d numbers are NaN or infinite: %s", sum(bad.values()), some(list(bad)))
         (self.folder / AUDIT_FILE).write_text(audit + "\n")
-        (self.folder / JOURNAL).unlink()
         _sync(self.folder)
         self.folder.rename(self._place)
-        _sync(self._place.parent)
+        _sync(self._place.parent, inside=False)
+        (self._place / JOURNAL).unlink()  # only now: without it nobody could tell what an unfinished folder is
 
     def _check_space(self, size: int) -> None:
         have = sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*")) if self.folder.exists() else 0
@@ -254,9 +258,9 @@ class Work:
             raise ValueError(f"{sizes}: make room")
 
 
-def _sync(folder: pathlib.Path) -> None:
-    """What is named in a folder is on the disk."""
-    for path in [folder, *folder.iterdir()]:
+def _sync(folder: pathlib.Path, inside: bool = True) -> None:
+    """Returns when a folder, and what is inside, is on the disk."""
+    for path in [folder, *(folder.rglob("*") if inside else ())]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -291,7 +295,7 @@ def carry(folders: Iterable[Any], target: pathlib.Path | epath.Path) -> list[str
                 found[file.name] = file
     target.mkdir(parents=True, exist_ok=True)
     for name, file in found.items():
-        (target / name).write_bytes(file.read_bytes())
+        epath.Path(file).copy(epath.Path(target / name), overwrite=True)
     return sorted(found)
 
 
