@@ -73,9 +73,11 @@ class Verify:
     """A: any folder of weights."""
     target: str
     """B: another one; its tensors must be A's, or A's cast to its dtypes."""
+    logits: bool = True
+    """Run both models on fixed prompts too, if they fit in memory."""
 
     def run(self) -> int:
-        found = verify(self.source, self.target)
+        found = verify(self.source, self.target, self.logits)
         print(found.render())
         return 0 if found.good else 1
 

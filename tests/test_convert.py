@@ -127,7 +127,7 @@ def test_a_golden_case_comes_back_byte_for_byte(case, tmp_path):
     to_hf(str(tmp_path / "ours"), str(tmp_path / "back"), max_shard_size="300KB")
     assert (tmp_path / "back" / INDEX).exists()
     assert_same_folder(case, tmp_path / "back")
-    assert verify(str(case), str(tmp_path / "back")).good
+    assert verify(str(case), str(tmp_path / "back"), logits=False).good
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.experts.3.up_proj.weight", "model.layers.1.mlp.gate.weight"])
@@ -142,7 +142,7 @@ def test_a_change_of_one_tensor_of_ours_changes_that_tensor_of_hf_alone(source, 
     to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
     before, after = tensors_of(source), tensors_of(tmp_path / "back")
     assert [n for n in before if before[n] != after[n]] == [name]
-    found = verify(str(source), str(tmp_path / "back"))
+    found = verify(str(source), str(tmp_path / "back"), logits=False)
     assert list(found.different) == [name] and found.different[name].count == 1 and not found.good
     assert name in found.render() and "NOT the same weights" in found.render()
 
@@ -163,7 +163,7 @@ def test_to_jax_casts_all_but_the_expert_bias(source, tmp_path, dtype):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(shapes["bias"])} == {"float32"}
     casts = {record.cast for name, record in audit.records.items() if not name.endswith("expert_bias")}
     assert casts == ({None} if dtype == "float32" else {"F32 -> BF16"})
-    found = verify(str(source), str(tmp_path / "ours"))
+    found = verify(str(source), str(tmp_path / "ours"), logits=False)
     assert found.good and set(found.cast) == (set() if dtype == "float32" else {"F32 -> BF16"})
 
 
@@ -179,7 +179,7 @@ def test_a_hf_folder_becomes_one_of_another_format(source, tmp_path, form):
     fp8 = {name for name, dtype in dtypes.items() if dtype == "F8_E4M3"}
     assert fp8 == {name.removesuffix("_scale_inv") for name in dtypes if name.endswith("_scale_inv")}
     assert bool(fp8) == (form == "fp8") and not any("gate.weight" in n or "eh_proj" in n or "norm" in n for n in fp8)
-    assert verify(str(source), str(tmp_path / "new")).good
+    assert verify(str(source), str(tmp_path / "new"), logits=False).good
 
 
 def test_tensors_of_one_array_may_have_several_dtypes(copy, tmp_path, caplog):
@@ -459,10 +459,10 @@ def test_a_conversion_killed_twice_goes_on_and_ends_with_every_byte(source, tmp_
     before = seen
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert before > 20 and os.listdir(tmp_path) == ["target"]
+    assert before >= 20 and os.listdir(tmp_path) == ["target"]
     audit = json.loads((target / transfer.AUDIT_FILE).read_text())
     assert audit["missing"] == audit["unused"] == [] and len(audit["tensors"]) == len(tensors_of(source))
-    assert verify(str(source), str(target)).good
+    assert verify(str(source), str(target), logits=False).good
     to_hf(str(target), str(tmp_path / "back"))
     assert_same_folder(source, tmp_path / "back")
 

@@ -299,7 +299,8 @@ def test_the_best_bound_that_fits_is_suggested(monkeypatch):
     monkeypatch.setattr(suggest, "trace_step", trace_once)
     monkeypatch.setattr(suggest, "POLICIES", ("full",))
     monkeypatch.setattr(suggest, "BUFFERS", (2.0,))
-    config = run_config(mesh={"fsdp": 4}, global_batch_size=8)
+    model = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    config = run_config(model, mesh={"fsdp": 4}, global_batch_size=8)
     found = suggest.suggest(config, "v5p:2x2x1", 1)
     meshes = {(c.config.mesh.fsdp, c.config.mesh.expert) for c in found.candidates}
     assert meshes == {(4, 1), (2, 2), (1, 4)}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 from test_resume import latest_step, lines_of
-from tiny_run import run, start, train_args, write_text
+from tiny_run import DENSE, SPARSE, run, start, train_args, write_text
 
 from ling_jax.parallel.processes import EXPLICIT, START_SECONDS, Cluster, _device_ids, find_cluster
 from ling_jax.train.metrics import read_metrics
@@ -68,9 +68,6 @@ def assert_goes_on_alike(a: Path, b: Path, step: int, steps: int) -> None:
 
 
 MESH_OF_TWO = dict(mesh__fsdp=2, mesh__expert=2)
-# One layer: most of these tests' time is the compiler's.
-DENSE = dict(model__num_hidden_layers=1, model__first_k_dense_replace=1)
-SPARSE = dict(model__num_hidden_layers=1, model__first_k_dense_replace=0)
 
 
 @pytest.mark.slow

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import pytest
 from test_checkpoint import mount_prefix
-from tiny_run import REPO, STEPS, numbers, run, start, train_args
+from tiny_run import REPO, SPARSE, STEPS, numbers, run, start, train_args
 
 from ling_jax.checkpoint import read_arrays, read_meta
 from ling_jax.train.metrics import read_metrics
 
-OFTEN = dict(train__eval_every=3, checkpoint__every=4)  # most moments are in or near a save or a validation
+OFTEN = dict(**SPARSE, train__eval_every=3, checkpoint__every=4)  # most moments are in or near a save or a validation
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
@@ -132,7 +132,7 @@ def test_a_full_disk_ends_a_run_with_one_error_and_its_last_checkpoint_intact(tm
 
 
 def test_a_run_that_diverges_ends_with_one_error_and_keeps_its_last_good_checkpoints(tmp_path):
-    often = dict(checkpoint__every=1, train__eval_every=0)
+    often = dict(**SPARSE, checkpoint__every=1, train__eval_every=0)
     run("train.py", *train_args(tmp_path, "run", **often, train__steps=4))
     good = tmp_path / "runs" / "run" / "checkpoints" / "4"
     before = read_arrays(good)

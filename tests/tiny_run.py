@@ -19,6 +19,9 @@ SIZES = {
     "schedule.peak-lr": 0.005, "schedule.warmup-steps": 5, "schedule.decay-fraction": 0,
     "train.steps": STEPS, "train.eval-every": 20, "checkpoint.every": 20,
 }  # fmt: skip
+# One layer, where the model is not the subject: most of a tiny run's time is the compiler's.
+DENSE = dict(model__num_hidden_layers=1, model__first_k_dense_replace=1)
+SPARSE = dict(model__num_hidden_layers=1, model__first_k_dense_replace=0)
 # What two runs of the same numbers may differ in.
 CLOCK_KEYS = {"train/tokens_per_second", "train/mfu", "train/data_wait_s", "mem/peak_bytes"}
 
