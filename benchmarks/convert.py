@@ -1,7 +1,8 @@
-"""Converting a synthetic checkpoint of Ling-mini's shapes both ways, against a bare loop that writes the same arrays
-through the same store, and `cp`: python -m benchmarks.convert [--layers 6] [--folder DIR]; JSON on the last line.
+"""Converting a synthetic checkpoint of Ling-mini's shapes both ways, against a bare loop that reads the same arrays and
+writes them through the same store, and `cp`: python -m benchmarks.convert [--layers 6]; JSON on the last line.
 
-Memory is anonymous memory (RssAnon of /proc/self/status), beyond what the process had after its imports.
+Before each part what it reads is read once, and what was written before is on the disk, so all start alike. Memory is
+anonymous memory (RssAnon of /proc/self/status), beyond what the process had after its imports.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ from ling_jax.convert.mapping import layout
 from ling_jax.convert.tensorfile import DTYPES, TensorFile, TensorFileWriter
 from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.to_jax import to_jax
-from ling_jax.convert.transfer import PIECE_BYTES, pieces
-from ling_jax.convert.weights import INDEX, StoredWeights
+from ling_jax.convert.transfer import pieces, tensors_in
+from ling_jax.convert.weights import INDEX, HFFolder, StoredWeights
 
 SHARDS = 12
 SAMPLE_SECONDS = 0.005
@@ -92,14 +93,14 @@ def make_source(folder: Path, layers: int) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def bare_arrays(made: str, target: Path) -> Callable[[], None]:
-    """Writes arrays of the shapes of the checkpoint `made`, from memory, through the same store in the same pieces."""
-    weights = StoredWeights(made)
+def bare_arrays(source: str, made: str, target: Path) -> Callable[[], None]:
+    """Reads the arrays of the HF folder `source` and writes them through the same store, in the pieces of the
+    checkpoint `made`: no checks, no checksums, no journal, one thread."""
+    weights, sizes = HFFolder(Path(source)), StoredWeights(made)
     arrays = {
-        path: NewArray(stack.full_shape, weights.dtype(path), weights.chunk(path))
+        path: NewArray(stack.full_shape, weights.dtype(path), sizes.chunk(path))
         for path, stack in weights.stacks.items()
     }
-    noise = np.random.default_rng(0).integers(0, 255, 2 * PIECE_BYTES, np.uint8)
 
     def work() -> None:
         make_checkpoint(epath.Path(target), arrays, {})
@@ -107,24 +108,30 @@ def bare_arrays(made: str, target: Path) -> Callable[[], None]:
             array = open_array(epath.Path(target), path)
             for piece in pieces(path, weights.stacks[path], new.chunk, new.dtype.itemsize, 128):
                 for part in piece.parts:
-                    shape = tuple(s.stop - s.start for s in part)
-                    count = int(np.prod(shape))
-                    array[part].write(noise.view(new.dtype)[:count].reshape(shape)).result()
+                    array[part].write(weights.read(path, part)).result()
 
     return work
 
 
-def bare_files(made: str, target: Path) -> Callable[[], None]:
-    """Writes files with the tensors of the HF folder `made`, from memory, through the same writer."""
-    noise = np.random.default_rng(0).integers(0, 255, 1 << 30, np.uint8)
+def bare_files(source: str, made: str, target: Path) -> Callable[[], None]:
+    """Reads the arrays of the checkpoint `source` and writes their tensors to files like those of the HF folder `made`,
+    through the same writer: no checks, no checksums, no journal, one thread."""
+    weights = StoredWeights(source)
 
     def work() -> None:
         target.mkdir()
+        writers: dict[str, TensorFileWriter] = {}
         for file in sorted(Path(made).glob("*.safetensors")):
             tensors = TensorFile(file).tensors
-            writer = TensorFileWriter(target / file.name, {n: (t.dtype, t.shape) for n, t in tensors.items()}, {})
-            for name, tensor in tensors.items():
-                writer.write(name, 0, noise[: tensor.nbytes])
+            entries = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+            writers |= dict.fromkeys(tensors, TensorFileWriter(target / file.name, entries, {}))
+        for path, stack in weights.stacks.items():
+            for piece in pieces(path, stack, weights.chunk(path), weights.dtype(path).itemsize, 128):
+                for part in piece.parts:
+                    row = part[stack.names.ndim].start
+                    for name, rows in tensors_in(stack, part, weights.read(path, part)):
+                        writers[name].write(name, row * (rows.nbytes // len(rows)), rows)
+        for writer in set(writers.values()):
             writer.close()
 
     return work
@@ -142,10 +149,10 @@ def steps(folder: Path) -> dict[str, Callable[[], None]]:
     source, ours, back = folder / "source", folder / "ours", folder / "back"
     return {
         "to_jax": lambda: None if to_jax(str(source), str(ours)) else None,
-        "bare_arrays": lambda: bare_arrays(str(ours), folder / "bare_arrays")(),
+        "bare_arrays": lambda: bare_arrays(str(source), str(ours), folder / "bare_arrays")(),
         "cp_source": copied(source, folder / "cp_source"),
         "to_hf": lambda: None if to_hf(str(ours), str(back)) else None,
-        "bare_files": lambda: bare_files(str(back), folder / "bare_files")(),
+        "bare_files": lambda: bare_files(str(ours), str(back), folder / "bare_files")(),
         "cp_ours": copied(ours, folder / "cp_ours"),
     }
 
@@ -164,6 +171,8 @@ def main(argv: Sequence[str]) -> None:
         size = sum(file.stat().st_size for file in (folder / "source").glob("*.safetensors"))
         result: dict[str, Any] = {"benchmark": "convert", "bytes": size}
         for name in steps(folder):
+            reads = folder / ("source" if name in ("to_jax", "bare_arrays", "cp_source") else "ours")
+            subprocess.run(f"sync; find {reads} -type f | xargs cat > /dev/null", shell=True, check=True)
             again = [sys.executable, "-m", "benchmarks.convert", "--folder", folder, "--step", name]
             done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)
             result[name] = json.loads(done.stdout.splitlines()[-1])
