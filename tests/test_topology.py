@@ -163,7 +163,7 @@ def test_for_cuda_attention_is_xlas_and_grouped_products_are_ragged_dots():
     assert text.count("ragged_dot") >= 3 and "tpu_custom_call" not in text
 
 
-def test_the_train_step_lowers_for_cuda():
-    trainer = make_trainer(run_config(MeshConfig()), jax.devices()[:1])
+def test_the_train_step_lowers_for_cuda_with_its_ragged_products_and_exchanges():
+    trainer = make_trainer(run_config(MeshConfig(fsdp=2, expert=4)), jax.devices())
     text = make_train_step(trainer).trace(*step_arguments(trainer)).lower(lowering_platforms=("cuda",)).as_text()
-    assert "ragged_dot" in text and "tpu_custom_call" not in text
+    assert "ragged_dot" in text and "ragged_all_to_all" in text and "tpu_custom_call" not in text
