@@ -9,7 +9,8 @@ import tyro
 from ling_jax.cli import run_main
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import generation_config_of, tokenizer_of
-from ling_jax.generate.sampler import Sampling, stream
+from ling_jax.generate.engine import stream
+from ling_jax.generate.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from flax import nnx
 from benchmarks.common import report
 from ling_jax.cli import named_config, run_main
 from ling_jax.config import count_params
-from ling_jax.generate.sampler import generate
+from ling_jax.generate.engine import generate
 from ling_jax.model.model import Ling
 
 

@@ -2,7 +2,7 @@
 
 from ling_jax.config import Counts, ModelConfig, RunConfig, count_params
 from ling_jax.convert.load import load_pretrained
-from ling_jax.generate.sampler import generate
+from ling_jax.generate.engine import generate
 from ling_jax.model.model import Ling, Output
 from ling_jax.train.loss import token_logprobs
 

@@ -24,7 +24,7 @@ from ling_jax.data.baselines import baselines
 from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import read_corpus
 from ling_jax.data.tokenizer import Tokenizer
-from ling_jax.generate.sampler import generate
+from ling_jax.generate.engine import generate
 from ling_jax.model.model import split_model
 from ling_jax.parallel.mesh import rows_here
 from ling_jax.parallel.processes import barrier, check_same, lead_first

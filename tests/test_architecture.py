@@ -156,7 +156,7 @@ def test_files_and_functions_stay_short():
         (wrong_imports, "checkpoint.py", "from ling_jax import cli"),
         (wrong_imports, "config.py", "import ling_jax"),
         (wrong_imports, "data/packing.py", "from ling_jax.model import model"),
-        (wrong_imports, "generate/sampler.py", "from ling_jax.train import step"),
+        (wrong_imports, "generate/engine.py", "from ling_jax.train import step"),
         (wrong_imports, "attic/old.py", ""),
         (jax_imports, "data/packing.py", "import jax.numpy as jnp"),
         (jax_imports, "config.py", "def f():\n    from jax import Array"),

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ling_jax.config import MeshConfig
 from ling_jax.kernels.attention import attention
-from ling_jax.parallel.context import context_attention, local_slots, shift_left, zigzag_order
+from ling_jax.parallel.context import context_attention, shift_left, zigzag_order
 from ling_jax.parallel.mesh import make_mesh, manual
 from tests.helpers import assert_close, assert_gradient_close, jit, output_and_gradients
 
@@ -101,12 +101,6 @@ def test_every_shard_holds_an_early_and_a_late_piece(shards):
 def test_a_row_that_does_not_divide_is_an_error_with_both_numbers():
     with pytest.raises(ValueError, match=r"30 tokens .* 2 \* mesh.context = 8"):
         zigzag_order(30, 4)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_slots_are_the_natural_places(ranks):
-    got = sharded(lambda x: jnp.broadcast_to(local_slots(x.shape[1]), x.shape), ranks)(jnp.zeros((2, T), jnp.int32))
-    np.testing.assert_array_equal(got, np.broadcast_to(np.arange(T), (2, T)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -1,20 +1,21 @@
-"""Decoding with a cache is the whole model, one token at a time; sampling draws from the right distribution.
+"""Decoding with a cache is the whole model, one token at a time, whatever else is being decoded.
 
 Legend: B rows, T tokens, V vocabulary, S cache slots.
 """
 
 import dataclasses
+import random
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from ling_jax import generate
-from ling_jax.generate.cache import empty_cache
-from ling_jax.generate.sampler import Sampling, sample_token, stream
+from ling_jax import generate, token_logprobs
+from ling_jax.generate.cache import cache_bytes, empty_cache
+from ling_jax.generate.engine import Answer, Engine, Request, stream
+from ling_jax.generate.sampling import Sampling
 from ling_jax.model.model import split_model
 from tests.helpers import Oracle, assert_close, documents, jit, make_model, pack, probe, small, tiny
 
@@ -75,16 +76,15 @@ def test_cached_steps_give_the_logits_of_full_recomputation(weights, prefilled, 
         logits, cache = extend(*weights, cache, tokens, np.ones((3, 1), np.int32))
         for row, prompt in enumerate(PROMPTS):
             assert_close(logits[row, 0], recomputed[row][len(prompt) + step])
-    np.testing.assert_array_equal(cache.tokens_B, [9, 5, 7])
-    assert int(cache.used) == 9
+    np.testing.assert_array_equal(cache.length_B, [9, 5, 7])
 
 
 def test_tokens_taken_back_leave_no_trace(weights, prefilled, recomputed):
-    """As when a draft is rejected: the count of slots and tokens is lowered, then other tokens follow."""
+    """As when a draft is rejected: the rows' lengths are lowered, then other tokens follow."""
     cache = prefilled[1]
     for token in (11, 12):
         _, cache = extend(*weights, cache, np.full((3, 1), token, np.int32), np.ones((3, 1), np.int32))
-    cache = dataclasses.replace(cache, used=cache.used - 2, tokens_B=cache.tokens_B - 2)
+    cache = dataclasses.replace(cache, length_B=cache.length_B - 2)
     for step in range(2):
         tokens = np.array([[new[step]] for new in NEW], np.int32)
         logits, cache = extend(*weights, cache, tokens, np.ones((3, 1), np.int32))
@@ -95,7 +95,7 @@ def test_tokens_taken_back_leave_no_trace(weights, prefilled, recomputed):
 # Whole generations. A small model, since each kind of sampling is compiled by itself.
 
 
-SMALL = small(num_hidden_layers=1, max_position_embeddings=24)
+SMALL = small(num_hidden_layers=1, first_k_dense_replace=0, max_position_embeddings=24)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +160,8 @@ def test_a_stream_stops_once_every_row_has_ended(model, greedy):
     [
         ([], 4, {}, "an empty prompt"),
         ([[1], []], 4, {}, "an empty prompt"),
-        ([[1], [2, 61]], 4, {}, "prompt 1 holds token id 61, outside the vocabulary of 61"),
-        ([[-1]], 4, {}, "prompt 0 holds token id -1, outside the vocabulary of 61"),
+        ([[1], [2, 61]], 4, {}, "prompt 1: the prompt holds token id 61, outside the vocabulary of 61"),
+        ([[-1]], 4, {}, "prompt 0: the prompt holds token id -1, outside the vocabulary of 61"),
         ([[1] * 20], 5, {}, "a prompt of 20 tokens and max_new_tokens = 5 exceed the model's 24 positions"),
         ([[1]], 0, {}, "max_new_tokens = 0 must be at least 1"),
         ([[1]], 4, {"temperature": 1.0, "top_p": 0.0}, "top_p = 0.0 must be above 0 and at most 1"),
@@ -182,65 +182,158 @@ def test_the_last_position_can_be_used(model):
     assert len(generate(model, [[1] * 20], 4)[0]) == 4
 
 
-# One draw.
+# Continuous batching.
 
-LOGITS = np.array([0.5, 2.0, -1.0, 1.0, 1.5, -0.5, 0.0, -3.0], np.float32)
-DRAWS = 20_000
-draw = partial(jit, static_argnums=2)(sample_token)
+MODEL_LENGTH = 24
 
 
-def drawn(logits=LOGITS, seed=0, **sampling) -> np.ndarray:
-    """[V] share of each token in many draws."""
-    rows = np.broadcast_to(logits, (DRAWS, logits.size))
-    return np.bincount(draw(rows, jax.random.key(seed), Sampling(**sampling)), minlength=logits.size) / DRAWS
+@pytest.fixture(scope="module")
+def requests():
+    """Prompts of 1 to 14 tokens and answers of 1 to 8; some share a beginning, two are one prompt."""
+    draw = random.Random(0)
+    base = [draw.randrange(59) for _ in range(14)]
+    prompts = [base[:9], base[:5] + [7, 7], [3], base[:9], [draw.randrange(59) for _ in range(6)], base, base[:1]]
+    return [Request(prompt=prompt, max_new_tokens=1 + 3 * i % 8) for i, prompt in enumerate(prompts)]
 
 
-def softmax(logits):
-    p = np.exp(np.asarray(logits, np.float64) - np.max(logits))
-    return p / p.sum()
+@pytest.fixture(scope="module")
+def alone(model, requests):
+    """The greedy answers from the logits of full recomputation."""
+    oracle = Oracle(SMALL, *split_model(model)[1:])
+    answers = []
+    for request in requests:
+        tokens = list(request.prompt)
+        for _ in range(request.max_new_tokens):
+            tokens.append(int(oracle.logits(oracle.hidden(tokens))[-1].argmax()))
+        answers.append(tokens[len(request.prompt) :])
+    return answers
 
 
-def assert_distribution(shares: np.ndarray, want: np.ndarray):
-    """Nothing where nothing may be, and a chi-square within its 1e-6 tail for up to 7 degrees of freedom."""
-    assert not shares[want == 0].any()
-    chi2 = (DRAWS * (shares - want)[want > 0] ** 2 / want[want > 0]).sum()
-    assert chi2 < 42, f"chi-square {chi2}: drew {shares.round(4)}, expected {want.round(4)}"
+@pytest.fixture(scope="module")
+def engine(model):
+    """Two rows, prompts in chunks of four."""
+    return Engine(model, rows=2, slots=MODEL_LENGTH, chunk=4, routing=True)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_temperature_divides_the_logits(temperature):
-    assert_distribution(drawn(temperature=temperature), softmax(LOGITS / temperature))
+def run_all(engine: Engine, requests: list[Request], steps: int = 3) -> list[Answer]:
+    found = dict(engine.run(requests, steps))
+    assert sorted(found) == list(range(len(requests))) and not engine.busy
+    return [found[i] for i in range(len(requests))]
 
 
-def test_temperature_0_takes_the_best():
-    assert drawn(temperature=0.0)[1] == 1
+def test_rows_that_end_are_replaced_and_every_request_gets_its_own_answer(engine, requests, alone):
+    """With prompts in chunks, and beginnings taken over from other rows."""
+    answers = run_all(engine, requests)
+    assert [answer.ids for answer in answers] == alone
+    assert {answer.end for answer in answers} == {"length"}
 
 
-def test_top_k_keeps_the_k_best():
-    kept = np.where(np.isin(np.arange(8), [1, 4, 3]), LOGITS, -np.inf)
-    assert_distribution(drawn(temperature=1.0, top_k=3), softmax(kept))
-    assert drawn(temperature=5.0, top_k=1)[1] == 1
-    assert_distribution(drawn(temperature=1.0, top_k=100), softmax(LOGITS))
+def test_a_shared_beginning_is_run_once(model, monkeypatch):
+    """Four samples of a prompt of 9 tokens: the first runs all of it, the others only its last token."""
+    counts = []
+    engine = Engine(model, rows=4, slots=MODEL_LENGTH, chunk=16)
+
+    def put(waiting, row, source, shared, original=engine._put):
+        counts.append(shared)
+        original(waiting, row, source, shared)
+
+    monkeypatch.setattr(engine, "_put", put)
+    hot = Sampling(temperature=HOT)
+    prompt = [*PROMPTS[0], 1, 2, 3, 4]
+    answers = run_all(engine, [Request(prompt=prompt, max_new_tokens=6, sampling=hot, seed=s) for s in range(4)])
+    assert counts == [0, 8, 8, 8]
+    assert len({tuple(answer.ids) for answer in answers}) == 4
 
 
-@pytest.mark.parametrize("slack", [-1e-3, 1e-3])
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_top_p_keeps_the_fewest_tokens_that_hold_that_much(count, slack):
-    """A little less than what the best `count` tokens hold keeps them, a little more takes in the next."""
-    order = np.argsort(-LOGITS)
-    top_p = softmax(LOGITS)[order[:count]].sum() + slack
-    size = count + (slack > 0)
-    kept = np.where(np.isin(np.arange(8), order[:size]), LOGITS, -np.inf)
-    assert_distribution(drawn(temperature=1.0, top_p=float(top_p)), softmax(kept))
+def test_the_same_seed_gives_the_same_answer_whatever_runs_beside_it(model, engine):
+    hot = Request(prompt=PROMPTS[0], max_new_tokens=6, sampling=Sampling(temperature=HOT, top_p=0.9), seed=7)
+    others = [Request(prompt=[i], max_new_tokens=2 + i, sampling=Sampling(temperature=1.0), seed=i) for i in range(4)]
+    beside = run_all(engine, [*others, hot])[-1].ids
+    assert beside == run_all(engine, [hot])[0].ids
+    assert beside == generate(model, [PROMPTS[0]], 6, temperature=HOT, top_p=0.9, seed=7)[0]
 
 
-def test_top_p_is_taken_after_temperature_and_top_k():
-    """Of the three best at half the temperature, two hold 0.9."""
-    three = softmax(2 * LOGITS[[1, 4, 3]])
-    assert three[0] < 0.7 < three[:2].sum()
-    kept = np.where(np.isin(np.arange(8), [1, 4]), 2 * LOGITS, -np.inf)
-    assert_distribution(drawn(temperature=0.5, top_k=3, top_p=0.7), softmax(kept))
+def test_a_withdrawn_request_goes_on_where_it_was(engine, requests, alone):
+    """As when a rollout is cut off and finished later, in another row, with other requests between."""
+    i = max(range(len(requests)), key=lambda i: requests[i].max_new_tokens)
+    ticket = engine.submit(requests[i])
+    engine.step(3)
+    half = engine.withdraw(ticket)
+    assert half.end is None and half.ids == alone[i][: len(half.ids)] and 0 < len(half.ids) < len(alone[i])
+    run_all(engine, requests[:3])
+    engine.submit(requests[i], half)
+    while engine.busy:
+        [update] = engine.step(2)
+    assert update.answer.ids == alone[i] and len(update.answer.logprobs) == len(alone[i])
+    waiting = engine.submit(requests[0])
+    assert engine.withdraw(waiting).ids == [] and not engine.busy
+    with pytest.raises(KeyError, match="no request has ticket"):
+        engine.withdraw(waiting)
 
 
-def test_the_tiniest_top_p_takes_the_best():
-    assert drawn(temperature=1.0, top_p=1e-9)[1] == 1
+def test_the_experts_and_log_probabilities_returned_are_the_models(model, engine):
+    """`token_logprobs` to 1e-4, and replaying the routing gives the same logits."""
+    request = Request(prompt=PROMPTS[0], max_new_tokens=8, sampling=Sampling(temperature=2.0, top_k=5), seed=1)
+    [answer] = run_all(engine, [request])
+    tokens = np.array([[*PROMPTS[0], *answer.ids]], np.int32)
+    logits = np.asarray(model(tokens).logits_BTV, np.float64)[0, len(PROMPTS[0]) - 1 : -1]
+    model_logp = np.log(softmax_rows(logits))
+    np.testing.assert_allclose(answer.model_logprobs, model_logp[np.arange(8), answer.ids], atol=1e-4)
+    want = token_logprobs(model, tokens)[0, len(PROMPTS[0]) - 1 :]
+    np.testing.assert_allclose(answer.model_logprobs, want, atol=1e-4)
+    kept = np.where(logits >= np.sort(logits, axis=-1)[:, -5:-4], logits / 2, -np.inf)
+    np.testing.assert_allclose(answer.logprobs, np.log(softmax_rows(kept))[np.arange(8), answer.ids], atol=1e-4)
+    routing = model(tokens[:, :-1]).routing
+    np.testing.assert_array_equal(answer.routing, routing.ids[:, 0].transpose(1, 0, 2))
+
+
+def softmax_rows(logits):
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def test_a_thousand_random_requests_are_neither_lost_nor_swapped(model, engine):
+    """Greedy ones, whose answers are those of the same request alone; of the others length and end must be right."""
+    draw = random.Random(1)
+    prompts = [[draw.randrange(59) for _ in range(draw.randint(1, 12))] for _ in range(12)]
+    want = generate(model, prompts, 8)
+    requests, kinds = [], []
+    for _ in range(1000):
+        which, new = draw.randrange(12), draw.randint(1, 8)
+        hot = draw.random() < 0.5
+        stops = [draw.choice(want[which])] if draw.random() < 0.3 else []
+        sampling = Sampling(temperature=draw.uniform(0.1, 9), top_p=draw.uniform(0.1, 1), top_k=draw.randrange(9))
+        options = dict(sampling=sampling, seed=draw.randrange(2**32)) if hot else {}
+        requests.append(Request(prompt=prompts[which], max_new_tokens=new, stop_ids=stops, **options))
+        kinds.append((which, hot))
+    assert len({answer.end for answer in run_all(engine, requests[:20], 8)}) == 2
+    for request, answer, (which, hot) in zip(requests, run_all(engine, requests, 8), kinds, strict=True):
+        assert len(answer.ids) == len(answer.logprobs) <= request.max_new_tokens
+        stopped = bool(request.stop_ids) and answer.ids[-1] in request.stop_ids
+        assert answer.end == ("stop" if stopped else "length")
+        assert stopped or len(answer.ids) == request.max_new_tokens
+        assert not set(request.stop_ids) & set(answer.ids[:-1])
+        if not hot:
+            assert answer.ids == want[which][: len(answer.ids)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 20}, "exceed the cache's 16 slots a row"),
+        ({"stop_ids": [1, 2, 3]}, "3 stop_ids are more than the 2"),
+        ({"sampling": Sampling(logit_bias={61: 1.0})}, "logit_bias holds token id 61, outside the vocabulary of 61"),
+    ],
+)
+def test_what_cannot_run_is_refused_when_it_is_submitted(model, change, message):
+    engine = Engine(model, rows=1, slots=16, stops=2)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(dataclasses.replace(Request(prompt=[1], max_new_tokens=2), **change))
+    assert not engine.busy
+
+
+def test_a_cache_takes_what_its_formula_says():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        cache = empty_cache(tiny(), batch=3, slots=12, dtype=dtype)
+        arrays = [a for one in cache.kinds.values() for a in (one.k_LBSGC, one.v_LBSGC)]
+        assert sum(a.nbytes for a in arrays) == cache_bytes(tiny(), 3, 12, dtype)

@@ -2,12 +2,13 @@
 
 Legend: L layers of a kind, B rows, S slots, T new tokens, G kv heads, C head_dim.
 
-Slots are filled left to right, the same for every row; a shorter prompt is padded on the left with
-segment 0, which no token attends to. Lowering `used` (and `tokens_B`) takes tokens back.
+A token's slot is its position in its row, so rows of any lengths lie side by side, and a row's first `length_B` slots
+are all there is of it: lowering a length takes tokens back, and copying slots gives a row another's beginning.
 """
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -24,13 +25,15 @@ class LayerCache:
     k_LBSGC: jax.Array
     v_LBSGC: jax.Array
     layer: jax.Array  # int32 []
-    used: jax.Array  # int32 [] slots filled once this call's tokens are in
 
-    def append(self, k_BTGC: jax.Array, v_BTGC: jax.Array) -> tuple[jax.Array, jax.Array, "LayerCache"]:
-        """Writes T new slots; returns this layer's [B, S, G, C] keys and values and the new cache."""
-        at = (self.layer, 0, self.used - k_BTGC.shape[1], 0, 0)
-        k = jax.lax.dynamic_update_slice(self.k_LBSGC, k_BTGC[None].astype(self.k_LBSGC.dtype), at)
-        v = jax.lax.dynamic_update_slice(self.v_LBSGC, v_BTGC[None].astype(self.v_LBSGC.dtype), at)
+    def append(
+        self, k_BTGC: jax.Array, v_BTGC: jax.Array, slots_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, "LayerCache"]:
+        """Writes T tokens, those with a slot in the cache; returns this layer's [B, S, G, C] keys and values and the
+        new cache."""
+        at = (self.layer, jnp.arange(slots_BT.shape[0])[:, None], slots_BT)
+        k = self.k_LBSGC.at[at].set(k_BTGC.astype(self.k_LBSGC.dtype), mode="drop")
+        v = self.v_LBSGC.at[at].set(v_BTGC.astype(self.v_LBSGC.dtype), mode="drop")
         mine = (jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for a in (k, v))
         return *mine, dataclasses.replace(self, k_LBSGC=k, v_LBSGC=v)
 
@@ -41,47 +44,59 @@ class Cache:
     """All layers' caches, by kind of layer."""
 
     kinds: dict[str, LayerCache]
-    segment_ids_BS: jax.Array  # int32; 0 for padding and for slots not yet filled
-    tokens_B: jax.Array  # int32 real tokens of each row so far: the next RoPE position
-    used: jax.Array  # int32 [] slots filled
+    length_B: jax.Array  # int32 tokens of each row; the next one's slot and RoPE position
 
     @property
-    def kv_slots_BS(self) -> jax.Array:
-        return jnp.broadcast_to(jnp.arange(self.segment_ids_BS.shape[1]), self.segment_ids_BS.shape)
+    def slots(self) -> int:
+        return next(iter(self.kinds.values())).k_LBSGC.shape[2]
 
-    def extend(self, segment_ids_BT: jax.Array) -> "Cache":
-        """Makes room for T tokens; their keys and values follow layer by layer."""
-        at = (0, self.used)
-        return dataclasses.replace(
-            self,
-            segment_ids_BS=jax.lax.dynamic_update_slice(self.segment_ids_BS, segment_ids_BT, at),
-            tokens_B=self.tokens_B + (segment_ids_BT > 0).sum(1, dtype=jnp.int32),
-            used=self.used + segment_ids_BT.shape[1],
-        )
+    def positions(self, valid_BT: jax.Array) -> jax.Array:
+        """[B, T]: slots of the next tokens, of which those not `valid` are padding and take none."""
+        return jnp.maximum(self.length_B[:, None] + jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1, 0)
 
-    def q_slots(self, segment_ids_BT: jax.Array) -> jax.Array:
-        """[B, T]: the slots of the tokens that `extend` was just called for."""
-        count = segment_ids_BT.shape[1]
-        return jnp.broadcast_to(self.used - count + jnp.arange(count), segment_ids_BT.shape)
-
-    def positions(self, segment_ids_BT: jax.Array) -> jax.Array:
-        """[B, T]: RoPE positions of those tokens, counted over real tokens only."""
-        real_BT = (segment_ids_BT > 0).astype(jnp.int32)
-        before_B = self.tokens_B - real_BT.sum(1)
-        return jnp.maximum(before_B[:, None] + jnp.cumsum(real_BT, axis=1) - 1, 0)
+    def extend(self, valid_BT: jax.Array) -> "Cache":
+        """With these tokens; their keys and values follow layer by layer."""
+        return dataclasses.replace(self, length_B=self.length_B + valid_BT.sum(1, dtype=jnp.int32))
 
     def layer(self, kind: str, index: jax.Array) -> LayerCache:
-        return dataclasses.replace(self.kinds[kind], layer=jnp.asarray(index, jnp.int32), used=self.used)
+        return dataclasses.replace(self.kinds[kind], layer=jnp.asarray(index, jnp.int32))
 
     def with_layer(self, kind: str, layer: LayerCache) -> "Cache":
         return dataclasses.replace(self, kinds={**self.kinds, kind: layer})
 
+    def rows(self, rows_R: jax.Array) -> "Cache":
+        """Some rows, as a cache of their own."""
+        return self._each(lambda a: a[:, rows_R], self.length_B[rows_R])
+
+    def with_rows(self, rows_R: jax.Array, some: "Cache") -> "Cache":
+        """The inverse of `rows`."""
+        return self._each(lambda a, b: a.at[:, rows_R].set(b), self.length_B.at[rows_R].set(some.length_B), some)
+
+    def copied(self, source: jax.Array, row: jax.Array, length: jax.Array) -> "Cache":
+        """With the first `length` tokens of row `source` in `row`."""
+        return self._each(lambda a: a.at[:, row].set(a[:, source]), self.length_B.at[row].set(length))
+
+    def _each(self, f: Callable[..., jax.Array], length_B: jax.Array, *others: "Cache") -> "Cache":
+        """`f` of the [L, B, S, G, C] arrays of this cache and of the others."""
+        kinds = {}
+        for kind, mine in self.kinds.items():
+            theirs = [other.kinds[kind] for other in others]
+            k = f(mine.k_LBSGC, *(other.k_LBSGC for other in theirs))
+            v = f(mine.v_LBSGC, *(other.v_LBSGC for other in theirs))
+            kinds[kind] = dataclasses.replace(mine, k_LBSGC=k, v_LBSGC=v)
+        return Cache(kinds, length_B)
+
+
+def cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> int:
+    """2 L B S G C elements: keys and values of every layer."""
+    per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return per_slot * batch * slots * jnp.dtype(dtype).itemsize
+
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     """A cache of `slots` tokens for each of `batch` rows."""
-    zero = jnp.zeros((), jnp.int32)
     kinds = {}
     for kind, count in Counter(layer_kinds(config)).items():
         shape = (count, batch, slots, config.num_key_value_heads, config.head_dim)
-        kinds[kind] = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero, zero)
-    return Cache(kinds, jnp.zeros((batch, slots), jnp.int32), jnp.zeros(batch, jnp.int32), zero)
+        kinds[kind] = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    return Cache(kinds, jnp.zeros(batch, jnp.int32))

@@ -227,19 +227,11 @@ attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def cached_attention(
-    q_BTHC: jax.Array,
-    k_BSGC: jax.Array,
-    v_BSGC: jax.Array,
-    *,
-    q_slots_BT: jax.Array,
-    kv_slots_BS: jax.Array,
-    q_segments_BT: jax.Array,
-    kv_segments_BS: jax.Array,
-    scale: float,
+    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, scale: float
 ) -> jax.Array:
-    """Softmax attention of each query over the keys of its own segment at its own or an earlier slot of a cache.
+    """Softmax attention of each query over the keys at its own and all earlier slots of its row of a cache.
 
-    Slots are places in the cache, not RoPE positions. Scores and softmax are float32.
+    Scores and softmax are float32.
 
     Returns:
       [B, T, H, C] in q's dtype.
@@ -247,7 +239,6 @@ def cached_attention(
     k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
     parts = []
     for mine in _chunks(q_BTHC.shape[1]):
-        seen_BtS = kv_slots_BS[:, None, :] <= q_slots_BT[:, mine, None]
-        seen_BtS &= kv_segments_BS[:, None, :] == q_segments_BT[:, mine, None]
+        seen_BtS = jnp.arange(k_BSGC.shape[1]) <= slots_BT[:, mine, None]
         parts.append(_answer(q_BTHC[:, mine], k_BGSC, v_BGSC, seen_BtS, scale)[0])
     return jnp.concatenate(parts, axis=1).astype(q_BTHC.dtype)

@@ -26,10 +26,8 @@ class Context(NamedTuple):
     """What every layer of one call shares."""
 
     rope: tuple[jax.Array, jax.Array]  # cos, sin [B, T, 1, r/2]
-    q_slots_BT: jax.Array  # int32 place of each token in its row, or in the cache
-    kv_slots_BS: jax.Array
-    q_segments_BT: jax.Array  # int32 document of each token, 0 for padding
-    kv_segments_BS: jax.Array
+    positions_BT: jax.Array  # int32 RoPE positions, and slots in the cache if there is one
+    segments_BT: jax.Array  # int32 document of each token, 0 for padding
 
 
 def local_heads(config: ModelConfig) -> tuple[int, int]:
@@ -93,19 +91,12 @@ class Attention(nnx.Module):
         if axis_size("context") > 1:
             assert cache is None, "caches are not split over context"
             method = self.mesh.context_method
-            out_BTHC = context_attention(q_BTHC, k_BTGC, v_BTGC, context.q_segments_BT, scale, method)
+            out_BTHC = context_attention(q_BTHC, k_BTGC, v_BTGC, context.segments_BT, scale, method)
         elif cache is None:
-            out_BTHC = attention(q_BTHC, k_BTGC, v_BTGC, context.q_segments_BT, scale)
+            out_BTHC = attention(q_BTHC, k_BTGC, v_BTGC, context.segments_BT, scale)
         else:
-            k_BTGC, v_BTGC, cache = cache.append(k_BTGC, v_BTGC)
-            out_BTHC = cached_attention(
-                q_BTHC,
-                k_BTGC,
-                v_BTGC,
-                q_slots_BT=context.q_slots_BT,
-                kv_slots_BS=context.kv_slots_BS,
-                q_segments_BT=context.q_segments_BT,
-                kv_segments_BS=context.kv_segments_BS,
-                scale=scale,
-            )
+            slots_BT = context.positions_BT
+            written_BT = jnp.where(context.segments_BT > 0, slots_BT, jnp.iinfo(jnp.int32).max)
+            k_BSGC, v_BSGC, cache = cache.append(k_BTGC, v_BTGC, written_BT)
+            out_BTHC = cached_attention(q_BTHC, k_BSGC, v_BSGC, slots_BT, scale)
         return self.dense(out_BTHC.reshape(*x_BTD.shape[:2], -1)), cache

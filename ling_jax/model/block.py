@@ -78,7 +78,7 @@ class Block(nnx.Module):
         normed_BTD = self.post_attention_layernorm(x_BTD)
         routing = None
         if isinstance(self.mlp, SparseMoE):
-            y_BTD, routing, captured["router_logits"] = self.mlp(normed_BTD, context.q_segments_BT > 0, ids_BTK)
+            y_BTD, routing, captured["router_logits"] = self.mlp(normed_BTD, context.segments_BT > 0, ids_BTK)
         else:
             with jax.named_scope("dense_ffn"):
                 y_BTD = self.mlp(normed_BTD)

@@ -26,7 +26,6 @@ from ling_jax.model.mtp import MTP, next_tokens
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.rope import rope_tables
 from ling_jax.model.router import ExpertBias, Routing
-from ling_jax.parallel.context import local_slots
 from ling_jax.parallel.mesh import axis_index, axis_size, psum
 from ling_jax.parallel.rules import gather, look_up, spec_of
 
@@ -185,7 +184,7 @@ class Ling(nnx.Module):
             By default each row is one document.
           capture: names out of CAPTURES.
           routing_ids: int32 [L_moe, B, T, K], a routing to replay (`Hidden.routing.ids`).
-          cache: a `generate.cache.Cache`; the MTP layer does not run with one.
+          cache: a `generate.cache.Cache`, which knows the positions; the MTP layer does not run with one.
         """
         unknown = sorted(set(capture) - set(CAPTURES))
         if unknown:
@@ -198,13 +197,15 @@ class Ling(nnx.Module):
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        places_BT = positions_BT
         if cache is not None:
-            cache = cache.extend(segment_ids_BT)
-        if positions_BT is None:
+            places_BT, cache = cache.positions(segment_ids_BT > 0), cache.extend(segment_ids_BT > 0)
+        elif places_BT is None:
             if axis_size("context") > 1:
                 raise ValueError("positions_BT must be given where rows are split over the context axis")
-            positions_BT = segment_positions(segment_ids_BT) if cache is None else cache.positions(segment_ids_BT)
-        context = self._context(positions_BT, segment_ids_BT, cache)
+            places_BT = segment_positions(segment_ids_BT)
+        assert places_BT is not None
+        context = Context(rope_tables(self.config, places_BT, self.dtype), places_BT, segment_ids_BT)
         x_BTD = self.word_embeddings(tokens_BT, self.dtype)
         x_BTD, per_layer, cache = self._run_layers(x_BTD, context, routing_ids, cache, capture)
         final_BTD = self.norm(x_BTD)
@@ -221,13 +222,6 @@ class Ling(nnx.Module):
         if "mtp_hidden" in capture and mtp_out is not None:
             captured["mtp_hidden"] = mtp_out.hidden_BTD
         return Hidden(final_BTD, None if mtp_out is None else mtp_out.hidden_BTD, routing, captured, cache)
-
-    def _context(self, positions_BT: Any, segment_ids_BT: jax.Array, cache: Any) -> Context:
-        slots_BT = jnp.broadcast_to(local_slots(segment_ids_BT.shape[1]), segment_ids_BT.shape)
-        rope = rope_tables(self.config, positions_BT, self.dtype)
-        if cache is None:
-            return Context(rope, slots_BT, slots_BT, segment_ids_BT, segment_ids_BT)
-        return Context(rope, cache.q_slots(segment_ids_BT), cache.kv_slots_BS, segment_ids_BT, cache.segment_ids_BS)
 
     def _run_mtp(self, tokens_BT, segment_ids_BT, final_BTD, context, routing_ids) -> LayerOutput:
         assert self.mtp is not None

@@ -40,14 +40,6 @@ def _pieces_of(rank: Any) -> tuple[Any, Any]:
     return rank, 2 * axis_size(AXIS) - 1 - rank
 
 
-def local_slots(tokens: int) -> jax.Array:
-    """int32 [t]: the natural places in their row of the `tokens` that this rank holds."""
-    if axis_size(AXIS) == 1:
-        return jnp.arange(tokens)
-    half = tokens // 2
-    return jnp.concatenate([piece * half + jnp.arange(half) for piece in _pieces_of(axis_index(AXIS))])
-
-
 def shift_left(x_BT: jax.Array, fill: int) -> jax.Array:
     """The value of each token's successor in its row, `fill` for the row's last, also across pieces and ranks."""
     ranks, half = axis_size(AXIS), x_BT.shape[1] // 2

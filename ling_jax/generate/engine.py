@@ -1,0 +1,309 @@
+"""Continuous batching: requests wait for a row of the cache, and a row that has ended is given to the next.
+
+A request whose beginning is in any row's cache (a shared system prompt, another sample of the same prompt, the chat so
+far) takes over those keys and values; only the rest is run.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from ling_jax.config import ModelConfig, layer_kinds
+from ling_jax.generate.rows import Rows, decode, empty_rows, place, prefill
+from ling_jax.generate.sampling import Kinds, Sampling, empty_options, with_option
+from ling_jax.model.model import Ling, split_model
+
+SHORTEST = 8  # tokens of a prompt run at once, at least: fewer are padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and how to go on with it."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    seed: int = 0  # the same request gives the same answer, whatever runs beside it
+    stop_ids: Sequence[int] = ()  # tokens that end the answer, and are its last
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What has been drawn for a request."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of each id, under the distribution it was drawn from
+    model_logprobs: list[float] = field(default_factory=list)  # under softmax(logits)
+    # int32 [tokens run, MoE layers, K] experts of prompt and answer without its last token, where the engine records.
+    routing: np.ndarray | None = None
+    end: str | None = None  # "stop", "length", or None while it can go on
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step brought for a request."""
+
+    ticket: int
+    new_ids: list[int]
+    answer: Answer  # so far
+
+
+@dataclass
+class _Waiting:
+    ticket: int
+    request: Request
+    answer: Answer
+    tokens: np.ndarray  # prompt and answer so far
+
+
+def check_request(config: ModelConfig, request: Request, slots: int, stops: int) -> None:
+    """Raises ValueError for what can't be run."""
+    tokens, vocab, limit = request.prompt, config.vocab_size, config.max_positions
+    if not len(tokens):
+        raise ValueError("an empty prompt: give at least one token (a tokenizer's start token will do)")
+    if request.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {request.max_new_tokens} must be at least 1")
+    named = {"the prompt": tokens, "logit_bias": list(request.sampling.logit_bias)}
+    for where, ids in named.items():
+        bad = [t for t in ids if not 0 <= t < vocab]
+        if bad:
+            raise ValueError(f"{where} holds token id {bad[0]}, outside the vocabulary of {vocab}: wrong tokenizer?")
+    whole = f"a prompt of {len(tokens)} tokens and max_new_tokens = {request.max_new_tokens} exceed"
+    if len(tokens) + request.max_new_tokens > limit:
+        raise ValueError(f"{whole} the model's {limit} positions; shorten either, or set rope_scaling in its config")
+    if len(tokens) + request.max_new_tokens > slots:
+        raise ValueError(f"{whole} the cache's {slots} slots a row; shorten either, or make the cache longer")
+    if len(request.stop_ids) > stops:
+        raise ValueError(f"{len(request.stop_ids)} stop_ids are more than the {stops} that a row has room for")
+    if not 0 <= request.seed < 2**32:
+        raise ValueError(f"seed = {request.seed} must be from 0 to {2**32 - 1}")
+
+
+def _bucket(count: int, least: int = 1) -> int:
+    """The next power of two, so that few shapes are compiled."""
+    return max(1 << (count - 1).bit_length(), least)
+
+
+def _in_common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common beginning."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if differ.size else size
+
+
+class Engine:
+    """Decodes many requests over one cache.
+
+    Args:
+      model: its weights are read at every call.
+      rows: requests that are decoded side by side.
+      slots: most tokens of a request, prompt and answer.
+      chunk: most tokens of a prompt that are run at once.
+      stops: most `stop_ids` of a request.
+      routing: record which experts each token went to.
+    """
+
+    def __init__(
+        self, model: Ling, *, rows: int, slots: int, chunk: int = 512, stops: int = 8, routing: bool = False
+    ) -> None:
+        for name, value in {"rows": rows, "slots": slots, "chunk": chunk, "stops": stops}.items():
+            if value < 1:
+                raise ValueError(f"{name} = {value} must be at least 1")
+        if routing and not any(kind.endswith("_moe") for kind in layer_kinds(model.config)):
+            raise ValueError("routing = True needs a model with MoE layers, and this one has none")
+        self.config, self.slots, self.chunk, self.stops = model.config, slots, chunk, stops
+        self.weights = split_model(model)
+        self.options = empty_options(rows)
+        self.rows: Rows = empty_rows(model.config, rows, slots, stops, self.options, model.dtype, routing)
+        self.queue: deque[_Waiting] = deque()
+        self.running: list[_Waiting | None] = [None] * rows
+        self.held = [np.zeros(0, np.int32)] * rows  # tokens whose keys and values are in each row
+        self.tickets = 0
+
+    def submit(self, request: Request, answer: Answer | None = None) -> int:
+        """Queues a request and returns its ticket; `answer` is what `withdraw` gave for it, to go on with."""
+        check_request(self.config, request, self.slots, self.stops)
+        answer = Answer() if answer is None else dataclasses.replace(answer, ids=list(answer.ids), end=None)
+        if len(answer.ids) >= request.max_new_tokens:
+            raise ValueError(f"the answer has its {request.max_new_tokens} tokens already")
+        self.tickets += 1
+        tokens = np.array([*request.prompt, *answer.ids], np.int32)
+        self.queue.append(_Waiting(self.tickets, request, answer, tokens))
+        return self.tickets
+
+    def withdraw(self, ticket: int) -> Answer:
+        """Takes a request out, running or waiting; returns its answer so far, which `submit` takes."""
+        for waiting in self.queue:
+            if waiting.ticket == ticket:
+                self.queue.remove(waiting)
+                return waiting.answer
+        for row, running in enumerate(self.running):
+            if running is not None and running.ticket == ticket:
+                self.running[row] = None
+                self.rows = self.rows._replace(active_B=self.rows.active_B.at[row].set(False))
+                return running.answer
+        raise KeyError(f"no request has ticket {ticket}, or it has ended")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self.queue) or any(self.running)
+
+    def step(self, steps: int = 32) -> list[Update]:
+        """Gives free rows to waiting requests, then draws up to `steps` tokens for every row, fewer if a row ends while
+        requests wait."""
+        left = steps
+        while placed := self._place():
+            self._prefill(placed)
+            left = steps - 1  # a prompt's last chunk draws a token
+        waiting = np.bool_(len(self.queue) > 0)
+        self.rows = decode(*self.weights, self.rows, self._kinds(), np.int32(left), waiting)
+        return self._collect()
+
+    def run(self, requests: Iterable[Request], steps: int = 32) -> Iterator[tuple[int, Answer]]:
+        """Submits all and yields (place in `requests`, answer) of each as it ends."""
+        places = {self.submit(request): i for i, request in enumerate(requests)}
+        while self.busy:
+            for update in self.step(steps):
+                if update.answer.end is not None:
+                    yield places[update.ticket], update.answer
+
+    def _kinds(self) -> Kinds:
+        return Kinds.of([running.request.sampling for running in self.running if running is not None])
+
+    def _place(self) -> list[int]:
+        """Moves requests into free rows; returns those rows."""
+        placed: list[int] = []
+        for row in [row for row, running in enumerate(self.running) if running is None]:
+            if not self.queue:
+                break
+            tokens = self.queue[0].tokens
+            ready = [0 if r in placed else _in_common(held, tokens[:-1]) for r, held in enumerate(self.held)]
+            source = int(np.argmax(ready))
+            soon = (self.running[r] for r in placed)
+            if any(_in_common(other.tokens, tokens[:-1]) > ready[source] for other in soon if other is not None):
+                break  # once those have been run, there is more to take over
+            self._put(self.queue.popleft(), row, source if ready[source] else row, ready[source])
+            placed.append(row)
+        return placed
+
+    def _put(self, waiting: _Waiting, row: int, source: int, shared: int) -> None:
+        request, tokens = waiting.request, np.zeros(self.slots, np.int32)
+        tokens[: len(waiting.tokens)] = waiting.tokens
+        stops = np.full(self.stops, -1, np.int32)
+        stops[: len(request.stop_ids)] = request.stop_ids
+        self.options = with_option(self.options, row, request.sampling, request.seed, self.config.vocab_size)
+        known, prompt = len(waiting.tokens), len(request.prompt)
+        settings = (known, prompt, prompt + request.max_new_tokens, stops, self.options)
+        self.rows = place(self.rows, row, source, shared, tokens, settings)
+        self.running[row], self.held[row] = waiting, waiting.tokens[:shared]
+
+    def _prefill(self, placed: list[int]) -> None:
+        """Runs the prompts of these rows, in chunks."""
+        counts = {r: len(running.tokens) - len(self.held[r]) for r in placed if (running := self.running[r])}
+        while counts:
+            count = min(self.chunk, _bucket(max(counts.values()), SHORTEST))
+            rows = list(counts)
+            rows_R = np.array(rows + rows[:1] * (_bucket(len(rows)) - len(rows)), np.int32)
+            self.rows = prefill(*self.weights, self.rows, rows_R, count, Kinds(True, True, True))
+            counts = {row: left - count for row, left in counts.items() if left > count}
+        for row in placed:
+            if running := self.running[row]:
+                self.held[row] = running.tokens
+
+    def _collect(self) -> list[Update]:
+        """Brings new tokens to the host and frees the rows that have ended."""
+        rows = self.rows
+        names = ("tokens_BS", "logprobs_BS", "model_logprobs_BS", "known_B", "active_B", "routing_BSLK")
+        fetched = jax.device_get([getattr(rows, name) for name in names])
+        tokens_BS, logprobs_BS, model_BS, known_B, active_B, routing_BSLK = fetched
+        updates = []
+        for row, running in enumerate(self.running):
+            if running is None:
+                continue
+            answer, known = running.answer, int(known_B[row])
+            first = len(running.request.prompt) + len(answer.ids)
+            new_ids = tokens_BS[row, first:known].tolist()
+            answer.ids += new_ids
+            answer.logprobs += logprobs_BS[row, first:known].tolist()
+            answer.model_logprobs += model_BS[row, first:known].tolist()
+            running.tokens = np.array(tokens_BS[row, :known])
+            self.held[row] = running.tokens[:-1]
+            if not active_B[row]:
+                answer.end = "stop" if answer.ids[-1] in running.request.stop_ids else "length"
+                self.running[row] = None
+            if routing_BSLK is not None:
+                answer.routing = np.array(routing_BSLK[row, : known - 1])
+            updates.append(Update(running.ticket, new_ids, answer))
+        return updates
+
+
+def stream(
+    model: Ling,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    eos_ids: Sequence[int] = (),
+    every: int = 1,
+) -> Iterator[list[list[int]]]:
+    """Yields the new ids of every row, `every` tokens at a time; arguments and errors as in `generate`."""
+    if not prompts:
+        raise ValueError("an empty prompt: give at least one token (a tokenizer's start token will do)")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed} must be from 0 to {2**32 - 1}")
+    ends = tuple(eos_ids)
+    requests = [
+        Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=(seed + i) % 2**32, stop_ids=ends)
+        for i, prompt in enumerate(prompts)
+    ]
+    slots, stops = _bucket(max(map(len, prompts)) + max(max_new_tokens, 1)), max(len(ends), 1)
+    for row, request in enumerate(requests):
+        try:
+            check_request(model.config, request, slots, stops)
+        except ValueError as e:
+            raise ValueError(f"prompt {row}: {e}") from None
+    if every < 1:
+        raise ValueError(f"every = {every} must be at least 1")
+    return _stream(model, requests, slots, stops, every)
+
+
+def _stream(model: Ling, requests: list[Request], slots: int, stops: int, every: int) -> Iterator[list[list[int]]]:
+    engine = Engine(model, rows=len(requests), slots=slots, stops=stops)
+    tickets = [engine.submit(request) for request in requests]
+    while engine.busy:
+        new = {update.ticket: update.new_ids for update in engine.step(every)}
+        yield [new.get(ticket, []) for ticket in tickets]
+
+
+def generate(
+    model: Ling,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    eos_ids: Sequence[int] = (),
+) -> list[list[int]]:
+    """Continues each prompt.
+
+    Args:
+      prompts: token ids, of any lengths.
+      temperature: 0 is greedy.  top_p, top_k: the part of the distribution to draw from.
+      seed: same seed, same answers; prompt i is drawn with seed + i.
+      eos_ids: ids that end a row; the end token is returned as its last.
+    Returns:
+      The new ids of each prompt, the prompt excluded.
+    Raises:
+      ValueError: for ids outside the vocabulary, or more tokens than the model has positions.
+    """
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    chunks = stream(model, prompts, max_new_tokens, sampling, seed=seed, eos_ids=eos_ids, every=max_new_tokens)
+    return [list(sum(rows, [])) for rows in zip(*chunks, strict=True)]
