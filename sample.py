@@ -1,59 +1,148 @@
 """Continues a prompt: python sample.py --checkpoint DIR --prompt TEXT [--chat] [...]; --help lists every flag."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import tyro
 
 from ling_jax.cli import run_main
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import generation_config_of, tokenizer_of
-from ling_jax.generate.engine import stream
+from ling_jax.convert.weights import model_config_of
+from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.generate.engine import Engine, Request, check_request
 from ling_jax.generate.sampling import Sampling
+from ling_jax.generate.text import Asker, Stats, converse, read_prompts
+
+DEFAULTS = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "repetition_penalty": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     checkpoint: str
     """A run folder, its checkpoints/, one step of it, or a HF folder."""
-    prompt: str
+    prompt: str | None = None
     """The text to continue, or with --chat the user's message."""
+    prompt_file: str | None = None
+    """A JSONL file of objects with "prompt" or "messages"; each comes out as a JSON line with its "completion"."""
     chat: bool = False
-    """Wrap the prompt in the chat template."""
+    """Use the chat template; without a prompt, talk until Ctrl-D (Ctrl-C ends an answer)."""
+    system: str | None = None
+    """The system message of a chat."""
+    thinking: Literal["on", "off"] = "off"
+    """Whether a chat asks for reasoning before the answer."""
     max_new_tokens: int = 64
     """Most tokens to add."""
+    samples: int = 1
+    """Answers to each prompt."""
     temperature: float | None = None
     """0 is greedy; by default what generation_config.json says, else 0.7."""
     top_p: float | None = None
     """Smallest probability mass to draw from; by default as above, else 0.8."""
     top_k: int | None = None
     """Most tokens to draw from, 0 for all; by default as above, else 0."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the best."""
+    repetition_penalty: float | None = None
+    """Divides the logits of tokens seen so far (HF's rule); by default as above, else 1."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens of the answer so far."""
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Pairs of a token id and what is added to its logit."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are cut off."""
     seed: int = 0
     """Same seed, same text."""
+    drafts: int = 0
+    """Tokens that the MTP layer predicts at each step (speculative decoding)."""
+    batch_size: int = 8
+    """Prompts of a file that are run side by side."""
+    context_length: int = 4096
+    """Most tokens of a conversation."""
+    stats: bool = False
+    """Print speeds to standard error."""
+
+
+def sampling_of(command: Command, saved: dict[str, Any]) -> Sampling:
+    chosen = {name: getattr(command, name) for name in DEFAULTS}
+    settings = {k: v if v is not None else saved.get(k, DEFAULTS[k]) for k, v in chosen.items()}
+    others = {name: getattr(command, name) for name in ("min_p", "presence_penalty", "logit_bias")}
+    return Sampling(**settings, **others)
+
+
+def encode(tokenizer: Tokenizer, command: Command, record: dict[str, Any]) -> list[int]:
+    """Token ids of a prompt or a conversation."""
+    if not command.chat and "messages" not in record:
+        return tokenizer.prefix_ids + tokenizer.encode(record["prompt"])
+    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    if command.system and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": command.system}, *messages]
+    return tokenizer.encode_chat(messages, thinking=command.thinking == "on")
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def main(argv: Sequence[str]) -> None:
     command = tyro.cli(Command, args=list(argv), prog="sample.py", description=__doc__)
-    model, tokenizer = load_pretrained(command.checkpoint), tokenizer_of(command.checkpoint)
+    given = [command.prompt is not None, command.prompt_file is not None]
+    if sum(given) > 1 or not (any(given) or command.chat):
+        raise ValueError("give one of --prompt, --prompt-file and, for a conversation, --chat alone")
+    if command.samples < 1:
+        raise ValueError(f"samples = {command.samples} must be at least 1")
+    records = read_prompts(command.prompt_file) if command.prompt_file else [{"prompt": command.prompt}]
+    config, tokenizer = model_config_of(command.checkpoint), tokenizer_of(command.checkpoint)
     saved = generation_config_of(command.checkpoint)
-    chosen = {name: getattr(command, name) for name in ("temperature", "top_p", "top_k")}
-    defaults = {"temperature": 0.7, "top_p": 0.8, "top_k": 0}
-    settings = {k: v if v is not None else saved.get(k, defaults[k]) for k, v in chosen.items()}
     ends = saved.get("eos_token_id", tokenizer.eod_id)
     ends = ends if isinstance(ends, list) else [ends]
-    if command.chat:
-        ids = tokenizer.encode_chat([{"role": "user", "content": command.prompt}])
+    sampling = sampling_of(command, saved)
+    request = Request(
+        prompt=(), max_new_tokens=command.max_new_tokens, sampling=sampling, seed=command.seed, stop_ids=ends
+    )
+    talking = not any(given)
+    prompts = [] if talking else [encode(tokenizer, command, record) for record in records]
+    longest = max(map(len, prompts), default=0) + max(command.max_new_tokens, 1)
+    slots = min(command.context_length, config.max_positions) if talking else 1 << (longest - 1).bit_length()
+    stops = max(len(ends), 1)
+    for ids in prompts:
+        check_request(config, dataclasses.replace(request, prompt=ids), slots, stops)
+    rows = min(command.batch_size, len(prompts) * command.samples) if command.prompt_file else 1
+    model = load_pretrained(command.checkpoint)
+    engine = Engine(model, rows=rows, slots=slots, stops=stops, drafts=command.drafts)
+    asker = Asker(engine, tokenizer, request, command.stop)
+
+    def after(stats: Stats) -> None:
+        if command.stats:
+            print(stats, file=sys.stderr)
+
+    if talking:
+        thinking = command.thinking == "on"
+        converse(asker, command.system, lambda m: tokenizer.encode_chat(m, thinking=thinking), input, show, after)
+    elif command.prompt_file:
+        write_answers(asker, records, prompts, command.samples)
     else:
-        ids = tokenizer.prefix_ids + tokenizer.encode(command.prompt)
-    answer = stream(model, [ids], command.max_new_tokens, Sampling(**settings), seed=command.seed, eos_ids=ends)
-    print("" if command.chat else command.prompt, end="", flush=True)
-    text = tokenizer.stream()
-    for rows in answer:
-        for token in rows[0]:
-            if token not in ends:
-                print(text.push(token), end="", flush=True)
-    print()
+        stats = Stats()
+        for sample in range(command.samples):
+            show("" if command.chat else command.prompt or "")
+            for piece in asker.stream(prompts[0], stats, sample):
+                show(piece)
+            print()
+        after(stats)
+
+
+def write_answers(asker: Asker, records: list[dict[str, Any]], prompts: list[list[int]], samples: int) -> None:
+    """A JSON line for each answer, in the order of the prompts."""
+    waiting, following = {}, 0
+    for i, sample, text, answer in asker.complete(prompts, samples):
+        more = {"completion": text, "end": answer.end, "tokens": len(answer.ids), "sample": sample}
+        waiting[i * samples + sample] = records[i] | more
+        while following in waiting:
+            print(json.dumps(waiting.pop(following), ensure_ascii=False), flush=True)
+            following += 1
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ Legend: B rows, T tokens, V vocabulary, S cache slots.
 """
 
 import dataclasses
+import itertools
 import random
+from collections import Counter
 from functools import partial
 
 import jax.numpy as jnp
@@ -337,3 +339,67 @@ def test_a_cache_takes_what_its_formula_says():
         cache = empty_cache(tiny(), batch=3, slots=12, dtype=dtype)
         arrays = [a for one in cache.kinds.values() for a in (one.k_LBSGC, one.v_LBSGC)]
         assert sum(a.nbytes for a in arrays) == cache_bytes(tiny(), 3, 12, dtype)
+
+
+# Speculation.
+
+DRAFTER = dataclasses.replace(SMALL, num_nextn_predict_layers=1)
+FORKED = {3: 9.0, 7: 9.0, 20: 9.0}  # three tokens are far better than all others: drafts stand now and then
+
+
+@pytest.fixture(scope="module")
+def drafter():
+    return make_model(DRAFTER)
+
+
+def test_greedy_answers_are_the_same_with_speculation(drafter, requests):
+    """With every limit, stops, and drafts that stand and fall."""
+    forked = [dataclasses.replace(r, sampling=Sampling(logit_bias=FORKED)) for r in requests]
+    forked += [dataclasses.replace(r, max_new_tokens=9) for r in forked]
+    forked += [dataclasses.replace(r, stop_ids=[7]) for r in forked[-3:]]
+    plain = run_all(Engine(drafter, rows=3, slots=MODEL_LENGTH), forked)
+    answers = run_all(Engine(drafter, rows=2, slots=MODEL_LENGTH, chunk=8, drafts=2), forked)
+    assert [answer.ids for answer in answers] == [answer.ids for answer in plain]
+    assert [answer.end for answer in answers] == [answer.end for answer in plain]
+    for answer, want in zip(answers, plain, strict=True):
+        np.testing.assert_allclose(answer.model_logprobs, want.model_logprobs, atol=1e-4)
+    drafted, accepted = (sum(getattr(a, name) for a in answers) for name in ("drafted", "accepted"))
+    assert 0.1 < accepted / drafted < 0.9
+
+
+def test_what_the_mtp_layer_drafts_is_what_it_predicts_without_a_cache(drafter):
+    """After a prompt in chunks, then a step: its logits for position `known`, from the whole row at once."""
+    engine = Engine(drafter, rows=1, slots=MODEL_LENGTH, chunk=8, drafts=2)
+    prompt = [*PROMPTS[0], *PROMPTS[2], 5, 6, 7, 8]
+    engine.submit(Request(prompt=prompt, max_new_tokens=9))
+    for steps in (1, 2):
+        engine.step(steps)
+        known = int(engine.rows.known_B[0])
+        tokens = np.asarray(engine.rows.tokens_BS[:, :known])
+        assert int(engine.rows.drafts_BP[0, 0]) == int(drafter(tokens).mtp_logits_BTV[0, known - 2].argmax())
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_three_tokens_are_drawn_with_the_models_probabilities(drafter, drafts):
+    """Chi-square over the 27 answers that top_k 3 leaves."""
+    new, wanted, batch = 3, 2000, 50
+    sampling = Sampling(temperature=1.5, top_k=3, logit_bias=FORKED)
+    prompt = PROMPTS[0]
+    paths = list(itertools.product(FORKED, repeat=new))
+    logits = np.array(drafter(np.array([[*prompt, *path] for path in paths], np.int32)).logits_BTV)
+    logits = logits[:, len(prompt) - 1 : -1, list(FORKED)] / 1.5
+    chances = softmax_rows(logits.astype(np.float64))
+    index = np.array([[list(FORKED).index(t) for t in path] for path in paths])
+    want = wanted * np.take_along_axis(chances, index[:, :, None], axis=-1)[..., 0].prod(1)
+    engine = Engine(drafter, rows=batch, slots=16, drafts=drafts)
+    asked = [Request(prompt=prompt, max_new_tokens=new, sampling=sampling, seed=seed) for seed in range(wanted)]
+    found = Counter(tuple(answer.ids) for answer in run_all(engine, asked))
+    got = np.array([found[path] for path in paths])
+    assert got.sum() == wanted
+    chi2 = ((got - want) ** 2 / want).sum()
+    assert want.min() > 5 and chi2 < 80, f"chi-square {chi2} with 26 degrees of freedom"  # its 1e-6 tail is 77
+
+
+def test_drafts_need_an_mtp_layer(model):
+    with pytest.raises(ValueError, match="drafts = 1 must be 0 for a model without an MTP layer"):
+        Engine(model, rows=1, slots=8, drafts=1)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -114,6 +115,25 @@ def test_sample_answers_in_chat(whole):
     command = ("sample.py", "--checkpoint", whole / "checkpoints", "--prompt", "which word", "--chat", "--seed", 1)
     answer, _ = run(*command, "--max-new-tokens", 8)
     assert "which word" not in answer and "<role>" not in answer.split("\n")[0]
+
+
+def test_sample_answers_a_file_of_prompts_and_tells_its_speed(whole, tmp_path):
+    prompts = [{"prompt": "the model reads", "id": "a"}, {"messages": [{"role": "user", "content": "which word"}]}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, prompts)))
+    command = ("sample.py", "--checkpoint", whole, "--max-new-tokens", 8, "--temperature", 0)
+    out, _ = run(*command, "--prompt-file", file, "--samples", 2)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line.get("id"), line["sample"]) for line in lines] == [("a", 0), ("a", 1), (None, 0), (None, 1)]
+    assert all(line["tokens"] == 8 and line["end"] == "length" and line["completion"] for line in lines)
+    alone, log = run(*command, "--prompt", "the model reads", "--stats")
+    assert alone == f"the model reads{lines[0]['completion']}\n" and "tokens/s" in log
+
+
+def test_sample_talks_until_the_end_of_its_input(whole):
+    chat = start("sample.py", "--checkpoint", whole, "--chat", "--max-new-tokens", 4, stdin=subprocess.PIPE)
+    out, log = chat.communicate("which word\nand another\n", timeout=120)
+    assert chat.returncode == 0 and len(out.strip().splitlines()) >= 2, out + log
 
 
 def test_evaluate_gives_the_bits_per_byte_that_the_run_logged(folder, whole):

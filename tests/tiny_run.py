@@ -49,11 +49,11 @@ def train_args(folder: Path, run: str, **changes: Any) -> list[str]:
     ]
 
 
-def start(*command: Any) -> subprocess.Popen[str]:
+def start(*command: Any, stdin: int | None = None) -> subprocess.Popen[str]:
     """Starts `python *command` in the repository."""
     pipe = subprocess.PIPE
     words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, cwd=REPO, env=dict(os.environ), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(words, cwd=REPO, env=dict(os.environ), stdin=stdin, stdout=pipe, stderr=pipe, text=True)
 
 
 def run(*command: Any, code: int = 0) -> tuple[str, str]:

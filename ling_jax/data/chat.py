@@ -9,6 +9,8 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+SWITCH = "detailed thinking off"
+
 # Written from the format's description; a released tokenizer_config.json brings its own template, which is then
 # used instead. Roles: system, user, assistant, tool.
 # - The first turn is always SYSTEM: the system text, the tools, and the line that switches thinking off.
@@ -37,7 +39,7 @@ LING_CHAT_TEMPLATE = """\
     {{- '\\n</tools>\\n\\nTo call a function, answer with its name and arguments as JSON inside tool_call tags:' }}
     {{- '\\n<tool_call>\\n{"name": <function name>, "arguments": <object>}\\n</tool_call>\\n' }}
 {%- endif %}
-{{- 'detailed thinking off<|role_end|>' }}
+{{- 'detailed thinking ' + ('on' if enable_thinking else 'off') + '<|role_end|>' }}
 {%- for message in messages %}
     {%- set content = message.content or '' %}
     {%- if message.role == 'system' %}
@@ -129,8 +131,14 @@ def render(
         only_calls = content is None and message.get("role") == "assistant" and message.get("tool_calls")
         if not isinstance(content, str) and not only_calls:
             raise ValueError(f"message {index} has content {content!r}; it must be a string")
+    template = LING_CHAT_TEMPLATE if template is None else template
+    if (variables or {}).get("enable_thinking") and "enable_thinking" not in template:
+        # Ling's released template spells the switch out, always off (spec 3.4).
+        if SWITCH not in template:
+            raise ValueError("the chat template has no switch for thinking")
+        template = template.replace(SWITCH, SWITCH.removesuffix("off") + "on")
     try:
-        compiled = _environment().from_string(LING_CHAT_TEMPLATE if template is None else template)
+        compiled = _environment().from_string(template)
         return compiled.render(
             **(variables or {}), messages=messages, tools=tools, add_generation_prompt=add_generation_prompt
         )

@@ -164,9 +164,11 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        thinking: bool = False,
     ) -> list[int]:
         """Ids of a conversation under this tokenizer's chat template, `prefix_ids` first."""
-        variables = {"bos_token": self.bos_token, "eos_token": _token_text(self._config.get("eos_token")) or EOD}
+        variables: dict[str, Any] = {"bos_token": self.bos_token, "enable_thinking": thinking}
+        variables["eos_token"] = _token_text(self._config.get("eos_token")) or EOD
         text = chat.render(messages, tools, add_generation_prompt, self.chat_template, variables)
         ids = self.encode(text, parse_special=True)
         return ids if ids[:1] == [self.bos_id] else self.prefix_ids + ids

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from ling_jax.config import ModelConfig, layer_kinds
 
+MTP = "mtp"  # the MTP layer's place among the kinds; its entry for a token holds the next token too
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Cache:
         """With these tokens; their keys and values follow layer by layer."""
         return dataclasses.replace(self, length_B=self.length_B + valid_BT.sum(1, dtype=jnp.int32))
 
+    def of_length(self, length_B: jax.Array) -> "Cache":
+        """With the first `length` tokens of each row."""
+        return dataclasses.replace(self, length_B=length_B)
+
     def layer(self, kind: str, index: jax.Array) -> LayerCache:
         return dataclasses.replace(self.kinds[kind], layer=jnp.asarray(index, jnp.int32))
 
@@ -87,16 +93,20 @@ class Cache:
         return Cache(kinds, length_B)
 
 
-def cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> int:
-    """2 L B S G C elements: keys and values of every layer."""
-    per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+def _layers(config: ModelConfig, mtp: bool) -> Counter[str]:
+    return Counter(layer_kinds(config)) + Counter({MTP: int(mtp)})
+
+
+def cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, mtp: bool = False) -> int:
+    """2 L B S G C elements: keys and values of every layer, if asked the MTP layer's too."""
+    per_slot = 2 * _layers(config, mtp).total() * config.num_key_value_heads * config.head_dim
     return per_slot * batch * slots * jnp.dtype(dtype).itemsize
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache of `slots` tokens for each of `batch` rows."""
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, mtp: bool = False) -> Cache:
+    """A cache of `slots` tokens for each of `batch` rows, if asked for the MTP layer too."""
     kinds = {}
-    for kind, count in Counter(layer_kinds(config)).items():
+    for kind, count in _layers(config, mtp).items():
         shape = (count, batch, slots, config.num_key_value_heads, config.head_dim)
         kinds[kind] = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
     return Cache(kinds, jnp.zeros(batch, jnp.int32))

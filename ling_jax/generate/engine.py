@@ -40,6 +40,8 @@ class Answer:
     model_logprobs: list[float] = field(default_factory=list)  # under softmax(logits)
     # int32 [tokens run, MoE layers, K] experts of prompt and answer without its last token, where the engine records.
     routing: np.ndarray | None = None
+    drafted: int = 0  # tokens predicted by the MTP layer, and how many of them stood
+    accepted: int = 0
     end: str | None = None  # "stop", "length", or None while it can go on
 
 
@@ -104,21 +106,41 @@ class Engine:
       slots: most tokens of a request, prompt and answer.
       chunk: most tokens of a prompt that are run at once.
       stops: most `stop_ids` of a request.
+      drafts: tokens that the MTP layer predicts at each step, for the next to verify; 0 decodes plainly.
       routing: record which experts each token went to.
     """
 
     def __init__(
-        self, model: Ling, *, rows: int, slots: int, chunk: int = 512, stops: int = 8, routing: bool = False
+        self,
+        model: Ling,
+        *,
+        rows: int,
+        slots: int,
+        chunk: int = 512,
+        stops: int = 8,
+        drafts: int = 0,
+        routing: bool = False,
     ) -> None:
         for name, value in {"rows": rows, "slots": slots, "chunk": chunk, "stops": stops}.items():
             if value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
+        if drafts < 0 or (drafts and model.mtp is None):
+            raise ValueError(f"drafts = {drafts} must be 0 for a model without an MTP layer, and never negative")
         if routing and not any(kind.endswith("_moe") for kind in layer_kinds(model.config)):
             raise ValueError("routing = True needs a model with MoE layers, and this one has none")
         self.config, self.slots, self.chunk, self.stops = model.config, slots, chunk, stops
         self.weights = split_model(model)
         self.options = empty_options(rows)
-        self.rows: Rows = empty_rows(model.config, rows, slots, stops, self.options, model.dtype, routing)
+        self.rows: Rows = empty_rows(
+            model.config,
+            rows,
+            slots,
+            stops=stops,
+            drafts=drafts,
+            options=self.options,
+            dtype=model.dtype,
+            routing=routing,
+        )
         self.queue: deque[_Waiting] = deque()
         self.running: list[_Waiting | None] = [None] * rows
         self.held = [np.zeros(0, np.int32)] * rows  # tokens whose keys and values are in each row
@@ -218,9 +240,9 @@ class Engine:
     def _collect(self) -> list[Update]:
         """Brings new tokens to the host and frees the rows that have ended."""
         rows = self.rows
-        names = ("tokens_BS", "logprobs_BS", "model_logprobs_BS", "known_B", "active_B", "routing_BSLK")
-        fetched = jax.device_get([getattr(rows, name) for name in names])
-        tokens_BS, logprobs_BS, model_BS, known_B, active_B, routing_BSLK = fetched
+        names = ("tokens_BS", "logprobs_BS", "model_logprobs_BS", "known_B", "active_B", "routing_BSLK", "drafted_B")
+        fetched = jax.device_get([getattr(rows, name) for name in (*names, "accepted_B")])
+        tokens_BS, logprobs_BS, model_BS, known_B, active_B, routing_BSLK, drafted_B, accepted_B = fetched
         updates = []
         for row, running in enumerate(self.running):
             if running is None:
@@ -231,6 +253,7 @@ class Engine:
             answer.ids += new_ids
             answer.logprobs += logprobs_BS[row, first:known].tolist()
             answer.model_logprobs += model_BS[row, first:known].tolist()
+            answer.drafted, answer.accepted = int(drafted_B[row]), int(accepted_B[row])
             running.tokens = np.array(tokens_BS[row, :known])
             self.held[row] = running.tokens[:-1]
             if not active_B[row]:

@@ -1,9 +1,13 @@
 """The rows that are being decoded, as device state, and the programs that advance them.
 
-Legend: B rows, R some of them, S slots, T tokens run at once, V vocabulary, E end tokens, D hidden.
+Legend: B rows, R some of them, S slots, T tokens run at once, V vocabulary, E end tokens, D hidden, P drafted tokens,
+L MoE layers, K experts per token.
 
 A row knows its tokens up to `known`; its cache holds the first `length` of them. Whatever is known and not in the cache
 is run (a prompt in chunks, else one token), and a row with nothing left to run draws its next token.
+
+With drafts (MTP self-speculation, spec 2.6), the MTP layer's cache goes with the trunk's; after each draw it predicts
+the P tokens to come, which the next step runs with the token before them and keeps as far as they stand.
 """
 
 from functools import partial
@@ -15,7 +19,7 @@ from flax import nnx
 
 from ling_jax.config import ModelConfig, layer_kinds
 from ling_jax.generate.cache import Cache, empty_cache
-from ling_jax.generate.sampling import Kinds, Options, draw, keys_at, log_distribution, logprob_of, penalize
+from ling_jax.generate.sampling import Kinds, Options, draw, keys_at, log_distribution, logprob_of, penalize, verify
 from ling_jax.model.model import Ling
 
 
@@ -33,6 +37,10 @@ class Rows(NamedTuple):
     active_B: jax.Array  # bool
     stops_BE: jax.Array  # int32 tokens that end a row, -1 where none
     options: Options
+    drafts_BP: jax.Array  # int32
+    draft_logprobs_BPV: jax.Array  # float32, what each was drawn from
+    drafted_B: jax.Array  # int32 drafts that were run
+    accepted_B: jax.Array  # int32 of them that stood
 
     def of(self, rows_R: jax.Array) -> "Rows":
         """Some rows, as rows of their own."""
@@ -46,46 +54,113 @@ class Rows(NamedTuple):
         return merged._replace(cache=self.cache.with_rows(rows_R, some.cache))
 
 
-def _next_token(rows: Rows, logits_BV: jax.Array, kinds: Kinds) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(token, its log-probability as drawn and under the model), each [B], from the logits of the last known token."""
-    model_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+def _distribution(rows: Rows, logits_BV: jax.Array, kinds: Kinds) -> jax.Array:
+    """Log-probabilities [B, V] of the token at position `known`."""
     if rows.options.bias_BV.shape[1]:
         logits_BV = logits_BV + rows.options.bias_BV
     if kinds.penalized:
         logits_BV = penalize(logits_BV, rows.tokens_BS, rows.known_B, rows.prompt_B, rows.options)
-    drawn_BV = log_distribution(logits_BV, rows.options, kinds)
-    token_B = draw(drawn_BV, keys_at(rows.options, rows.known_B), kinds)
-    return token_B, logprob_of(drawn_BV, token_B), logprob_of(model_BV, token_B)
+    return log_distribution(logits_BV, rows.options, kinds)
+
+
+def _tokens_at(rows: Rows, slots_BT: jax.Array) -> jax.Array:
+    last_slot = rows.tokens_BS.shape[1] - 1
+    return jnp.take_along_axis(rows.tokens_BS, jnp.minimum(slots_BT, last_slot), axis=1)
+
+
+def _write(array_BS: jax.Array, slot_B: jax.Array, where_B: jax.Array, value_B: jax.Array) -> jax.Array:
+    at = (jnp.arange(slot_B.size), jnp.where(where_B, slot_B, array_BS.shape[1]))
+    return array_BS.at[at].set(value_B, mode="drop")
+
+
+def _run(model: Ling, rows: Rows, slots_BT: jax.Array, valid_BT: jax.Array) -> tuple[Rows, jax.Array]:
+    """Runs the tokens of these slots through the trunk; returns its output too."""
+    out = model.hidden(_tokens_at(rows, slots_BT), segment_ids_BT=valid_BT.astype(jnp.int32), cache=rows.cache)
+    routing_BSLK = rows.routing_BSLK
+    if routing_BSLK is not None:
+        assert out.routing is not None
+        at = (jnp.arange(rows.known_B.size)[:, None], jnp.where(valid_BT, slots_BT, routing_BSLK.shape[1]))
+        routing_BSLK = routing_BSLK.at[at].set(out.routing.ids.transpose(1, 2, 0, 3), mode="drop")
+    return rows._replace(cache=out.cache, routing_BSLK=routing_BSLK), out.hidden_BTD
+
+
+def _draw(rows: Rows, token_B: jax.Array, drawn_BV: jax.Array, logits_BV: jax.Array, where_B: jax.Array) -> Rows:
+    """With this token at position `known` of some rows, which may end them."""
+    known_B = rows.known_B + where_B
+    model_B = logprob_of(jax.nn.log_softmax(logits_BV, axis=-1), token_B)
+    ended_B = (token_B[:, None] == rows.stops_BE).any(1) | (known_B >= rows.limit_B)
+    return rows._replace(
+        tokens_BS=_write(rows.tokens_BS, rows.known_B, where_B, token_B),
+        logprobs_BS=_write(rows.logprobs_BS, rows.known_B, where_B, logprob_of(drawn_BV, token_B)),
+        model_logprobs_BS=_write(rows.model_logprobs_BS, rows.known_B, where_B, model_B),
+        known_B=known_B,
+        active_B=rows.active_B & ~(where_B & ended_B),
+    )
+
+
+def _predict(
+    model: Ling, rows: Rows, hidden_BTD: jax.Array, slots_BT: jax.Array, valid_BT: jax.Array, kinds: Kinds
+) -> Rows:
+    """Runs the MTP layer where the next token is known by now, and drafts P tokens from position `known` on."""
+    valid_BT &= slots_BT + 1 < rows.known_B[:, None]
+    here_BTD, cache = model.draft(_tokens_at(rows, slots_BT + 1), hidden_BTD, slots_BT, valid_BT, rows.cache)
+    last_B11 = jnp.maximum(valid_BT.sum(1) - 1, 0)[:, None, None]
+    here_B1D = jnp.take_along_axis(here_BTD, last_B11, axis=1)
+    drafts, logprobs = [], []
+    for i in range(rows.drafts_BP.shape[1]):
+        if i:
+            slot_B1 = (rows.known_B + i - 2)[:, None]
+            inside_B1 = rows.active_B[:, None] & (slot_B1 < rows.limit_B[:, None])
+            here_B1D, cache = model.draft(drafts[-1][:, None], here_B1D, slot_B1, inside_B1, cache)
+        logits_BV = model.logits(here_B1D[:, 0])
+        logprobs.append(_distribution(rows, logits_BV, kinds._replace(penalized=False)))
+        drafts.append(draw(logprobs[-1], keys_at(rows.options, rows.known_B + i, 2), kinds))
+    return rows._replace(
+        cache=cache, drafts_BP=jnp.stack(drafts, axis=1), draft_logprobs_BPV=jnp.stack(logprobs, axis=1)
+    )
 
 
 def advance(model: Ling, rows: Rows, count: int, kinds: Kinds) -> Rows:
     """Runs up to `count` tokens of each active row; rows that have none left draw one."""
-    last_slot, index_B1 = rows.tokens_BS.shape[1] - 1, jnp.arange(rows.known_B.size)[:, None]
     slots_BT = rows.cache.length_B[:, None] + jnp.arange(count)
     valid_BT = (slots_BT < rows.known_B[:, None]) & rows.active_B[:, None]
-    tokens_BT = rows.tokens_BS[index_B1, jnp.minimum(slots_BT, last_slot)]
-    out = model.hidden(tokens_BT, segment_ids_BT=valid_BT.astype(jnp.int32), cache=rows.cache)
-    routing_BSLK = rows.routing_BSLK
-    if routing_BSLK is not None:
-        assert out.routing is not None
-        at = (index_B1, jnp.where(valid_BT, slots_BT, last_slot + 1))
-        routing_BSLK = routing_BSLK.at[at].set(out.routing.ids.transpose(1, 2, 0, 3), mode="drop")
-    last_B1 = jnp.maximum(valid_BT.sum(1, keepdims=True) - 1, 0)
-    logits_BV = model.logits(out.hidden_BTD[index_B1, last_B1][:, 0])
-    token_B, logprob_B, model_logprob_B = _next_token(rows, logits_BV, kinds)
-    draws_B = rows.active_B & (out.cache.length_B == rows.known_B)
-    known_B = rows.known_B + draws_B
-    ended_B = (token_B[:, None] == rows.stops_BE).any(1) | (known_B >= rows.limit_B)
-    at = (index_B1[:, 0], jnp.where(draws_B, rows.known_B, last_slot + 1))
-    return rows._replace(
-        cache=out.cache,
-        tokens_BS=rows.tokens_BS.at[at].set(token_B, mode="drop"),
-        logprobs_BS=rows.logprobs_BS.at[at].set(logprob_B, mode="drop"),
-        model_logprobs_BS=rows.model_logprobs_BS.at[at].set(model_logprob_B, mode="drop"),
-        routing_BSLK=routing_BSLK,
-        known_B=known_B,
-        active_B=rows.active_B & ~(draws_B & ended_B),
-    )
+    rows, hidden_BTD = _run(model, rows, slots_BT, valid_BT)
+    last_B11 = jnp.maximum(valid_BT.sum(1) - 1, 0)[:, None, None]
+    logits_BV = model.logits(jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0])
+    drawn_BV = _distribution(rows, logits_BV, kinds)
+    token_B = draw(drawn_BV, keys_at(rows.options, rows.known_B), kinds)
+    rows = _draw(rows, token_B, drawn_BV, logits_BV, rows.active_B & (rows.cache.length_B == rows.known_B))
+    if rows.drafts_BP.shape[1]:
+        rows = _predict(model, rows, hidden_BTD, slots_BT, valid_BT, kinds)
+    return rows
+
+
+def speculate(model: Ling, rows: Rows, kinds: Kinds) -> Rows:
+    """Runs the last token and the drafts of each active row; draws one token more than drafts stand."""
+    before, count = rows, rows.drafts_BP.shape[1]
+    for i in range(count):
+        drafted_B = rows.drafts_BP[:, i]
+        rows = rows._replace(tokens_BS=_write(rows.tokens_BS, rows.known_B + i, rows.active_B, drafted_B))
+    slots_BT = rows.cache.length_B[:, None] + jnp.arange(count + 1)
+    valid_BT = rows.active_B[:, None] & (slots_BT < rows.limit_B[:, None])
+    rows, hidden_BTD = _run(model, rows, slots_BT, valid_BT)
+    logits_BTV = model.logits(hidden_BTD)
+    goes_on_B = rows.active_B
+    for i in range(count + 1):
+        drawn_BV = _distribution(rows, logits_BTV[:, i], kinds)
+        if i < count:
+            draft = rows.draft_logprobs_BPV[:, i], rows.drafts_BP[:, i]
+            stands_B, token_B = verify(drawn_BV, *draft, rows.options, rows.known_B, kinds)
+            rows = rows._replace(
+                drafted_B=rows.drafted_B + goes_on_B, accepted_B=rows.accepted_B + (goes_on_B & stands_B)
+            )
+        else:
+            stands_B, token_B = goes_on_B, draw(drawn_BV, keys_at(rows.options, rows.known_B), kinds)
+        rows = _draw(rows, token_B, drawn_BV, logits_BTV[:, i], goes_on_B)
+        goes_on_B &= stands_B & rows.active_B
+    length_B = jnp.where(before.active_B, rows.known_B - 1, before.cache.length_B)
+    rows = rows._replace(cache=rows.cache.of_length(length_B))
+    return _predict(model, rows, hidden_BTD, slots_BT, valid_BT, kinds)
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(3,))
@@ -97,7 +172,7 @@ def prefill(graph, params, bias, rows: Rows, rows_R: jax.Array, count: int, kind
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=(3,))
 def decode(graph, params, bias, rows: Rows, kinds: Kinds, steps: jax.Array, until_one_ends: jax.Array) -> Rows:
-    """Draws up to `steps` tokens for every active row, in a loop on the device; ends early once no row is active, or if
+    """Makes up to `steps` steps of every active row, in a loop on the device; ends early once no row is active, or if
     asked once one has ended, whose place another can take."""
     model: Ling = nnx.merge(graph, params, bias)
     first_B = rows.active_B
@@ -109,6 +184,8 @@ def decode(graph, params, bias, rows: Rows, kinds: Kinds, steps: jax.Array, unti
 
     def body(carry):
         step, rows = carry
+        if rows.drafts_BP.shape[1]:
+            return step + 1, speculate(model, rows, kinds)
         return step + 1, advance(model, rows, 1, kinds)
 
     return jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), rows))[1]
@@ -118,13 +195,10 @@ def decode(graph, params, bias, rows: Rows, kinds: Kinds, steps: jax.Array, unti
 def place(rows: Rows, row: jax.Array, source: jax.Array, shared: jax.Array, tokens_S: jax.Array, settings) -> Rows:
     """Puts a request into `row`: its first `shared` tokens' keys and values are those of row `source`."""
     known, prompt, limit, stops_E, options = settings
-    cache = rows.cache.copied(source, row, shared)
     routing = rows.routing_BSLK
-    return Rows(
-        cache=cache,
+    return rows._replace(
+        cache=rows.cache.copied(source, row, shared),
         tokens_BS=rows.tokens_BS.at[row].set(tokens_S),
-        logprobs_BS=rows.logprobs_BS,
-        model_logprobs_BS=rows.model_logprobs_BS,
         routing_BSLK=None if routing is None else routing.at[row].set(routing[source]),
         known_B=rows.known_B.at[row].set(known),
         prompt_B=rows.prompt_B.at[row].set(prompt),
@@ -132,26 +206,39 @@ def place(rows: Rows, row: jax.Array, source: jax.Array, shared: jax.Array, toke
         active_B=rows.active_B.at[row].set(True),
         stops_BE=rows.stops_BE.at[row].set(stops_E),
         options=options,
+        drafted_B=rows.drafted_B.at[row].set(0),
+        accepted_B=rows.accepted_B.at[row].set(0),
     )
 
 
 def empty_rows(
-    config: ModelConfig, batch: int, slots: int, stops: int, options: Options, dtype: jnp.dtype, routing: bool
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    *,
+    stops: int,
+    drafts: int,
+    options: Options,
+    dtype: jnp.dtype,
+    routing: bool,
 ) -> Rows:
     """`batch` rows of up to `slots` tokens, none of them active."""
     layers = sum(kind.endswith("_moe") for kind in layer_kinds(config))
-    shape = (batch, slots, layers, config.num_experts_per_tok)
-    zeros_B, zeros_BS = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.float32)
+    routed = (batch, slots, layers, config.num_experts_per_tok)
     return Rows(
-        cache=empty_cache(config, batch, slots, dtype),
-        tokens_BS=zeros_BS.astype(jnp.int32),
-        logprobs_BS=zeros_BS,
-        model_logprobs_BS=jnp.zeros_like(zeros_BS),
-        routing_BSLK=jnp.zeros(shape, jnp.int32) if routing else None,
-        known_B=zeros_B,
-        prompt_B=jnp.zeros_like(zeros_B),
-        limit_B=jnp.zeros_like(zeros_B),
+        cache=empty_cache(config, batch, slots, dtype, mtp=drafts > 0),
+        tokens_BS=jnp.zeros((batch, slots), jnp.int32),
+        logprobs_BS=jnp.zeros((batch, slots), jnp.float32),
+        model_logprobs_BS=jnp.zeros((batch, slots), jnp.float32),
+        routing_BSLK=jnp.zeros(routed, jnp.int32) if routing else None,
+        known_B=jnp.zeros(batch, jnp.int32),
+        prompt_B=jnp.zeros(batch, jnp.int32),
+        limit_B=jnp.zeros(batch, jnp.int32),
         active_B=jnp.zeros(batch, bool),
         stops_BE=jnp.full((batch, stops), -1, jnp.int32),
         options=options,
+        drafts_BP=jnp.zeros((batch, drafts), jnp.int32),
+        draft_logprobs_BPV=jnp.zeros((batch, drafts, config.vocab_size), jnp.float32),
+        drafted_B=jnp.zeros(batch, jnp.int32),
+        accepted_B=jnp.zeros(batch, jnp.int32),
     )

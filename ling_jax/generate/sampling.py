@@ -153,12 +153,43 @@ def keys_at(options: Options, position_B: jax.Array, purpose: int = 0) -> jax.Ar
     return jax.vmap(key)(options.seed_B, position_B)
 
 
-def draw(logprobs_BV: jax.Array, keys_B: jax.Array, kinds: Kinds) -> jax.Array:
+def draw(logprobs_BV: jax.Array, keys_B: jax.Array | None, kinds: Kinds) -> jax.Array:
     """int32 [B]: one token of each row."""
     if not kinds.sampled:
         return logprobs_BV.argmax(-1).astype(jnp.int32)
+    assert keys_B is not None
     return jax.vmap(jax.random.categorical)(keys_B, logprobs_BV).astype(jnp.int32)
 
 
 def logprob_of(logprobs_BV: jax.Array, token_B: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
+
+
+def verify(
+    target_BV: jax.Array,
+    draft_BV: jax.Array,
+    drafted_B: jax.Array,
+    options: Options,
+    position_B: jax.Array,
+    kinds: Kinds,
+) -> tuple[jax.Array, jax.Array]:
+    """Whether drafted tokens stand, and the tokens that do or take their place; distributed as `target` is.
+
+    Rejection sampling (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1): a token drawn from `draft` is kept with
+    probability min(1, target / draft), else another is drawn from what `target` has more than `draft`.
+
+    Args:
+      target_BV, draft_BV: log-probabilities.  drafted_B: int32, drawn from `draft`.  position_B: the tokens' positions.
+    Returns:
+      (bool [B], int32 [B])
+    """
+    if not kinds.sampled:
+        best_B = draw(target_BV, None, kinds)
+        return best_B == drafted_B, best_B
+    chance_B = jnp.exp(logprob_of(target_BV, drafted_B) - logprob_of(draft_BV, drafted_B))
+    uniform_B = jax.vmap(jax.random.uniform)(keys_at(options, position_B, 1))
+    kept_B = uniform_B < chance_B
+    rest_BV = jnp.log(jnp.maximum(jnp.exp(target_BV) - jnp.exp(draft_BV), 0))
+    rest_BV = jnp.where(jnp.isfinite(rest_BV).any(-1, keepdims=True), rest_BV, target_BV)  # equal but for rounding
+    other_B = jax.vmap(jax.random.categorical)(keys_at(options, position_B), rest_BV).astype(jnp.int32)
+    return kept_B, jnp.where(kept_B, drafted_B, other_B)

@@ -223,6 +223,26 @@ class Ling(nnx.Module):
             captured["mtp_hidden"] = mtp_out.hidden_BTD
         return Hidden(final_BTD, None if mtp_out is None else mtp_out.hidden_BTD, routing, captured, cache)
 
+    def draft(
+        self, next_BT: jax.Array, trunk_BTD: jax.Array, positions_BT: jax.Array, valid_BT: jax.Array, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """The MTP layer over a cache (spec 2.6): speculative decoding predicts tokens with it.
+
+        Args:
+          next_BT: int32 token that follows each.  trunk_BTD: `Hidden.hidden_BTD` at each, or this call's own result
+            one position earlier, to predict further.
+          positions_BT: int32.  valid_BT: bool, False where nothing is to be written.
+          cache: a `generate.cache.Cache` with a place for the MTP layer.
+        Returns:
+          [B, T, D], whose logits are of the token after next, and the cache.
+        """
+        assert self.mtp is not None
+        rope = rope_tables(self.config, positions_BT, self.dtype)
+        context = Context(rope, positions_BT, valid_BT.astype(jnp.int32))
+        with jax.named_scope("mtp"):
+            out = self.mtp(self.word_embeddings(next_BT, self.dtype), trunk_BTD, context, None, cache.layer("mtp", 0))
+        return out.hidden_BTD, cache.with_layer("mtp", out.cache)
+
     def _run_mtp(self, tokens_BT, segment_ids_BT, final_BTD, context, routing_ids) -> LayerOutput:
         assert self.mtp is not None
         graph, params = nnx.split(self.mtp)

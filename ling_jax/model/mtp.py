@@ -3,6 +3,8 @@
 Legend: B rows, T tokens, D hidden.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,9 +36,14 @@ class MTP(nnx.Module):
         self.final_layernorm = RMSNorm(hidden, eps, init.dtype)
 
     def __call__(
-        self, embedded_BTD: jax.Array, trunk_BTD: jax.Array, context: Context, ids_BTK: jax.Array | None = None
+        self,
+        embedded_BTD: jax.Array,
+        trunk_BTD: jax.Array,
+        context: Context,
+        ids_BTK: jax.Array | None = None,
+        cache: Any = None,
     ) -> LayerOutput:
         """`embedded_BTD`: the next tokens' embeddings. The output's hidden state is after its final norm."""
         joined = jnp.concatenate([self.enorm(embedded_BTD), self.hnorm(trunk_BTD)], axis=-1)
-        out = self.block(self.eh_proj(joined), context, ids_BTK)
+        out = self.block(self.eh_proj(joined), context, ids_BTK, cache)
         return out._replace(hidden_BTD=self.final_layernorm(out.hidden_BTD))
