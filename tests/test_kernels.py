@@ -121,7 +121,7 @@ def test_the_tpu_kernels_equal_the_loop_where_there_are_many_tiles_and_nan_lies_
         assert_close(got, want, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("rows", [128, 2944, 65536])
+@pytest.mark.parametrize("rows", [128, 2944, 65536, 526336, 2**20])
 @pytest.mark.parametrize(("hidden", "ffn", "groups"), [(2048, 512, 32), (8192, 2048, 16), (5120, 1536, 16)])
 def test_tiles_divide_what_they_can_and_fit_vmem(rows, hidden, ffn, groups):
     for inner, outputs in ((hidden, ffn), (ffn, hidden)):

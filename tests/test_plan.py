@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from typing import Any
 
+import jax
 import pytest
 from tiny_run import REPO
 
@@ -19,7 +20,8 @@ from ling_jax.plan import suggest
 from ling_jax.plan.count import Count, Work, key_of
 from ling_jax.plan.hardware import chip_of, peak_flops, wires_of
 from ling_jax.plan.memory import largest_buffers, memory_of_error
-from ling_jax.plan.plan import topology_devices, trace_step
+from ling_jax.plan.plan import compile_plan, topology_devices, trace_step
+from ling_jax.plan.report import render
 from ling_jax.plan.roofline import bound
 from tests.helpers import tiny
 
@@ -237,7 +239,27 @@ def test_a_program_that_does_not_fit_says_by_how_much():
 
 
 def test_what_an_unknown_out_of_memory_error_needs_is_not_invented():
-    assert math.isinf(memory_of_error("RESOURCE_EXHAUSTED: something new", 1.0, 2.0).peak)
+    assert math.isinf(memory_of_error("RESOURCE_EXHAUSTED: HbmOom: something new", 1.0, 2.0).peak)
+
+
+def test_only_running_out_of_hbm_is_a_plan_that_does_not_fit():
+    """By the compiler's own words for a program that needs more, and for a kernel that runs out of VMEM."""
+
+    class Lowered:
+        words = OOM
+
+        def lower(self):
+            raise jax.errors.JaxRuntimeError(self.words)
+
+    config = run_config(mesh={"fsdp": 4})
+    step = trace_step(config, topology_devices("v5p:2x2x1", 1))
+    lowered: Any = Lowered()
+    plan = compile_plan(config, "v5p:2x2x1", 1, step._replace(traced=lowered))
+    assert not plan.memory.fits and plan.memory.temporaries == 184 * 2**30
+    assert "DOES NOT FIT by" in render(plan)
+    lowered.words = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compile_plan(config, "v5p:2x2x1", 1, step._replace(traced=lowered))
 
 
 def test_the_largest_buffers_are_those_outside_fusions_and_in_hbm():

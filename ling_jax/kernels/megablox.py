@@ -27,15 +27,18 @@ def tiles(rows: int, groups: int, inner: int, outputs: int, itemsize: int) -> tu
     Rows: the most that divide them, since a remainder would need a padded copy, but at most an eighth of the mean
     group, since a tile that two groups share is computed for both. Contracted: whole up to 4 KiB, so that consecutive
     tiles of a group meet a weight that has stayed in VMEM. Outputs: 512 (bfloat16), so that a step does 256 FLOPs or
-    more for each byte it reads (a v5p's balance is 166) and all its buffers, twice, stay below 12 MiB of VMEM.
+    more for each byte it reads (a v5p's balance is 166) and all its buffers, twice, stay below 12 MiB of VMEM. Tiles of
+    more than 512 rows, of buffers for a million, take less of the others.
     """
-    return _row_tile(rows, groups), _tile(inner, 4096 // itemsize), _tile(outputs, 1024 // itemsize)
+    tile, more = _row_tile(rows, groups), _row_tile(rows, groups) // ROWS[0]
+    return tile, _tile(inner, 4096 // max(more, 1) // itemsize), _tile(outputs, 1024 // max(more // 2, 1) // itemsize)
 
 
 def weight_tiles(rows: int, groups: int, outputs: int, inputs: int, itemsize: int) -> tuple[int, int, int]:
     """(rows, outputs, inputs) of one step of the weight gradient, where rows are contracted. Its sum and its result
     are float32: 512 x 1024 of them, the result twice, take 6 MiB."""
-    return _row_tile(rows, groups), _tile(outputs, 1024 // itemsize), _tile(inputs, 2048 // itemsize)
+    tile, more = _row_tile(rows, groups), _row_tile(rows, groups) // (2 * ROWS[0])
+    return tile, _tile(outputs, 1024 // itemsize), _tile(inputs, 2048 // max(more, 1) // itemsize)
 
 
 def _row_tile(rows: int, groups: int) -> int:
