@@ -2,7 +2,8 @@
 
 Each rank of the `expert` axis holds E/P experts and its own N tokens. The pairs (token, chosen expert) that a rank is
 to work on form a queue, the same in everybody's reckoning, of which it takes R = buffer_factor times the mean at once;
-what lies beyond goes in further rounds (`mesh.overflow`), which a balanced router never needs.
+what lies beyond goes in further rounds (`mesh.overflow`), which a balanced router never needs. These are smaller, R /
+FURTHER, since in the backward pass their buffers stand beside the sums of the first round's gradients.
 
 Two dispatchers, each a linear map and its transpose: `spread` (tokens to the form that is exchanged) and `collect`,
 `fetch` (the rows of one round) and `put`. The forward pass is collect . put . experts . fetch . spread; the
@@ -29,6 +30,7 @@ from ling_jax.parallel.mesh import WORK_AXES, axis_index, axis_size, pmax
 from ling_jax.parallel.ragged import Routes, ragged_all_to_all
 
 AXIS = "expert"
+FURTHER = 4
 
 # expert_fn(rows_RD, weights, group_sizes_e, block) -> [R, D]
 ExpertFn = Callable[[jax.Array, Any, jax.Array, int], jax.Array]
@@ -58,26 +60,26 @@ class RaggedQueue(NamedTuple):
     def collect_weights(self, dw_A1: jax.Array) -> jax.Array:
         return take_rows(dw_A1, self.plan.row_of_NK)[..., 0]
 
-    def _routes(self, round_: jax.Array, rows: int) -> tuple[Routes, Routes]:
-        """There and back: of each rank's queue, the rows round*R .. round*R + R."""
+    def _routes(self, start: jax.Array, rows: int) -> tuple[Routes, Routes]:
+        """There and back: of each rank's queue, the rows from `start` on."""
         me = axis_index(AXIS)
         at_PP = _exclusive(self.to_PP, 0)  # where a source's pairs begin in a queue
-        first_PP, last_PP = (jnp.clip(round_ * rows + r - at_PP, 0, self.to_PP) for r in (0, rows))
+        first_PP, last_PP = (jnp.clip(start + r - at_PP, 0, self.to_PP) for r in (0, rows))
         size_PP = last_PP - first_PP
         sent_PP = _exclusive(self.to_PP, 1) + first_PP  # where they begin among the source's pairs
-        got_PP = jnp.where(size_PP > 0, at_PP + first_PP - round_ * rows, 0)  # and in the buffer
+        got_PP = jnp.where(size_PP > 0, at_PP + first_PP - start, 0)  # and in the buffer
         there = Routes(sent_PP[me], size_PP[me], got_PP[me], size_PP[:, me])
         back = Routes(got_PP[:, me], size_PP[:, me], sent_PP[:, me], size_PP[me])
         return there, back
 
-    def fetch(self, source: jax.Array, round_: jax.Array, rows: int) -> jax.Array:
+    def fetch(self, source: jax.Array, start: jax.Array, rows: int) -> jax.Array:
         empty = jnp.zeros((rows, source.shape[1]), source.dtype)
-        return ragged_all_to_all(source, empty, self._routes(round_, rows)[0], AXIS)
+        return ragged_all_to_all(source, empty, self._routes(start, rows)[0], AXIS)
 
     fetch_weights = fetch
 
-    def put(self, total: jax.Array, part: jax.Array, round_: jax.Array) -> jax.Array:
-        return ragged_all_to_all(part, total, self._routes(round_, part.shape[0])[1], AXIS)
+    def put(self, total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+        return ragged_all_to_all(part, total, self._routes(start, part.shape[0])[1], AXIS)
 
     put_weights = put
 
@@ -87,9 +89,9 @@ class RaggedQueue(NamedTuple):
     def zero_weights(self) -> jax.Array:
         return self.zeros(1, jnp.float32)
 
-    def experts(self, round_: jax.Array, rows: int) -> jax.Array:
+    def experts(self, start: jax.Array, rows: int) -> jax.Array:
         """int32 [R]: the local expert of each row of a round; e for a row that is none."""
-        place_R = round_ * rows + jnp.arange(rows)
+        place_R = start + jnp.arange(rows)
         segment_R = jnp.searchsorted(jnp.cumsum(self.counts_Pe.reshape(-1)), place_R, side="right")
         local = self.counts_Pe.shape[1]
         return jnp.where(place_R < self.length(), segment_R % local, local).astype(jnp.int32)
@@ -121,24 +123,24 @@ class GatheredQueue:
 
     spread_weights, collect_weights = spread, collect
 
-    def _pairs(self, round_: jax.Array, rows: int) -> jax.Array:
+    def _pairs(self, start: jax.Array, rows: int) -> jax.Array:
         """int32 [R]: the pair, m * K + k, of each row of a round; M * K where there is none."""
-        row = self.place_MK - round_ * rows
+        row = self.place_MK - start
         row = jnp.where((self.expert_MK < self.local) & (row >= 0), row, rows).reshape(-1)
         return jnp.full(rows, row.size, jnp.int32).at[row].set(jnp.arange(row.size, dtype=jnp.int32), mode="drop")
 
-    def fetch(self, source: jax.Array, round_: jax.Array, rows: int) -> jax.Array:
-        return take_rows(source, self._pairs(round_, rows) // self.place_MK.shape[1])
+    def fetch(self, source: jax.Array, start: jax.Array, rows: int) -> jax.Array:
+        return take_rows(source, self._pairs(start, rows) // self.place_MK.shape[1])
 
-    def fetch_weights(self, source_MK: jax.Array, round_: jax.Array, rows: int) -> jax.Array:
-        return take_rows(source_MK.reshape(-1, 1), self._pairs(round_, rows))
+    def fetch_weights(self, source_MK: jax.Array, start: jax.Array, rows: int) -> jax.Array:
+        return take_rows(source_MK.reshape(-1, 1), self._pairs(start, rows))
 
-    def put(self, total: jax.Array, part: jax.Array, round_: jax.Array) -> jax.Array:
-        token_R = self._pairs(round_, part.shape[0]) // self.place_MK.shape[1]
+    def put(self, total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+        token_R = self._pairs(start, part.shape[0]) // self.place_MK.shape[1]
         return total + jax.ops.segment_sum(part.astype(total.dtype), token_R, total.shape[0], indices_are_sorted=True)
 
-    def put_weights(self, total_MK: jax.Array, part_R1: jax.Array, round_: jax.Array) -> jax.Array:
-        pair_R = self._pairs(round_, part_R1.shape[0])
+    def put_weights(self, total_MK: jax.Array, part_R1: jax.Array, start: jax.Array) -> jax.Array:
+        pair_R = self._pairs(start, part_R1.shape[0])
         return total_MK.reshape(-1).at[pair_R].set(part_R1[:, 0], mode="drop").reshape(total_MK.shape)
 
     def zeros(self, width: int, dtype: Any) -> jax.Array:
@@ -147,8 +149,8 @@ class GatheredQueue:
     def zero_weights(self) -> jax.Array:
         return jnp.zeros(self.place_MK.shape, jnp.float32)
 
-    def experts(self, round_: jax.Array, rows: int) -> jax.Array:
-        return self.expert_MK.reshape(-1).at[self._pairs(round_, rows)].get(mode="fill", fill_value=self.local)
+    def experts(self, start: jax.Array, rows: int) -> jax.Array:
+        return self.expert_MK.reshape(-1).at[self._pairs(start, rows)].get(mode="fill", fill_value=self.local)
 
     def length(self) -> jax.Array:
         return (self.expert_MK < self.local).sum(dtype=jnp.int32)
@@ -173,6 +175,7 @@ class Exchange(NamedTuple):
 
     expert_fn: ExpertFn
     rows: int  # R
+    further: int  # rows of a further round
     bounded: bool  # whether R can be too few
     rounds: bool  # whether what lies beyond goes in further rounds
     block: int  # rows per block of the grouped product
@@ -189,12 +192,12 @@ def _work(exchange: Exchange, experts_R, local: int, rows_RD, scale_R1, weights)
 
 
 def _further_rounds(exchange: Exchange, queue: Any, body: Callable, carry: Any) -> Any:
-    """`body(round, carry)` for all rounds after the first; none, and no loop, where one always suffices."""
+    """`body(start, carry)` for all rounds after the first; none, and no loop, where one always suffices."""
     if not (exchange.bounded and exchange.rounds):
         return carry
     # All devices go round equally often: a collective in a loop must not wait for one that has left it.
-    count = pmax(-(-queue.length() // exchange.rows), *WORK_AXES)
-    return jax.lax.fori_loop(1, count, body, carry)
+    count = pmax(-(-(queue.length() - exchange.rows) // exchange.further), *WORK_AXES)
+    return jax.lax.fori_loop(0, count, lambda i, carry: body(exchange.rows + i * exchange.further, carry), carry)
 
 
 def _local(weights: Any) -> int:
@@ -209,18 +212,18 @@ def _forward(
         x, scale = queue.spread(x_ND), queue.spread_weights(scale_NK)
         first_RD = checkpoint_name(queue.fetch(x, 0, exchange.rows), "dispatch")
 
-    def one_round(round_, total, rows_RD):
+    def one_round(start, total, rows_RD):
         with jax.named_scope("dispatch"):
-            scale_R1 = queue.fetch_weights(scale, round_, exchange.rows)
-        experts_R = queue.experts(round_, exchange.rows)
+            scale_R1 = queue.fetch_weights(scale, start, len(rows_RD))
+        experts_R = queue.experts(start, len(rows_RD))
         y_RD = _work(exchange, experts_R, _local(weights), rows_RD, scale_R1, weights)
         with jax.named_scope("combine"):
-            return queue.put(total, y_RD, round_)
+            return queue.put(total, y_RD, start)
 
-    def further(round_, total):
+    def further(start, total):
         with jax.named_scope("dispatch"):
-            rows_RD = queue.fetch(x, round_, exchange.rows)
-        return one_round(round_, total, rows_RD)
+            rows_RD = queue.fetch(x, start, exchange.further)
+        return one_round(start, total, rows_RD)
 
     total = one_round(0, queue.zeros(x_ND.shape[1], x_ND.dtype), first_RD)
     total = _further_rounds(exchange, queue, further, total)
@@ -244,19 +247,19 @@ def _run_bwd(exchange, saved, g_ND):
     with jax.named_scope("dispatch"):
         x, g, scale = queue.spread(x_ND), queue.spread(g_ND), queue.spread_weights(scale_NK)
 
-    def one_round(round_, rows_RD, dx, dscale):
+    def one_round(start, rows_RD, dx, dscale):
         with jax.named_scope("dispatch"):
-            g_RD = queue.fetch(g, round_, exchange.rows)
-            scale_R1 = queue.fetch_weights(scale, round_, exchange.rows)
-        work = partial(_work, exchange, queue.experts(round_, exchange.rows), _local(weights))
+            g_RD = queue.fetch(g, start, len(rows_RD))
+            scale_R1 = queue.fetch_weights(scale, start, len(rows_RD))
+        work = partial(_work, exchange, queue.experts(start, len(rows_RD)), _local(weights))
         drows_RD, dscale_R1, dweights = jax.vjp(work, rows_RD, scale_R1, weights)[1](g_RD)
         with jax.named_scope("combine"):
-            return queue.put(dx, drows_RD, round_), queue.put_weights(dscale, dscale_R1, round_), dweights
+            return queue.put(dx, drows_RD, start), queue.put_weights(dscale, dscale_R1, start), dweights
 
-    def further(round_, carry):
+    def further(start, carry):
         with jax.named_scope("dispatch"):
-            rows_RD = queue.fetch(x, round_, exchange.rows)
-        dx, dscale, dweights = one_round(round_, rows_RD, *carry[:2])
+            rows_RD = queue.fetch(x, start, exchange.further)
+        dx, dscale, dweights = one_round(start, rows_RD, *carry[:2])
         return dx, dscale, jax.tree.map(jnp.add, carry[2], dweights)
 
     carry = one_round(0, first_RD, queue.zeros(x_ND.shape[1], x_ND.dtype), queue.zero_weights())
@@ -293,7 +296,8 @@ def dispatch(
     worst = ranks * tokens * min(choices, local)
     rows = min(math.ceil(mesh.buffer_factor * tokens * choices), worst)
     block = block_rows(tokens * choices, local)
-    exchange = Exchange(expert_fn, rows, rows < worst, mesh.overflow == "rounds", block)
+    further = math.ceil(rows / FURTHER)
+    exchange = Exchange(expert_fn, rows, further, rows < worst, mesh.overflow == "rounds", block)
     with jax.named_scope("plan"):
         queue = QUEUES[mesh.dispatcher](ids_NK, num_experts)
         dropped = jnp.zeros((), jnp.int32) if exchange.rounds else jnp.maximum(queue.length() - rows, 0)
