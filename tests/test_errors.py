@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_tokenizer import OWN
 from tiny_run import REPO, STEPS, run, start, train_args
 
 import sample
@@ -235,6 +236,8 @@ DAMAGE = {
 def test_a_damaged_hf_folder(message, tmp_path, damage):
     hf = tmp_path / "hf"
     shutil.copytree(GOLDEN, hf, ignore=shutil.ignore_patterns("expected*", "grads*", "generate*"))
+    if damage is not leave_whole:
+        OWN.save(str(hf))
     damage(hf)
     assert_says(message(sample.main, "--checkpoint", hf, "--prompt", "a"), str(hf), *DAMAGE[damage])
 

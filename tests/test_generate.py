@@ -382,7 +382,7 @@ def test_what_the_mtp_layer_drafts_is_what_it_predicts_without_a_cache(drafter):
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_three_tokens_are_drawn_with_the_models_probabilities(drafter, drafts):
     """Chi-square over the 27 answers that top_k 3 leaves."""
-    new, wanted, batch = 3, 2000, 50
+    new, wanted, batch = 3, 2400, 50
     sampling = Sampling(temperature=1.5, top_k=3, logit_bias=FORKED)
     prompt = PROMPTS[0]
     paths = list(itertools.product(FORKED, repeat=new))

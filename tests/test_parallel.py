@@ -96,7 +96,7 @@ MESHES = {
 GATHERED = {"dispatcher": "all_gather", "context_method": "all_gather"}
 
 
-@pytest.mark.parametrize("name", ["fsdp8", "fsdp2-expert4", "fsdp2-expert2-tensor2", "context4-expert2"])
+@pytest.mark.parametrize("name", ["fsdp8", "fsdp2-expert2-tensor2", "context4-expert2"])
 def test_a_mesh_gives_one_devices_numbers(name):
     compare(Run(WHOLE, MeshConfig(**MESHES[name])), one_device(WHOLE))
 
@@ -107,7 +107,13 @@ def test_gathered_rows_and_keys_give_one_devices_numbers():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("expert8", {}), ("data2-expert4", {}), ("tensor4", {}), ("fsdp2-expert4", {"dispatcher": "all_gather"})],
+    [
+        ("expert8", {}),
+        ("data2-expert4", {}),
+        ("fsdp2-expert4", {}),
+        ("fsdp2-expert4", {"dispatcher": "all_gather"}),
+        ("tensor4", {}),
+    ],
 )
 def test_a_mesh_gives_one_devices_numbers_of_sparse_layers(name, options):
     compare(Run(SPARSE, MeshConfig(**MESHES[name], **options)), one_device(SPARSE))

@@ -15,12 +15,12 @@ import jax
 import pytest
 from tiny_run import REPO
 
-from ling_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ling_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, count_params
 from ling_jax.plan import suggest
 from ling_jax.plan.count import Count, Work, key_of
 from ling_jax.plan.hardware import chip_of, peak_flops, wires_of
-from ling_jax.plan.memory import largest_buffers, memory_of_error
-from ling_jax.plan.plan import compile_plan, topology_devices, trace_step
+from ling_jax.plan.memory import Memory, largest_buffers, memory_of_error
+from ling_jax.plan.plan import Plan, compile_plan, topology_devices, trace_step
 from ling_jax.plan.report import render
 from ling_jax.plan.roofline import bound
 from tests.helpers import tiny
@@ -308,10 +308,15 @@ def test_ling_mini_with_one_layer_is_planned_by_the_command():
         assert words in told
 
 
-@pytest.mark.slow
 def test_the_best_bound_that_fits_is_suggested(monkeypatch):
-    """Among the meshes of 4 chips and two microbatchings; with an HBM that the best bound does not fit into."""
+    """Among the meshes of 4 chips and two microbatchings. The compiler, which other tests run, is replaced by one that
+    needs a gigabyte of temporaries."""
     traced = {}
+
+    def compiled(config, topology, slices, step):
+        hbm = suggest.chip_of(step.trainer.mesh.devices.flat[0]).hbm_bytes
+        memory = Memory(step.given, 1e9, step.given + 1e9, hbm, "")
+        return Plan(config, topology, slices, step.trainer.mesh, count_params(MODEL), step.count, memory, [], 0.0)
 
     def trace_once(config, devices, original=suggest.trace_step):
         if config not in traced:
@@ -319,6 +324,7 @@ def test_the_best_bound_that_fits_is_suggested(monkeypatch):
         return traced[config]
 
     monkeypatch.setattr(suggest, "trace_step", trace_once)
+    monkeypatch.setattr(suggest, "compile_plan", compiled)
     monkeypatch.setattr(suggest, "POLICIES", ("full",))
     monkeypatch.setattr(suggest, "BUFFERS", (2.0,))
     model = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)

@@ -4,6 +4,8 @@ Legend: N tokens, D hidden, E experts, K experts per token, F expert width, R ro
 each expert's padded to whole blocks).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,10 +13,11 @@ from flax import nnx
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.grouped import block_rows, grouped_linear
 from ling_jax.kernels.rows import combine_rows, gather_rows, plan_rows
-from ling_jax.model.linear import Init, whole
+from ling_jax.model.linear import Init
 from ling_jax.model.router import Routing
 from ling_jax.parallel.dispatch import dispatch
 from ling_jax.parallel.mesh import axis_size
+from ling_jax.parallel.rules import gather
 
 
 class ExpertWeights(nnx.Module):
@@ -22,11 +25,6 @@ class ExpertWeights(nnx.Module):
 
     def __init__(self, config: ModelConfig, inputs: int, outputs: int, axes: tuple[str, str], init: Init):
         self.weight = init.normal((config.num_experts, outputs, inputs), ("expert", *axes))
-        self.mesh = init.mesh
-
-    def __call__(self, dtype: jnp.dtype) -> jax.Array:
-        """This device's experts, [e, out, in]."""
-        return whole(self.weight, dtype, self.mesh)
 
 
 def swiglu_rows(
@@ -53,9 +51,16 @@ class Experts(nnx.Module):
     def __call__(self, x_ND: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
         """sum_k weight_k expert_k(x) for every token, [N, D] in x's dtype (this device's part of it under tensor
         parallelism), and the int32 number of token-expert pairs that were dropped."""
-        weights = (self.gate_proj(x_ND.dtype), self.up_proj(x_ND.dtype), self.down_proj(x_ND.dtype))
+        params = [projection.weight for projection in (self.gate_proj, self.up_proj, self.down_proj)]
+        shards, dtypes = tuple(param[...] for param in params), (x_ND.dtype, self.mesh.reduce_dtype)
+
+        def whole(shards: Any) -> Any:
+            """This device's experts, [e, out, in] each."""
+            return tuple(gather(w, p.axes, p.split, *dtypes) for w, p in zip(shards, params, strict=True))
+
         if axis_size("expert") > 1:
-            return dispatch(x_ND, routing.ids, routing.weights, weights, swiglu_rows, self.num_experts, self.mesh)
+            return dispatch(x_ND, routing.ids, routing.weights, shards, swiglu_rows, self.num_experts, self.mesh, whole)
+        weights = whole(shards)
         block = block_rows(routing.ids.size, self.num_experts)
         with jax.named_scope("dispatch"):
             plan = plan_rows(routing.ids, self.num_experts, block)

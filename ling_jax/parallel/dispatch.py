@@ -3,7 +3,8 @@
 Each rank of the `expert` axis holds E/P experts and its own N tokens. The pairs (token, chosen expert) that a rank is
 to work on form a queue, the same in everybody's reckoning, of which it takes R = buffer_factor times the mean at once;
 what lies beyond goes in further rounds (`mesh.overflow`), which a balanced router never needs. These are smaller, R /
-FURTHER, since in the backward pass their buffers stand beside the sums of the first round's gradients.
+FURTHER, since their buffers stand beside the first round's results. Weights are made whole in here, so that each
+round's gradients are scattered to their shards at once.
 
 Two dispatchers, each a linear map and its transpose: `spread` (tokens to the form that is exchanged) and `collect`,
 `fetch` (the rows of one round) and `put`. The forward pass is collect . put . experts . fetch . spread; the
@@ -174,6 +175,7 @@ class Exchange(NamedTuple):
     """What is known before the first row moves."""
 
     expert_fn: ExpertFn
+    whole: Callable[[Any], Any]  # shards of this rank's experts' weights -> the weights
     rows: int  # R
     further: int  # rows of a further round
     bounded: bool  # whether R can be too few
@@ -205,9 +207,10 @@ def _local(weights: Any) -> int:
 
 
 def _forward(
-    exchange: Exchange, queue: Any, x_ND: jax.Array, scale_NK: jax.Array, weights: Any
+    exchange: Exchange, queue: Any, x_ND: jax.Array, scale_NK: jax.Array, shards: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The result, and the first round's rows, by the name that `train.remat` save_dispatch keeps."""
+    weights = exchange.whole(shards)
     with jax.named_scope("dispatch"):
         x, scale = queue.spread(x_ND), queue.spread_weights(scale_NK)
         first_RD = checkpoint_name(queue.fetch(x, 0, exchange.rows), "dispatch")
@@ -232,18 +235,19 @@ def _forward(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(exchange: Exchange, queue: Any, x_ND: jax.Array, scale_NK: jax.Array, weights: Any) -> jax.Array:
-    return _forward(exchange, queue, x_ND, scale_NK, weights)[0]
+def _run(exchange: Exchange, queue: Any, x_ND: jax.Array, scale_NK: jax.Array, shards: Any) -> jax.Array:
+    return _forward(exchange, queue, x_ND, scale_NK, shards)[0]
 
 
-def _run_fwd(exchange, queue, x_ND, scale_NK, weights):
-    y_ND, first_RD = _forward(exchange, queue, x_ND, scale_NK, weights)
-    return y_ND, (queue, x_ND, scale_NK, weights, first_RD)
+def _run_fwd(exchange, queue, x_ND, scale_NK, shards):
+    y_ND, first_RD = _forward(exchange, queue, x_ND, scale_NK, shards)
+    return y_ND, (queue, x_ND, scale_NK, shards, first_RD)
 
 
 def _run_bwd(exchange, saved, g_ND):
     """Round by round: the same rows and their cotangents, the experts' own gradients, and the way back."""
-    queue, x_ND, scale_NK, weights, first_RD = saved
+    queue, x_ND, scale_NK, shards, first_RD = saved
+    weights, to_shards = jax.vjp(exchange.whole, shards)
     with jax.named_scope("dispatch"):
         x, g, scale = queue.spread(x_ND), queue.spread(g_ND), queue.spread_weights(scale_NK)
 
@@ -254,18 +258,19 @@ def _run_bwd(exchange, saved, g_ND):
         work = partial(_work, exchange, queue.experts(start, len(rows_RD)), _local(weights))
         drows_RD, dscale_R1, dweights = jax.vjp(work, rows_RD, scale_R1, weights)[1](g_RD)
         with jax.named_scope("combine"):
-            return queue.put(dx, drows_RD, start), queue.put_weights(dscale, dscale_R1, start), dweights
+            dx, dscale = queue.put(dx, drows_RD, start), queue.put_weights(dscale, dscale_R1, start)
+        return dx, dscale, to_shards(dweights)[0]
 
     def further(start, carry):
         with jax.named_scope("dispatch"):
             rows_RD = queue.fetch(x, start, exchange.further)
-        dx, dscale, dweights = one_round(start, rows_RD, *carry[:2])
-        return dx, dscale, jax.tree.map(jnp.add, carry[2], dweights)
+        dx, dscale, dshards = one_round(start, rows_RD, *carry[:2])
+        return dx, dscale, jax.tree.map(jnp.add, carry[2], dshards)
 
     carry = one_round(0, first_RD, queue.zeros(x_ND.shape[1], x_ND.dtype), queue.zero_weights())
-    dx, dscale, dweights = _further_rounds(exchange, queue, further, carry)
+    dx, dscale, dshards = _further_rounds(exchange, queue, further, carry)
     with jax.named_scope("combine"):
-        return None, queue.collect(dx).astype(x_ND.dtype), queue.collect_weights(dscale), dweights
+        return None, queue.collect(dx).astype(x_ND.dtype), queue.collect_weights(dscale), dshards
 
 
 _run.defvjp(_run_fwd, _run_bwd)
@@ -275,18 +280,20 @@ def dispatch(
     x_ND: jax.Array,
     ids_NK: jax.Array,
     scale_NK: jax.Array,
-    weights: Any,
+    shards: Any,
     expert_fn: ExpertFn,
     num_experts: int,
     mesh: MeshConfig,
+    whole: Callable[[Any], Any] = lambda weights: weights,
 ) -> tuple[jax.Array, jax.Array]:
     """sum_k scale_k expert_k(x) with the experts spread over the mesh; for a manual region over `expert`.
 
     Args:
       x_ND: this device's tokens.  ids_NK: int32 experts of each, distinct.  scale_NK: float32.
-      weights: pytree of this rank's experts' weights, [e, ...] each.
+      shards: pytree of this device's parts of its rank's experts' weights, [e, ...] each.
       expert_fn: what an expert does to rows sorted by expert.
       mesh: `dispatcher`, `buffer_factor` and `overflow` are read.
+      whole: makes weights of the shards (a linear map).
     Returns:
       [N, D] in x's dtype, and the int32 number of pairs that this rank's buffer had no room for (0 unless
       `mesh.overflow` is "drop").
@@ -297,8 +304,8 @@ def dispatch(
     rows = min(math.ceil(mesh.buffer_factor * tokens * choices), worst)
     block = block_rows(tokens * choices, local)
     further = math.ceil(rows / FURTHER)
-    exchange = Exchange(expert_fn, rows, further, rows < worst, mesh.overflow == "rounds", block)
+    exchange = Exchange(expert_fn, whole, rows, further, rows < worst, mesh.overflow == "rounds", block)
     with jax.named_scope("plan"):
         queue = QUEUES[mesh.dispatcher](ids_NK, num_experts)
         dropped = jnp.zeros((), jnp.int32) if exchange.rounds else jnp.maximum(queue.length() - rows, 0)
-    return _run(exchange, queue, x_ND, scale_NK, weights), dropped
+    return _run(exchange, queue, x_ND, scale_NK, shards), dropped
