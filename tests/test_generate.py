@@ -3,6 +3,7 @@
 Legend: B rows, T tokens, V vocabulary, S cache slots.
 """
 
+import copy
 import dataclasses
 import itertools
 import random
@@ -261,12 +262,14 @@ def test_a_withdrawn_request_goes_on_where_it_was(engine, requests, alone):
     ticket = engine.submit(requests[i])
     engine.step(3)
     half = engine.withdraw(ticket)
+    before = copy.deepcopy(half)
     assert half.end is None and half.ids == alone[i][: len(half.ids)] and 0 < len(half.ids) < len(alone[i])
     run_all(engine, requests[:3])
     engine.submit(requests[i], half)
     while engine.busy:
         [update] = engine.step(2)
     assert update.answer.ids == alone[i] and len(update.answer.logprobs) == len(alone[i])
+    assert half.ids == before.ids and half.logprobs == before.logprobs  # what was given is not written to
     waiting = engine.submit(requests[0])
     assert engine.withdraw(waiting).ids == [] and not engine.busy
     with pytest.raises(KeyError, match="no request has ticket"):
@@ -398,6 +401,24 @@ def test_three_tokens_are_drawn_with_the_models_probabilities(drafter, drafts):
     assert got.sum() == wanted
     chi2 = ((got - want) ** 2 / want).sum()
     assert want.min() > 5 and chi2 < 80, f"chi-square {chi2} with 26 degrees of freedom"  # its 1e-6 tail is 77
+
+
+def test_a_beginning_taken_over_gives_the_drafts_of_one_that_was_run(drafter):
+    """Where the rows part, the MTP layer's entry for the last shared token is of the other row's next one."""
+    engine = Engine(drafter, rows=2, slots=MODEL_LENGTH, chunk=8, drafts=2)
+    prompt = [*PROMPTS[0], *PROMPTS[2], 5, 6, 7]
+    for last in (8, 11):
+        engine.submit(Request(prompt=[*prompt, last, 9], max_new_tokens=9))
+    engine.step(1)
+    for row in (0, 1):
+        known = int(engine.rows.known_B[row])
+        tokens = np.asarray(engine.rows.tokens_BS[row : row + 1, :known])
+        k_LBSGC = engine.rows.cache.kinds["mtp"].k_LBSGC
+        alone = Engine(drafter, rows=2, slots=MODEL_LENGTH, chunk=8, drafts=2)
+        alone.submit(Request(prompt=tokens[0, :-1].tolist(), max_new_tokens=9))
+        alone.step(1)
+        want = alone.rows.cache.kinds["mtp"].k_LBSGC
+        assert_close(k_LBSGC[0, row, : known - 1], want[0, 0, : known - 1])
 
 
 def test_drafts_need_an_mtp_layer(model):

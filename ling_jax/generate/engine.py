@@ -4,7 +4,7 @@ A request whose beginning is in any row's cache (a shared system prompt, another
 far) takes over those keys and values; only the rest is run.
 """
 
-import dataclasses
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +60,7 @@ class _Waiting:
     request: Request
     answer: Answer
     tokens: np.ndarray  # prompt and answer so far
+    counts: tuple[int, int]  # drafts and accepted ones of a half-finished answer
 
 
 def check_request(config: ModelConfig, request: Request, slots: int, stops: int) -> None:
@@ -149,12 +150,12 @@ class Engine:
     def submit(self, request: Request, answer: Answer | None = None) -> int:
         """Queues a request and returns its ticket; `answer` is what `withdraw` gave for it, to go on with."""
         check_request(self.config, request, self.slots, self.stops)
-        answer = Answer() if answer is None else dataclasses.replace(answer, ids=list(answer.ids), end=None)
+        answer = Answer() if answer is None else copy.deepcopy(answer)
         if len(answer.ids) >= request.max_new_tokens:
             raise ValueError(f"the answer has its {request.max_new_tokens} tokens already")
         self.tickets += 1
         tokens = np.array([*request.prompt, *answer.ids], np.int32)
-        self.queue.append(_Waiting(self.tickets, request, answer, tokens))
+        self.queue.append(_Waiting(self.tickets, request, answer, tokens, (answer.drafted, answer.accepted)))
         return self.tickets
 
     def withdraw(self, ticket: int) -> Answer:
@@ -204,14 +205,20 @@ class Engine:
             if not self.queue:
                 break
             tokens = self.queue[0].tokens
-            ready = [0 if r in placed else _in_common(held, tokens[:-1]) for r, held in enumerate(self.held)]
+            ready = [0 if r in placed else self._usable(held, tokens) for r, held in enumerate(self.held)]
             source = int(np.argmax(ready))
             soon = (self.running[r] for r in placed)
-            if any(_in_common(other.tokens, tokens[:-1]) > ready[source] for other in soon if other is not None):
+            if any(self._usable(other.tokens, tokens) > ready[source] for other in soon if other is not None):
                 break  # once those have been run, there is more to take over
             self._put(self.queue.popleft(), row, source if ready[source] else row, ready[source])
             placed.append(row)
         return placed
+
+    def _usable(self, held: np.ndarray, tokens: np.ndarray) -> int:
+        """How many of the tokens that a row holds serve another: their common beginning, but for the last, which is run
+        for its logits; the MTP layer's entry for a token depends on the next one too."""
+        common = _in_common(held, tokens[:-1])
+        return max(common - 1, 0) if self.rows.drafts_BP.shape[1] else common
 
     def _put(self, waiting: _Waiting, row: int, source: int, shared: int) -> None:
         request, tokens = waiting.request, np.zeros(self.slots, np.int32)
@@ -253,7 +260,8 @@ class Engine:
             answer.ids += new_ids
             answer.logprobs += logprobs_BS[row, first:known].tolist()
             answer.model_logprobs += model_BS[row, first:known].tolist()
-            answer.drafted, answer.accepted = int(drafted_B[row]), int(accepted_B[row])
+            drafted, accepted = running.counts
+            answer.drafted, answer.accepted = drafted + int(drafted_B[row]), accepted + int(accepted_B[row])
             running.tokens = np.array(tokens_BS[row, :known])
             self.held[row] = running.tokens[:-1]
             if not active_B[row]:

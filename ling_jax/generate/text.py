@@ -1,5 +1,6 @@
 """Text in, text out, over an engine: streamed answers, files of prompts, conversations."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -80,9 +81,7 @@ class Asker:
         return Reply(self.tokenizer, self.stop, self.request.stop_ids)
 
     def request_of(self, ids: Sequence[int], sample: int = 0) -> Request:
-        r = self.request
-        seed = (r.seed + sample) % 2**32
-        return Request(prompt=ids, max_new_tokens=r.max_new_tokens, sampling=r.sampling, seed=seed, stop_ids=r.stop_ids)
+        return dataclasses.replace(self.request, prompt=ids, seed=(self.request.seed + sample) % 2**32)
 
     def stream(
         self, ids: Sequence[int], stats: Stats, sample: int = 0, cancelled: Callable[[], bool] = lambda: False
