@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import tyro
 
-from ling_jax.cli import run_main
+from ling_jax.cli import named_config, run_main
+from ling_jax.config import ONE_DEVICE, MeshConfig
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import generation_config_of, tokenizer_of
 from ling_jax.convert.weights import model_config_of
@@ -16,13 +17,14 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.engine import Engine, Request, check_request
 from ling_jax.generate.sampling import Sampling
 from ling_jax.generate.text import Asker, Stats, converse, read_prompts
+from ling_jax.plan.serving import make_serving_plan, render
 
 DEFAULTS = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "repetition_penalty": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    checkpoint: str
+    checkpoint: str | None = None
     """A run folder, its checkpoints/, one step of it, or a HF folder."""
     prompt: str | None = None
     """The text to continue, or with --chat the user's message."""
@@ -64,6 +66,17 @@ class Command:
     """Most tokens of a conversation."""
     stats: bool = False
     """Print speeds to standard error."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of weights and computation; by default weights are as stored, and computation float32 on CPU, else bfloat16."""
+    mesh: MeshConfig = ONE_DEVICE
+    """Devices to decode on: rows over data, fsdp and expert, experts over expert, heads over tensor."""
+    topology: str | None = None
+    """Compile prefill and a decoding step of --batch-size rows of --context-length tokens for a TPU topology such as
+    v5e:2x4, print what they need and what bounds them, and stop."""
+    config: str | None = None
+    """With --topology: a model of configs/ instead of a checkpoint."""
+    json: bool = False
+    """With --topology: only one JSON object."""
 
 
 def sampling_of(command: Command, saved: dict[str, Any]) -> Sampling:
@@ -87,8 +100,29 @@ def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def main(argv: Sequence[str]) -> None:
+def plan(command: Command) -> int:
+    """Prints what serving the model on a topology takes; 3 if it does not fit."""
+    if (command.config is None) == (command.checkpoint is None):
+        raise ValueError("with --topology give one of --config NAME and --checkpoint DIR")
+    model = model_config_of(command.checkpoint) if command.checkpoint else named_config(command.config or "").model
+    made = make_serving_plan(
+        model,
+        command.mesh,
+        command.topology or "",
+        rows=command.batch_size,
+        slots=command.context_length,
+        dtype=command.dtype or "bfloat16",
+    )
+    print(made.to_json() if command.json else f"{render(made)}\n\n{made.to_json()}")
+    return 0 if made.fits else 3
+
+
+def main(argv: Sequence[str]) -> int:
     command = tyro.cli(Command, args=list(argv), prog="sample.py", description=__doc__)
+    if command.topology is not None:
+        return plan(command)
+    if command.checkpoint is None or command.config is not None or command.json:
+        raise ValueError("give --checkpoint DIR; --config and --json go with --topology")
     given = [command.prompt is not None, command.prompt_file is not None]
     if sum(given) > 1 or not (any(given) or command.chat):
         raise ValueError("give one of --prompt, --prompt-file and, for a conversation, --chat alone")
@@ -111,7 +145,8 @@ def main(argv: Sequence[str]) -> None:
     for ids in prompts:
         check_request(config, dataclasses.replace(request, prompt=ids), slots, stops)
     rows = min(command.batch_size, len(prompts) * command.samples) if command.prompt_file else 1
-    model = load_pretrained(command.checkpoint)
+    mesh = None if command.mesh.shape == ONE_DEVICE.shape else command.mesh
+    model = load_pretrained(command.checkpoint, dtype=command.dtype, mesh=mesh)
     engine = Engine(model, rows=rows, slots=slots, stops=stops, drafts=command.drafts)
     asker = Asker(engine, tokenizer, request, command.stop)
 
@@ -132,6 +167,7 @@ def main(argv: Sequence[str]) -> None:
                 show(piece)
             print()
         after(stats)
+    return 0
 
 
 def write_answers(asker: Asker, records: list[dict[str, Any]], prompts: list[list[int]], samples: int) -> None:

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from ling_jax import generate, token_logprobs
+from ling_jax.config import MeshConfig
 from ling_jax.generate.cache import cache_bytes, empty_cache
 from ling_jax.generate.engine import Answer, Engine, Request, stream
 from ling_jax.generate.sampling import Sampling
@@ -201,8 +202,12 @@ def requests():
 
 @pytest.fixture(scope="module")
 def alone(model, requests):
+    return by_recomputation(model, requests)
+
+
+def by_recomputation(model, requests) -> list[list[int]]:
     """The greedy answers from the logits of full recomputation."""
-    oracle = Oracle(SMALL, *split_model(model)[1:])
+    oracle = Oracle(model.config, *split_model(model)[1:])
     answers = []
     for request in requests:
         tokens = list(request.prompt)
@@ -229,6 +234,30 @@ def test_rows_that_end_are_replaced_and_every_request_gets_its_own_answer(engine
     answers = run_all(engine, requests)
     assert [answer.ids for answer in answers] == alone
     assert {answer.end for answer in answers} == {"length"}
+
+
+MESHES = [{"expert": 4}, {"expert": 2, "tensor": 2}, {"data": 2, "tensor": 4, "dispatcher": "all_gather"}]
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_over_a_mesh_every_request_gets_the_answer_of_full_recomputation(requests, mesh, drafts):
+    """Rows on every part of the mesh, of which some stay empty; kv heads repeated where `tensor` has more devices."""
+    config = dataclasses.replace(DRAFTER, vocab_size=64)
+    model, wanted = make_model(config, mesh=MeshConfig(**mesh)), by_recomputation(make_model(config), requests)
+    engine = Engine(model, rows=3, slots=MODEL_LENGTH, chunk=4, drafts=drafts, routing=True)
+    answers = run_all(engine, requests)
+    assert [answer.ids for answer in answers] == wanted
+    assert len(engine.rows.cache.kinds["softmax_moe"].k_LBSGC.sharding.device_set) == np.prod(
+        [size for size in mesh.values() if isinstance(size, int)]
+    )
+    for answer, request in zip(answers, requests, strict=True):
+        assert answer.routing.shape[0] == len(request.prompt) + request.max_new_tokens - 1
+
+
+def test_a_mesh_that_splits_rows_of_tokens_cannot_sample():
+    with pytest.raises(ValueError, match="mesh.context = 2 must be 1 to sample"):
+        Engine(make_model(SMALL, mesh=MeshConfig(context=2)), rows=1, slots=8)
 
 
 def test_a_shared_beginning_is_run_once(model, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from ling_jax.kernels import megablox
 from ling_jax.kernels.attention import MASKED, attend, attend_bwd, attention, cached_attention
 from ling_jax.kernels.cross_entropy import target_logprobs
-from ling_jax.kernels.grouped import block_rows, grouped_linear, padded_rows
+from ling_jax.kernels.grouped import block_rows, grouped_product, grouped_weight_gradient, padded_rows
 from ling_jax.kernels.linear import linear
 from tests.helpers import assert_close, assert_gradient_close, jit
 
@@ -53,7 +53,7 @@ def test_a_bfloat16_product_keeps_float32_sums_in_its_weight_gradient():
     assert_gradient_close(dw, bf16(g).T @ bf16(x))
 
 
-# grouped_linear
+# grouped products
 
 
 def by_hand(x, w, sizes, g):
@@ -71,8 +71,9 @@ def by_hand(x, w, sizes, g):
 
 @partial(jit, static_argnums=(4, 5))
 def run_grouped(x_RI, w_EOI, sizes_E, g_RO, block, implementation):
-    y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, sizes_E, block, implementation), x_RI, w_EOI)
-    return y, *vjp(g_RO)
+    y_RO = grouped_product(x_RI, w_EOI, sizes_E, block, 1, implementation)
+    dx_RI = grouped_product(g_RO, w_EOI, sizes_E, block, 2, implementation)
+    return y_RO, dx_RI, grouped_weight_gradient(g_RO, x_RI, sizes_E, block, implementation)
 
 
 # Blocks of each of five groups; twelve blocks of rows, so that some lie past the last group.
@@ -90,7 +91,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block", [1, 2, 8])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_grouped_linear_and_its_gradients_equal_a_loop_over_groups(implementation, block, layout):
+def test_grouped_products_and_their_weight_gradient_equal_a_loop_over_groups(implementation, block, layout):
     """What lies past the last group, here garbage, gives zeros and adds to no gradient."""
     sizes = np.array(LAYOUTS[layout], np.int32) * block
     x, w, g = normal(12 * block, 7), normal(5, 3, 7), normal(12 * block, 3)
@@ -142,7 +143,7 @@ def test_tiles_of_rows_are_never_more_than_the_kernels_count_exactly(rows):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_grouped_linear_of_a_single_row(implementation):
+def test_grouped_products_of_a_single_row(implementation):
     sizes = np.array([0, 0, 1], np.int32)
     x, w, g = normal(1, 5), normal(3, 1, 5), normal(1, 1)
     for got, want in zip(run_grouped(x, w, sizes, g, 1, implementation), by_hand(x, w, sizes, g), strict=True):

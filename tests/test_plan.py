@@ -65,7 +65,7 @@ def flops_by_hand(config: RunConfig) -> float:
     def layers(number: int, whole: bool) -> float:
         """MoE layers; `whole` if their output is made again too, not only what their gradients need."""
         again = full and whole
-        experts = 3 * hidden * c.moe_intermediate_size * c.num_experts_per_tok * (4 + again)
+        experts = 3 * hidden * c.moe_intermediate_size * c.num_experts_per_tok * (3 + 2 / 3 + again)
         down = 1 if again else 2 / 3
         router = hidden * c.num_experts * (3 + full)
         return number * (attention + experts + shared * (3 + full * down) + router)

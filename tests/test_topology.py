@@ -3,6 +3,7 @@
 The compiler comes with libtpu, an ordinary wheel.
 """
 
+import json
 import re
 from collections import defaultdict
 
@@ -14,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from ling_jax.kernels.attention import attention
-from ling_jax.kernels.grouped import grouped_linear
+from ling_jax.kernels.grouped import grouped_product, grouped_weight_gradient
 from ling_jax.parallel.mesh import BATCH_AXES, make_mesh
+from ling_jax.plan.serving import make_serving_plan
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 from tests.helpers import tiny
@@ -134,13 +136,14 @@ def kernels(text: str) -> set[str]:
 
 
 def attention_and_experts(q, kv, segments, rows, weights, sizes):
-    """Gradients of both, at widths of Ling-mini."""
+    """The products and the gradients of both, at widths of Ling-mini."""
 
-    def total(q, kv, rows, weights):
-        out, y = attention(q, kv, kv, segments, 0.1), grouped_linear(rows, weights, sizes, 128)
-        return out.astype("float32").sum() + y.astype("float32").sum()
+    def total(q, kv):
+        return attention(q, kv, kv, segments, 0.1).astype("float32").sum()
 
-    return jax.grad(total, (0, 1, 2, 3))(q, kv, rows, weights)
+    y = grouped_product(rows, weights, sizes, 128, 1)
+    back = grouped_product(y, weights, sizes, 128, 2)
+    return jax.grad(total, (0, 1))(q, kv), y, back, grouped_weight_gradient(y, rows, sizes, 128)
 
 
 def arguments(dtype: str, sharding=None) -> list[jax.ShapeDtypeStruct]:
@@ -167,3 +170,27 @@ def test_the_train_step_lowers_for_cuda_with_its_ragged_products_and_exchanges()
     trainer = make_trainer(run_config(MeshConfig(fsdp=2, expert=4)), jax.devices())
     text = make_train_step(trainer).trace(*step_arguments(trainer)).lower(lowering_platforms=("cuda",)).as_text()
     assert "ragged_dot" in text and "ragged_all_to_all" in text and "tpu_custom_call" not in text
+
+
+def test_serving_reads_weights_and_cache_once_a_step(tpu):
+    """Counted bytes of a decoding step against the shapes; both programs compile and fit."""
+    split = MeshConfig(expert=2, tensor=2)
+    tpu("v5e:2x2")
+    plan = make_serving_plan(MODEL, split, "v5e:2x2", rows=4, slots=LENGTH, chunk=64, dtype="bfloat16")
+    assert plan.fits and [call.name for call in plan.calls] == ["prefill", "decode"]
+    c, layers = MODEL, MODEL.num_hidden_layers
+    head = c.vocab_size * c.hidden_size
+    heads = c.num_attention_heads * c.head_dim * 2 + 2 * c.num_key_value_heads * c.head_dim
+    experts = c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** 4)  # of four tokens
+    wide = 3 * c.hidden_size * c.moe_intermediate_size
+    router = c.num_experts * c.hidden_size
+    weights = 2 * (layers * (heads * c.hidden_size / 2 + wide * experts / 4 + wide / 2 + router) + head / 2)
+    cache = 2 * 2 * layers * 2 * LENGTH * c.num_key_value_heads / 2 * c.head_dim  # two rows, one head
+    assert plan.weights == pytest.approx(weights, rel=0.01) and plan.cache == cache
+    decode = plan.calls[1]
+    assert decode.memory.arguments > weights + cache
+    assert decode.count.total().hbm_bytes == pytest.approx(weights + cache, rel=0.15)
+    kinds = {sent.kind for sent in decode.count.total().sent if sent.bytes > 1e3}
+    assert kinds == {"all-reduce", "ragged-all-to-all", "all-gather"}  # of rows and logits, not of weights
+    assert sum(sent.bytes for sent in decode.count.total().sent) < 0.02 * weights
+    assert set(json.loads(plan.to_json())) >= {"prefill", "decode", "cache_bytes_per_device"}

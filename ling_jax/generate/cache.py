@@ -10,11 +10,14 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ling_jax.config import ModelConfig, layer_kinds
+from ling_jax.parallel.mesh import BATCH_AXES
 
 MTP = "mtp"  # the MTP layer's place among the kinds; its entry for a token holds the next token too
 
@@ -76,11 +79,18 @@ class Cache:
 
     def with_rows(self, rows_R: jax.Array, some: "Cache") -> "Cache":
         """The inverse of `rows`."""
-        return self._each(lambda a, b: a.at[:, rows_R].set(b), self.length_B.at[rows_R].set(some.length_B), some)
+        length_B = self.length_B.at[rows_R].set(some.length_B, mode="drop")
+        return self._each(lambda a, b: a.at[:, rows_R].set(b, mode="drop"), length_B, some)
 
-    def copied(self, source: jax.Array, row: jax.Array, length: jax.Array) -> "Cache":
-        """With the first `length` tokens of row `source` in `row`."""
-        return self._each(lambda a: a.at[:, row].set(a[:, source]), self.length_B.at[row].set(length))
+    def copied(self, source: jax.Array, row: jax.Array, length: int | jax.Array) -> "Cache":
+        """With the first `length` tokens of row `source` in `row`; unchanged if there is no such row."""
+        length_B = self.length_B.at[row].set(length, mode="drop")
+        return self._each(lambda a: a.at[:, row].set(a[:, source], mode="drop"), length_B)
+
+    def specs(self) -> Any:
+        """How each array is split over a mesh: rows, and heads over `tensor`."""
+        by_dims = {0: (), 1: (BATCH_AXES,), 5: (None, BATCH_AXES, None, "tensor")}
+        return jax.tree.map(lambda a: PartitionSpec(*by_dims[a.ndim]), self)
 
     def _each(self, f: Callable[..., jax.Array], length_B: jax.Array, *others: "Cache") -> "Cache":
         """`f` of the [L, B, S, G, C] arrays of this cache and of the others."""
@@ -103,10 +113,14 @@ def cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, m
     return per_slot * batch * slots * jnp.dtype(dtype).itemsize
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, mtp: bool = False) -> Cache:
-    """A cache of `slots` tokens for each of `batch` rows, if asked for the MTP layer too."""
+def empty_cache(
+    config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, mtp: bool = False, tensor: int = 1
+) -> Cache:
+    """A cache of `slots` tokens for each of `batch` rows, if asked for the MTP layer too. Each of `tensor` devices has
+    a head at least."""
+    heads = max(config.num_key_value_heads, tensor)
     kinds = {}
     for kind, count in _layers(config, mtp).items():
-        shape = (count, batch, slots, config.num_key_value_heads, config.head_dim)
+        shape = (count, batch, slots, heads, config.head_dim)
         kinds[kind] = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
     return Cache(kinds, jnp.zeros(batch, jnp.int32))

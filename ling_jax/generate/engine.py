@@ -8,14 +8,18 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from ling_jax.config import ModelConfig, layer_kinds
-from ling_jax.generate.rows import Rows, decode, empty_rows, place, prefill
+from ling_jax.config import ONE_DEVICE, ModelConfig, layer_kinds
+from ling_jax.generate.rows import Place, Rows, decode, empty_rows, place, prefill
 from ling_jax.generate.sampling import Kinds, Sampling, empty_options, with_option
-from ling_jax.model.model import Ling, split_model
+from ling_jax.generate.serving import row_specs, serve
+from ling_jax.model.model import Ling
+from ling_jax.parallel.mesh import make_mesh
 
 SHORTEST = 8  # tokens of a prompt run at once, at least: fewer are padded
 
@@ -102,8 +106,8 @@ class Engine:
     """Decodes many requests over one cache.
 
     Args:
-      model: its weights are read at every call.
-      rows: requests that are decoded side by side.
+      model: what its weights are at this moment; one that was loaded onto a mesh is decoded on it.
+      rows: requests that are decoded side by side; on a mesh, rounded up to a multiple of its batch shards.
       slots: most tokens of a request, prompt and answer.
       chunk: most tokens of a prompt that are run at once.
       stops: most `stop_ids` of a request.
@@ -130,18 +134,16 @@ class Engine:
         if routing and not any(kind.endswith("_moe") for kind in layer_kinds(model.config)):
             raise ValueError("routing = True needs a model with MoE layers, and this one has none")
         self.config, self.slots, self.chunk, self.stops = model.config, slots, chunk, stops
-        self.weights = split_model(model)
+        self.mesh = None if model.mesh.shape == ONE_DEVICE.shape else make_mesh(model.mesh)
+        self.weights = serve(model, self.mesh)
+        rows = -(-rows // self.shards) * self.shards
         self.options = empty_options(rows)
-        self.rows: Rows = empty_rows(
-            model.config,
-            rows,
-            slots,
-            stops=stops,
-            drafts=drafts,
-            options=self.options,
-            dtype=model.dtype,
-            routing=routing,
-        )
+        make = partial(empty_rows, model.config, rows, slots, stops=stops, drafts=drafts, dtype=model.dtype)
+        make = partial(make, routing=routing, tensor=model.mesh.tensor, options=self.options)
+        shardings = None
+        if self.mesh is not None:
+            shardings = jax.tree.map(partial(NamedSharding, self.mesh), row_specs(jax.eval_shape(make)))
+        self.rows: Rows = jax.jit(make, out_shardings=shardings)()
         self.queue: deque[_Waiting] = deque()
         self.running: list[_Waiting | None] = [None] * rows
         self.held = [np.zeros(0, np.int32)] * rows  # tokens whose keys and values are in each row
@@ -170,6 +172,11 @@ class Engine:
                 self.rows = self.rows._replace(active_B=self.rows.active_B.at[row].set(False))
                 return running.answer
         raise KeyError(f"no request has ticket {ticket}, or it has ended")
+
+    @property
+    def shards(self) -> int:
+        """Parts of the mesh that rows are cut into."""
+        return self.weights[0].batch_shards
 
     @property
     def busy(self) -> bool:
@@ -206,6 +213,7 @@ class Engine:
                 break
             tokens = self.queue[0].tokens
             ready = [0 if r in placed else self._usable(held, tokens) for r, held in enumerate(self.held)]
+            ready = [n if self._shard(r) == self._shard(row) else 0 for r, n in enumerate(ready)]
             source = int(np.argmax(ready))
             soon = (self.running[r] for r in placed)
             if any(self._usable(other.tokens, tokens) > ready[source] for other in soon if other is not None):
@@ -213,6 +221,9 @@ class Engine:
             self._put(self.queue.popleft(), row, source if ready[source] else row, ready[source])
             placed.append(row)
         return placed
+
+    def _shard(self, row: int) -> int:
+        return row * self.shards // len(self.running)
 
     def _usable(self, held: np.ndarray, tokens: np.ndarray) -> int:
         """How many of the tokens that a row holds serve another: their common beginning, but for the last, which is run
@@ -226,9 +237,9 @@ class Engine:
         stops = np.full(self.stops, -1, np.int32)
         stops[: len(request.stop_ids)] = request.stop_ids
         self.options = with_option(self.options, row, request.sampling, request.seed, self.config.vocab_size)
-        known, prompt = len(waiting.tokens), len(request.prompt)
-        settings = (known, prompt, prompt + request.max_new_tokens, stops, self.options)
-        self.rows = place(self.rows, row, source, shared, tokens, settings)
+        prompt = len(request.prompt)
+        new = Place(row, source, shared, tokens, len(waiting.tokens), prompt, prompt + request.max_new_tokens, stops)
+        self.rows = place(self.mesh, self.rows, new, self.options)
         self.running[row], self.held[row] = waiting, waiting.tokens[:shared]
 
     def _prefill(self, placed: list[int]) -> None:
@@ -236,8 +247,10 @@ class Engine:
         counts = {r: len(running.tokens) - len(self.held[r]) for r in placed if (running := self.running[r])}
         while counts:
             count = min(self.chunk, _bucket(max(counts.values()), SHORTEST))
-            rows = list(counts)
-            rows_R = np.array(rows + rows[:1] * (_bucket(len(rows)) - len(rows)), np.int32)
+            here = len(self.running) // self.shards
+            parts = [[row % here for row in counts if self._shard(row) == shard] for shard in range(self.shards)]
+            most = _bucket(max(map(len, parts)))
+            rows_R = np.array([part + [here] * (most - len(part)) for part in parts], np.int32).reshape(-1)
             self.rows = prefill(*self.weights, self.rows, rows_R, count, Kinds(True, True, True))
             counts = {row: left - count for row, left in counts.items() if left > count}
         for row in placed:

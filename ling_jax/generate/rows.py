@@ -11,16 +11,19 @@ the P tokens to come, which the next step runs with the token before them and ke
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from ling_jax.config import ModelConfig, layer_kinds
 from ling_jax.generate.cache import Cache, empty_cache
 from ling_jax.generate.sampling import Kinds, Options, draw, keys_at, log_distribution, logprob_of, penalize, verify
+from ling_jax.generate.serving import Program, row_specs
 from ling_jax.model.model import Ling
+from ling_jax.parallel.mesh import BATCH_AXES, axis_index, manual, pmax
 
 
 class Rows(NamedTuple):
@@ -43,14 +46,15 @@ class Rows(NamedTuple):
     accepted_B: jax.Array  # int32 of them that stood
 
     def of(self, rows_R: jax.Array) -> "Rows":
-        """Some rows, as rows of their own."""
+        """Some rows, as rows of their own; B is none, an inactive one."""
         others = jax.tree.map(lambda a: a[rows_R], self._replace(cache=None))
-        return others._replace(cache=self.cache.rows(rows_R))
+        active_R = others.active_B & (rows_R < self.active_B.size)
+        return others._replace(cache=self.cache.rows(rows_R), active_B=active_R)
 
     def with_rows(self, rows_R: jax.Array, some: "Rows") -> "Rows":
         """The inverse of `of`."""
         mine, theirs = self._replace(cache=None), some._replace(cache=None)
-        merged = jax.tree.map(lambda a, b: a.at[rows_R].set(b), mine, theirs)
+        merged = jax.tree.map(lambda a, b: a.at[rows_R].set(b, mode="drop"), mine, theirs)
         return merged._replace(cache=self.cache.with_rows(rows_R, some.cache))
 
 
@@ -164,51 +168,92 @@ def speculate(model: Ling, rows: Rows, kinds: Kinds) -> Rows:
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(3,))
-def prefill(graph, params, bias, rows: Rows, rows_R: jax.Array, count: int, kinds: Kinds) -> Rows:
-    """Runs up to `count` tokens of some rows."""
-    model: Ling = nnx.merge(graph, params, bias)
-    return rows.with_rows(rows_R, advance(model, rows.of(rows_R), count, kinds))
+def prefill(program: Program, params, bias, rows: Rows, rows_R: jax.Array, count: int, kinds: Kinds) -> Rows:
+    """Runs up to `count` tokens of some rows; on a mesh, each part of `rows_R` names rows of that part."""
+
+    def run(model: Ling, rows: Rows, rows_R: jax.Array) -> Rows:
+        return rows.with_rows(rows_R, advance(model, rows.of(rows_R), count, kinds))
+
+    return program(run, params, bias, rows, rows_R, specs=(PartitionSpec(BATCH_AXES),))
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=(3,))
-def decode(graph, params, bias, rows: Rows, kinds: Kinds, steps: jax.Array, until_one_ends: jax.Array) -> Rows:
+def decode(
+    program: Program, params, bias, rows: Rows, kinds: Kinds, steps: jax.Array, until_one_ends: jax.Array
+) -> Rows:
     """Makes up to `steps` steps of every active row, in a loop on the device; ends early once no row is active, or if
     asked once one has ended, whose place another can take."""
-    model: Ling = nnx.merge(graph, params, bias)
-    first_B = rows.active_B
 
-    def goes_on(carry):
-        step, rows = carry
-        one_ended = until_one_ends & (rows.active_B != first_B).any()
-        return (step < steps) & rows.active_B.any() & ~one_ended
+    def run(model: Ling, rows: Rows, steps: jax.Array, until_one_ends: jax.Array) -> Rows:
+        first_B = rows.active_B
 
-    def body(carry):
-        step, rows = carry
-        if rows.drafts_BP.shape[1]:
-            return step + 1, speculate(model, rows, kinds)
-        return step + 1, advance(model, rows, 1, kinds)
+        def goes_on(carry):
+            step, rows = carry
+            active, ended = pmax((rows.active_B.any(), (rows.active_B != first_B).any()), *BATCH_AXES)
+            return (step < steps) & active & ~(until_one_ends & ended)
 
-    return jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), rows))[1]
+        def body(carry):
+            step, rows = carry
+            return step + 1, one_step(model, rows, kinds)
+
+        return jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), rows))[1]
+
+    return program(run, params, bias, rows, steps, until_one_ends, specs=(PartitionSpec(), PartitionSpec()))
 
 
-@partial(jax.jit, donate_argnums=(0,))
-def place(rows: Rows, row: jax.Array, source: jax.Array, shared: jax.Array, tokens_S: jax.Array, settings) -> Rows:
-    """Puts a request into `row`: its first `shared` tokens' keys and values are those of row `source`."""
-    known, prompt, limit, stops_E, options = settings
-    routing = rows.routing_BSLK
-    return rows._replace(
-        cache=rows.cache.copied(source, row, shared),
-        tokens_BS=rows.tokens_BS.at[row].set(tokens_S),
-        routing_BSLK=None if routing is None else routing.at[row].set(routing[source]),
-        known_B=rows.known_B.at[row].set(known),
-        prompt_B=rows.prompt_B.at[row].set(prompt),
-        limit_B=rows.limit_B.at[row].set(limit),
-        active_B=rows.active_B.at[row].set(True),
-        stops_BE=rows.stops_BE.at[row].set(stops_E),
-        options=options,
-        drafted_B=rows.drafted_B.at[row].set(0),
-        accepted_B=rows.accepted_B.at[row].set(0),
-    )
+def one_step(model: Ling, rows: Rows, kinds: Kinds) -> Rows:
+    """A step of decoding, with drafts or without."""
+    return speculate(model, rows, kinds) if rows.drafts_BP.shape[1] else advance(model, rows, 1, kinds)
+
+
+Scalar = int | jax.Array
+
+
+class Place(NamedTuple):
+    """What a row is given to do."""
+
+    row: Scalar  # of all
+    source: Scalar  # a row of the same part of the mesh, whose first tokens' keys and values it takes over
+    shared: Scalar  # so many
+    tokens_S: np.ndarray  # int32 prompt, and answer so far
+    known: Scalar
+    prompt: Scalar
+    limit: Scalar
+    stops_E: np.ndarray  # int32
+
+
+@partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
+def place(mesh: Mesh | None, rows: Rows, new: Place, options: Options) -> Rows:
+    """Gives a row to a request; `options` are all rows'."""
+
+    def run(rows: Rows, new: Place, options: Options) -> Rows:
+        here, first = rows.known_B.size, axis_index(*BATCH_AXES) * rows.known_B.size
+        row = jnp.where((new.row >= first) & (new.row < first + here), new.row - first, here)
+        source = jnp.clip(new.source - first, 0, here - 1)
+
+        def put(array: jax.Array, value: Any) -> jax.Array:
+            return array.at[row].set(value, mode="drop")
+
+        routing = rows.routing_BSLK
+        return rows._replace(
+            cache=rows.cache.copied(source, row, new.shared),
+            tokens_BS=put(rows.tokens_BS, new.tokens_S),
+            routing_BSLK=None if routing is None else put(routing, routing[source]),
+            known_B=put(rows.known_B, new.known),
+            prompt_B=put(rows.prompt_B, new.prompt),
+            limit_B=put(rows.limit_B, new.limit),
+            active_B=put(rows.active_B, True),
+            stops_BE=put(rows.stops_BE, new.stops_E),
+            options=options,
+            drafted_B=put(rows.drafted_B, 0),
+            accepted_B=put(rows.accepted_B, 0),
+        )
+
+    if mesh is None:
+        return run(rows, new, options)
+    of_rows, nowhere = row_specs(rows), jax.tree.map(lambda _: PartitionSpec(), new)
+    of_options = jax.tree.map(lambda _: PartitionSpec(BATCH_AXES), options)
+    return manual(run, mesh, (of_rows, nowhere, of_options), of_rows)(rows, new, options)
 
 
 def empty_rows(
@@ -221,12 +266,13 @@ def empty_rows(
     options: Options,
     dtype: jnp.dtype,
     routing: bool,
+    tensor: int = 1,
 ) -> Rows:
-    """`batch` rows of up to `slots` tokens, none of them active."""
+    """`batch` rows of up to `slots` tokens, none of them active; `tensor` as in `empty_cache`."""
     layers = sum(kind.endswith("_moe") for kind in layer_kinds(config))
     routed = (batch, slots, layers, config.num_experts_per_tok)
     return Rows(
-        cache=empty_cache(config, batch, slots, dtype, mtp=drafts > 0),
+        cache=empty_cache(config, batch, slots, dtype, mtp=drafts > 0, tensor=tensor),
         tokens_BS=jnp.zeros((batch, slots), jnp.int32),
         logprobs_BS=jnp.zeros((batch, slots), jnp.float32),
         model_logprobs_BS=jnp.zeros((batch, slots), jnp.float32),

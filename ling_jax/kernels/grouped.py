@@ -97,11 +97,6 @@ def _megablox_dw(g_RO, x_RI, group_sizes_E, block, interpret):
     return megablox.weight_gradient(g_RO, x_RI, group_sizes_E, interpret=interpret)
 
 
-def _product(implementation, x, w_EOI, group_sizes_E, block, out_dim):
-    functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox)]
-    return _choose(implementation, *functions, x, w_EOI, group_sizes_E)
-
-
 def _choose(implementation, blocked, ragged, kernel, *args):
     if implementation == "blocked":
         return blocked(*args)
@@ -115,11 +110,15 @@ def _choose(implementation, blocked, ragged, kernel, *args):
     return jax.lax.platform_dependent(*args, cpu=blocked, tpu=compiled, default=ragged)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def grouped_linear(
-    x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, implementation: str = "auto"
+def grouped_product(
+    x_RI: jax.Array,
+    w_EOI: jax.Array,
+    group_sizes_E: jax.Array,
+    block: int,
+    out_dim: int = 1,
+    implementation: str = "auto",
 ) -> jax.Array:
-    """x_r w_e^T for the rows r of each group e.
+    """x_r w_e^T (`out_dim` 1) or x_r w_e (`out_dim` 2) for the rows r of each group e; not differentiable.
 
     Args:
       x_RI: rows sorted by group, R a multiple of `block`; rows that only pad must be zero.
@@ -131,19 +130,14 @@ def grouped_linear(
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """
-    return _product(implementation, x_RI, w_EOI, group_sizes_E, block, 1)
+    functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox)]
+    return _choose(implementation, *functions, x_RI, w_EOI, group_sizes_E)
 
 
-def _grouped_linear_fwd(x_RI, w_EOI, group_sizes_E, block, implementation):
-    return _product(implementation, x_RI, w_EOI, group_sizes_E, block, 1), (x_RI, w_EOI, group_sizes_E)
-
-
-def _grouped_linear_bwd(block, implementation, saved, g_RO):
-    x_RI, w_EOI, group_sizes_E = saved
-    dx_RI = _product(implementation, g_RO, w_EOI, group_sizes_E, block, 2)
-    dw = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw, _megablox_dw)]
-    dw_EOI = _choose(implementation, *dw, g_RO, x_RI, group_sizes_E)
-    return dx_RI, dw_EOI.astype(w_EOI.dtype), None
-
-
-grouped_linear.defvjp(_grouped_linear_fwd, _grouped_linear_bwd)
+def grouped_weight_gradient(
+    g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int, implementation: str = "auto"
+) -> jax.Array:
+    """float32 [E, O, I]: the sum of g_r x_r^T over the rows r of each group, 0 for an empty one; see
+    `grouped_product`."""
+    functions = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw, _megablox_dw)]
+    return _choose(implementation, *functions, g_RO, x_RI, group_sizes_E)

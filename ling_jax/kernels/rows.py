@@ -44,18 +44,13 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
 def gather_rows(x_ND: jax.Array, plan: RowPlan) -> jax.Array:
-    """[R, D]: each row its token's state, zeros where a row only pads. The backward pass gathers too:
-    XLA's transpose of a gather is a slow scatter."""
+    """[R, D]: each row its token's state, zeros where a row only pads. `sum_choices` is its transpose."""
     return take_rows(x_ND, plan.pair_of_R // plan.row_of_NK.shape[1])
 
 
-def _gather_fwd(x_ND, plan):
-    return gather_rows(x_ND, plan), plan
-
-
-def _sum_choices(y_RD, row_of_NK, weights_NK=None):
+def sum_choices(y_RD: jax.Array, row_of_NK: jax.Array, weights_NK: jax.Array | None = None) -> jax.Array:
+    """float32 [N, D]: the sum of each token's rows, weighted if asked."""
     total = 0.0
     for k in range(row_of_NK.shape[1]):  # unrolled: a third of the time of one gather and a sum
         term = take_rows(y_RD, row_of_NK[:, k]).astype(jnp.float32)
@@ -63,31 +58,6 @@ def _sum_choices(y_RD, row_of_NK, weights_NK=None):
     return jnp.asarray(total)
 
 
-def _gather_bwd(plan, g_RD):
-    return _sum_choices(g_RD, plan.row_of_NK).astype(g_RD.dtype), None
-
-
-gather_rows.defvjp(_gather_fwd, _gather_bwd)
-
-
-@jax.custom_vjp
 def combine_rows(y_RD: jax.Array, weights_NK: jax.Array, plan: RowPlan) -> jax.Array:
     """[N, D]: each token's rows, weighted and summed in float32, in y's dtype (spec 2.5)."""
-    return _sum_choices(y_RD, plan.row_of_NK, weights_NK).astype(y_RD.dtype)
-
-
-def _combine_fwd(y_RD, weights_NK, plan):
-    return combine_rows(y_RD, weights_NK, plan), (y_RD, weights_NK, plan)
-
-
-def _combine_bwd(saved, g_ND):
-    y_RD, weights_NK, plan = saved
-    choices = weights_NK.shape[1]
-    weights_R = take_rows(weights_NK.reshape(-1), plan.pair_of_R)
-    dy_RD = (take_rows(g_ND, plan.pair_of_R // choices) * weights_R[:, None]).astype(y_RD.dtype)
-    g32_ND = g_ND.astype(jnp.float32)
-    dw = [(take_rows(y_RD, plan.row_of_NK[:, k]).astype(jnp.float32) * g32_ND).sum(-1) for k in range(choices)]
-    return dy_RD, jnp.stack(dw, axis=1), None
-
-
-combine_rows.defvjp(_combine_fwd, _combine_bwd)
+    return sum_choices(y_RD, plan.row_of_NK, weights_NK).astype(y_RD.dtype)

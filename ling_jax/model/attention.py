@@ -36,7 +36,7 @@ def local_heads(config: ModelConfig) -> tuple[int, int]:
     return config.num_attention_heads // shards, max(config.num_key_value_heads // shards, 1)
 
 
-def _head_rows(config: ModelConfig, shards: int) -> np.ndarray:
+def head_rows(config: ModelConfig, shards: int) -> np.ndarray:
     """int [shards, rows]: the rows of the fused projection that each tensor rank computes."""
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     ranks = np.arange(shards)[:, None]
@@ -47,18 +47,25 @@ def _head_rows(config: ModelConfig, shards: int) -> np.ndarray:
 
 
 class QueryKeyValue(nnx.Module):
-    """The fused projection; its rows are all H queries, all G keys, all G values."""
+    """The fused projection; its rows are all H queries, all G keys, all G values; to serve, `head_rows` of each tensor
+    rank in turn."""
 
     def __init__(self, config: ModelConfig, init: Init):
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         self.config, self.mesh = config, init.mesh
-        self.weight = init.normal((rows, config.hidden_size), ("qkv_heads", "qkv_inputs"))
+        if init.serving:
+            arranged = head_rows(config, init.mesh.tensor).size
+            self.weight = init.normal((arranged, config.hidden_size), ("heads", "hidden"))
+        else:
+            self.weight = init.normal((rows, config.hidden_size), ("qkv_heads", "qkv_inputs"))
         self.bias = init.zeros(rows, "qkv_heads") if config.use_qkv_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., rows of this device's heads]."""
-        rows_PR = _head_rows(self.config, axis_size("tensor"))
-        weight = tensor_rows(self.weight[...], rows_PR)
+        rows_PR = head_rows(self.config, axis_size("tensor"))
+        weight = self.weight[...]
+        if not self.weight.split[0]:  # else they are this device's already
+            weight = tensor_rows(weight, rows_PR)
         y = linear(x, gather(weight, self.weight.axes, self.weight.split, x.dtype, self.mesh.reduce_dtype))
         if self.bias is None:
             return y

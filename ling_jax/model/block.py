@@ -6,6 +6,7 @@ Legend: B rows, T tokens, N = B*T, D hidden, K experts per token.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ling_jax.config import ModelConfig
@@ -34,13 +35,17 @@ class SparseMoE(nnx.Module):
         self.shared_experts = SwiGLU(config.hidden_size, width, init) if width else None
 
     def __call__(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, ids_BTK: jax.Array | None
+        self, x_BTD: jax.Array, valid_BT: jax.Array, ids_BTK: jax.Array | None, skip: bool = False
     ) -> tuple[jax.Array, Routing, jax.Array]:
+        """Returns the output, the routing and the router's logits; to `skip` is to give padding no experts."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         ids_NK = None if ids_BTK is None else ids_BTK.reshape(x_ND.shape[0], -1)
         with jax.named_scope("router"):
             routing, logits_NE = self.gate(x_ND, valid_BT.reshape(-1), ids_NK)
-        y_ND, dropped = self.experts(x_ND, routing)
+        ids_NK = routing.ids
+        if skip:
+            ids_NK = jnp.where(valid_BT.reshape(-1, 1), ids_NK, self.experts.num_experts)
+        y_ND, dropped = self.experts(x_ND, ids_NK, routing.weights)
         if self.shared_experts is not None:  # needs nothing of the dispatch, so it can run while rows travel
             with jax.named_scope("shared_expert"):
                 y_ND = y_ND + self.shared_experts.partial(x_ND)
@@ -78,7 +83,9 @@ class Block(nnx.Module):
         normed_BTD = self.post_attention_layernorm(x_BTD)
         routing = None
         if isinstance(self.mlp, SparseMoE):
-            y_BTD, routing, captured["router_logits"] = self.mlp(normed_BTD, context.segments_BT > 0, ids_BTK)
+            y_BTD, routing, captured["router_logits"] = self.mlp(
+                normed_BTD, context.segments_BT > 0, ids_BTK, skip=cache is not None
+            )
         else:
             with jax.named_scope("dense_ffn"):
                 y_BTD = self.mlp(normed_BTD)

@@ -14,17 +14,19 @@ from ling_jax.parallel.rules import gather, split_of
 
 @dataclass(frozen=True)
 class Init:
-    """How parameters are made: normal(0, std) matrices of dtype `dtype` (report, section 3.2.1), split over `mesh`."""
+    """How parameters are made: normal(0, std) matrices of dtype `dtype` (report, section 3.2.1), split over `mesh`;
+    `serving`: as they are computed with, so that no step of decoding gathers weights."""
 
     rngs: nnx.Rngs
     std: float
     dtype: jnp.dtype
     mesh: MeshConfig = ONE_DEVICE
+    serving: bool = False
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A random parameter; `axes` names each dim for the sharding table."""
         value = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
-        return nnx.Param(value.astype(self.dtype), axes=axes, split=split_of(shape, axes, self.mesh))
+        return nnx.Param(value.astype(self.dtype), axes=axes, split=split_of(shape, axes, self.mesh, not self.serving))
 
     def zeros(self, size: int, axis: str) -> nnx.Param:
         """A bias."""

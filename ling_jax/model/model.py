@@ -3,6 +3,7 @@
 Legend: B rows, T tokens, D hidden, V vocabulary, L layers, K experts per token, E experts.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from ling_jax.model.mtp import MTP, next_tokens
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.rope import rope_tables
 from ling_jax.model.router import ExpertBias, Routing
-from ling_jax.parallel.mesh import axis_index, axis_size, psum
+from ling_jax.parallel.mesh import all_gather, axis_index, axis_size, psum
 from ling_jax.parallel.rules import gather, look_up, spec_of
 
 # What may be named in `capture`. "hidden_states" is the input of each trunk layer and the last one's output;
@@ -86,7 +87,7 @@ class Embedding(nnx.Module):
 
 
 def _block_maker(config: ModelConfig, kind: str, init: Init) -> Callable[[nnx.Rngs], Block]:
-    return lambda rngs: Block(config, kind, Init(rngs, init.std, init.dtype, init.mesh))
+    return lambda rngs: Block(config, kind, dataclasses.replace(init, rngs=rngs))
 
 
 def _stack_outputs(per_layer: list[LayerOutput], capture: Sequence[str]) -> tuple[Routing | None, dict]:
@@ -112,6 +113,7 @@ class Ling(nnx.Module):
       remat: what the backward pass keeps of a layer, see `REMAT_POLICIES`.
       unroll: run layers as straight code instead of a scan.
       mesh: how weights are split; the split is used inside a `parallel.mesh.manual` region.
+      serving: weights are split as they are computed with (see `generate.serving`).
     """
 
     def __init__(
@@ -125,11 +127,12 @@ class Ling(nnx.Module):
         remat: str = "none",
         unroll: bool = False,
         mesh: MeshConfig = ONE_DEVICE,
+        serving: bool = False,
     ):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
         std = config.initializer_range if init_std is None else init_std
         self.mesh = mesh
-        init = Init(rngs, std, jnp.dtype(param_dtype), mesh)
+        init = Init(rngs, std, jnp.dtype(param_dtype), mesh, serving)
         self.word_embeddings = Embedding(config, init)
         stacks = {}
         for kind, count in Counter(layer_kinds(config)).items():
@@ -148,9 +151,11 @@ class Ling(nnx.Module):
         return weight[...], partial(gather, names=weight.axes, split=weight.split, **options)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 logits of hidden states [..., D], not rounded to the compute dtype on the way."""
+        """float32 logits of hidden states [..., D], not rounded to the compute dtype on the way; those of the whole
+        vocabulary on each device."""
         w_VD, whole_rows = self.head(hidden.dtype)
-        return dot(hidden, whole_rows(w_VD).astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
+        logits = dot(hidden, whole_rows(w_VD).astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
+        return all_gather(logits, "tensor", axis=-1)
 
     def __call__(
         self,

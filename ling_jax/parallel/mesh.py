@@ -93,6 +93,11 @@ def pmax(x: Any, *names: str) -> Any:
     return jax.lax.pmax(x, names) if names else x
 
 
+def all_gather(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Concatenated over a mesh axis; x itself where it has one device."""
+    return jax.lax.all_gather(x, name, axis=axis % x.ndim, tiled=True) if axis_size(name) > 1 else x
+
+
 def manual(f: Callable, mesh: jax.sharding.Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`f` on every device's shards. `check_vma=False`: Pallas kernels raise under the check, so that the sharded
     result equals one device's is a matter of tests."""

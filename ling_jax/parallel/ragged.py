@@ -1,6 +1,6 @@
 """Rows sent to the ranks of a mesh axis, a different number to each.
 
-Legend: P ranks, R rows.
+Legend: P ranks, R rows, s slices that go to each rank.
 """
 
 from functools import partial
@@ -11,25 +11,30 @@ import jax.numpy as jnp
 
 
 class Routes(NamedTuple):
-    """What this rank sends and gets; each int32 [P], entry p about rank p."""
+    """What this rank sends and gets; each int32 [P * s], entries p * s to p * s + s - 1 about rank p."""
 
-    input_offsets: jax.Array  # first row, in this rank's operand, of what goes to p
-    send_sizes: jax.Array  # rows that go to p
-    output_offsets: jax.Array  # where they begin in p's output
-    recv_sizes: jax.Array  # rows that come from p
+    input_offsets: jax.Array  # first row, in this rank's operand, of a slice that goes to p
+    send_sizes: jax.Array  # its rows
+    output_offsets: jax.Array  # where it begins in p's output
+    recv_sizes: jax.Array  # rows of a slice that comes from p
 
 
 def _emulated(operand, output, routes: Routes, axis: str):
     """Gathers everything and takes this rank's rows: exact, and as costly as it sounds."""
-    me = jax.lax.axis_index(axis)
+    me, ranks = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     operands_PR, all_routes = jax.lax.all_gather((operand, routes), axis)
-    first_P, size_P = all_routes.output_offsets[:, me], all_routes.send_sizes[:, me]
+    slices = routes.send_sizes.size // ranks
+
+    def to_me(a: jax.Array) -> jax.Array:  # [P * s]
+        return a.reshape(ranks, ranks, slices)[:, me].reshape(-1)
+
+    first, size, begin = map(to_me, (all_routes.output_offsets, all_routes.send_sizes, all_routes.input_offsets))
     place_R = jnp.arange(output.shape[0])
-    from_PR = (place_R >= first_P[:, None]) & (place_R < (first_P + size_P)[:, None])
-    source_R = from_PR.argmax(0)
-    row_R = place_R - first_P[source_R] + all_routes.input_offsets[source_R, me]
-    rows = operands_PR[source_R, jnp.where(from_PR.any(0), row_R, 0)]
-    return jnp.where(from_PR.any(0).reshape(-1, *[1] * (output.ndim - 1)), rows, output)
+    from_R = (place_R >= first[:, None]) & (place_R < (first + size)[:, None])  # [P * s, R]
+    slice_R, any_R = from_R.argmax(0), from_R.any(0)
+    row_R = jnp.where(any_R, place_R - first[slice_R] + begin[slice_R], 0)
+    rows = operands_PR[slice_R // slices, row_R]
+    return jnp.where(any_R.reshape(-1, *[1] * (output.ndim - 1)), rows, output)
 
 
 def _native(operand, output, routes: Routes, axis: str):

@@ -37,9 +37,9 @@ STORAGE = {"hidden", "qkv_inputs", "expert_hidden"}  # split to store, whole to 
 Split = tuple[tuple[str, ...], ...]  # mesh axes of each dim of a parameter
 
 
-def split_of(shape: tuple[int, ...], names: tuple[str, ...], mesh: MeshConfig) -> Split:
+def split_of(shape: tuple[int, ...], names: tuple[str, ...], mesh: MeshConfig, stored: bool = True) -> Split:
     """Mesh axes of more than one device that each dim is split over; `context` and `expert` help to store a dim only
-    where they divide it.
+    where they divide it. Unless `stored`, dims that would be whole again to compute stay whole.
 
     Raises:
       ValueError: naming the dim and both numbers, where the axes do not divide it.
@@ -50,7 +50,9 @@ def split_of(shape: tuple[int, ...], names: tuple[str, ...], mesh: MeshConfig) -
 
     split = []
     for name, size in zip(names, shape, strict=True):
-        axes = tuple(axis for axis in RULES[name] if getattr(mesh, axis) > 1) if len(names) > 1 else ()
+        axes = tuple(axis for axis in RULES[name] if getattr(mesh, axis) > 1)
+        if len(names) == 1 or (name in STORAGE and not stored):
+            axes = ()
         for helper in ("context", "expert"):
             if name in STORAGE and size % shards(axes):
                 axes = tuple(axis for axis in axes if axis != helper)

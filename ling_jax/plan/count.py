@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval
 
 # Names of `jax.named_scope` that make up a scope's label, outermost first.
 SCOPES = (
-    "embedding", "mtp", "attention", "dense_ffn", "router", "plan", "dispatch", "sort_rows", "experts", "combine",
+    "embedding", "mtp", "attention", "dense_ffn", "router", "plan", "dispatch", "experts", "combine",
     "shared_expert", "loss", "gather_weights", "swap_inputs_for_heads", "reduce_gradients", "optimizer",
 )  # fmt: skip
 PHASES = ("forward", "recompute", "backward", "update")
@@ -28,7 +28,8 @@ WRITTEN = {
     "dot_general", "ragged_dot_general", "pallas_call", "gather", "scatter", "scatter-add", "sort", "top_k", "cumsum",
     "reduce_sum", "reduce_max", "reduce_min", "argmax", "concatenate",
 }  # fmt: skip
-VIEWS = {"slice", "dynamic_slice", "squeeze", "split"}  # of which only the part is read
+SCATTERS = {"scatter", "scatter-add"}
+VIEWS = {"reshape", "slice", "dynamic_slice", "squeeze", "split"}  # of which only the part is read
 CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters of primitives that run another jaxpr once
 COLLECTIVES = {
     "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "psum": "all-reduce", "pmax": "all-reduce",
@@ -96,6 +97,7 @@ def count_step(
     axis_sizes: dict[str, int],
     expected_rows: int,
     platform: str,
+    experts_read: float = 1.0,
 ) -> Count:
     """The work of a traced step.
 
@@ -106,12 +108,13 @@ def count_step(
       axis_sizes: devices along each mesh axis.
       expected_rows: rows of a grouped product and of a ragged exchange when the router is balanced; their arrays
         have room for more.
+      experts_read: the share of a device's experts that have rows, and whose weights grouped products read.
       platform: whose branch of `jax.lax.platform_dependent` is counted.
     """
     jaxpr, consts = _open(traced.jaxpr)
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     assert all(used) and len(given) == len(jaxpr.invars) and len(returned) == len(jaxpr.outvars)
-    counter = _Counter(axis_sizes, expected_rows, platform)
+    counter = _Counter(axis_sizes, expected_rows, platform, experts_read)
     closed = [counter.written(float(np.asarray(c).nbytes)) for c in consts]
     outputs = counter.run(jaxpr, closed, [counter.written(size) for size in given], "", 1)
     counter.write(Key("optimizer", "update"), 1, outputs, returned)
@@ -147,6 +150,7 @@ class _Counter:
     axis_sizes: dict[str, int]
     expected_rows: int
     platform: str
+    experts_read: float
     work: dict[Key, Work] = field(default_factory=dict)
     uncounted_loops: int = 0
     numbers: int = 0
@@ -222,7 +226,14 @@ class _Counter:
         work = self.at(key_of(stack))
         if name == "gather":  # of a table, only the rows
             sources = {0: sum(sizes)}
-        work.hbm_bytes += trips * self._share(eqn, stack) * (sum(sources.values()) + sum(sizes))
+        if name in SCATTERS and inputs[0].written:  # in place
+            updates = _bytes(eqn.invars[2])
+            work.hbm_bytes += trips * (2 if name == "scatter" else 3) * updates
+            return [inputs[0]]
+        if "gmm" in stack.rsplit("/", 2)[-2] and name == "pallas_call":
+            work.hbm_bytes += trips * self._grouped_bytes(eqn)
+        else:
+            work.hbm_bytes += trips * (sum(sources.values()) + sum(sizes))
         for dtype, flops in self._flops(eqn, name, stack).items():
             work.flops[dtype] = work.flops.get(dtype, 0.0) + trips * flops
         return [self.written(size) for size in sizes]
@@ -258,13 +269,13 @@ class _Counter:
     def _rows(self, room: int) -> int:
         return min(room, self.expected_rows)
 
-    def _share(self, eqn: Any, stack: str) -> float:
-        """Of the bytes of its arrays, those that an equation touches: a grouped product takes the expected rows only
-        (its weights, which it takes whole, are counted like rows; they are few beside them)."""
-        if eqn.primitive.name != "pallas_call" or "gmm" not in stack.rsplit("/", 2)[-2]:
-            return 1.0
-        room = max(v.aval.shape[0] for v in (*eqn.invars, *eqn.outvars) if getattr(v.aval, "ndim", 0) == 2)
-        return self._rows(room) / room
+    def _grouped_bytes(self, eqn: Any) -> float:
+        """Of a grouped product's arrays: the expected rows, and the weights (3 dims) of experts that have some."""
+        arrays = [v for v in (*eqn.invars, *eqn.outvars) if getattr(v.aval, "ndim", 0) >= 2]
+        rows = [v for v in arrays if v.aval.ndim == 2]
+        room = [v for v in eqn.invars if v in rows][-1].aval.shape[0]  # tgmm's first operand is transposed
+        weights = sum(_bytes(v) for v in arrays if v.aval.ndim == 3)
+        return self._rows(room) / room * sum(map(_bytes, rows)) + self.experts_read * weights
 
     def _kernel(self, eqn: Any, stack: str) -> dict[str, float]:
         """Pallas calls, by what stands in their name or that of the function around them.

@@ -127,7 +127,7 @@ class Step(NamedTuple):
     parameters: float  # elements per device
 
 
-def _shard_bytes(tree: Any) -> list[float]:
+def shard_bytes(tree: Any) -> list[float]:
     """Of each array, those on one device."""
     leaves = jax.tree.leaves(tree)
     return [float(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize) for a in leaves]
@@ -145,12 +145,12 @@ def trace_step(config: RunConfig, devices: list[Any]) -> Step:
     rows = NamedSharding(trainer.mesh, PartitionSpec(BATCH_AXES))
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in BATCH}
     traced = make_train_step(trainer).trace(state, batch)
-    given = _shard_bytes((state, batch))
+    given = shard_bytes((state, batch))
     metrics = [float(a.size * a.dtype.itemsize) for a in jax.tree.leaves(traced.out_info[1])]
     tokens = config.rows_per_device * config.data.sequence_length // config.mesh.context
     balanced = tokens * config.model.num_experts_per_tok
     sizes = dict(trainer.mesh.shape)
-    count = count_step(traced, given, _shard_bytes(state) + metrics, sizes, balanced, "tpu")
+    count = count_step(traced, given, shard_bytes(state) + metrics, sizes, balanced, "tpu")
     held = sum(math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(state.params))
     return Step(trainer, traced, count, sum(given), held)
 

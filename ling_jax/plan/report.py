@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
-from ling_jax.config import MESH_AXES, RunConfig
+from ling_jax.config import MESH_AXES, MeshConfig, RunConfig
 from ling_jax.config.text import columns
-from ling_jax.plan.count import PHASES, Work
+from ling_jax.plan.count import PHASES, Count, Work
 from ling_jax.plan.plan import Plan
 from ling_jax.plan.roofline import bound
 
@@ -27,12 +28,14 @@ def gb(size: float) -> str:
     return "?" if math.isinf(size) else f"{size / 1e9:,.2f} GB"
 
 
-def mesh_text(config: RunConfig) -> str:
-    return ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES if getattr(config.mesh, axis) > 1)
+def mesh_text(mesh: MeshConfig) -> str:
+    return ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in MESH_AXES if getattr(mesh, axis) > 1)
 
 
 def render(plan: Plan) -> str:
-    return "\n\n".join([_head(plan), _memory(plan), _buffers(plan), _scopes(plan), _phases(plan), _step(plan)])
+    return "\n\n".join(
+        [_head(plan), _memory(plan), _buffers(plan), scopes_table(plan.count, plan.mesh), _phases(plan), _step(plan)]
+    )
 
 
 def _head(plan: Plan) -> str:
@@ -41,7 +44,7 @@ def _head(plan: Plan) -> str:
     remat = f"remat {c.train.remat}, buffer factor {c.mesh.buffer_factor:g}, overflow in {c.mesh.overflow}"
     return "\n".join(
         [
-            f"{plan.topology}: {plan.devices} devices, {plan.slices} slice(s); mesh {mesh_text(c) or 'of one device'}",
+            f"{plan.topology}: {plan.devices} devices, {plan.slices} slice(s); mesh {mesh_text(c.mesh) or 'of one'}",
             f"{plan.counts.total:,} parameters, {plan.counts.active:,} active; weights {c.train.param_dtype}, "
             f"first moment {c.optimizer.mu_dtype}, computation {c.train.dtype}",
             f"{rows} rows of {c.data.sequence_length} tokens a step in {c.train.microbatches} microbatch(es); {remat}",
@@ -76,25 +79,25 @@ def _buffers(plan: Plan) -> str:
     return columns(rows)
 
 
-def _scopes(plan: Plan) -> str:
+def scopes_table(count: Count, mesh: Any) -> str:
     """A row for each scope: its work, the seconds each resource would take alone, and which takes the most."""
-    scopes = {key.scope for key in plan.count.work}
-    works = {scope: plan.count.total(lambda key, scope=scope: key.scope == scope) for scope in scopes}
-    by_time = sorted(works.items(), key=lambda item: -bound(item[1], plan.mesh).seconds)
-    limit = SHARE * plan.bound.seconds
-    shown = [(scope, work) for scope, work in by_time if bound(work, plan.mesh).seconds >= limit]
-    return _work_table(plan, "scope", shown)
+    scopes = {key.scope for key in count.work}
+    works = {scope: count.total(lambda key, scope=scope: key.scope == scope) for scope in scopes}
+    by_time = sorted(works.items(), key=lambda item: -bound(item[1], mesh).seconds)
+    limit = SHARE * bound(count.total(), mesh).seconds
+    shown = [(scope, work) for scope, work in by_time if bound(work, mesh).seconds >= limit]
+    return _work_table(mesh, "scope", shown)
 
 
 def _phases(plan: Plan) -> str:
     works = [(phase, plan.count.total(lambda key, phase=phase: key.phase == phase)) for phase in PHASES]
-    return _work_table(plan, "phase", works)
+    return _work_table(plan.mesh, "phase", works)
 
 
-def _work_table(plan: Plan, title: str, works: list[tuple[str, Work]]) -> str:
+def _work_table(mesh: Any, title: str, works: list[tuple[str, Work]]) -> str:
     rows: list[tuple[str, ...]] = [(title, "TFLOP", "HBM GB", "sent GB", "compute ms", "HBM ms", "link ms", "bound by")]
     for name, work in works:
-        times = bound(work, plan.mesh)
+        times = bound(work, mesh)
         figures = [work.total_flops / 1e12, work.hbm_bytes / 1e9, sum(sent.bytes for sent in work.sent) / 1e9]
         figures += [1e3 * seconds for seconds in times]
         rows.append((name, *(f"{figure:,.2f}" for figure in figures), times.by if times.seconds else "-"))

@@ -120,7 +120,9 @@ def _floor(config: RunConfig, step: Step) -> float:
 
 def describe(config: RunConfig) -> str:
     t, m = config.train, config.mesh
-    return f"{mesh_text(config)}; {t.microbatches} microbatch(es), remat {t.remat}, buffer factor {m.buffer_factor:g}"
+    return (
+        f"{mesh_text(config.mesh)}; {t.microbatches} microbatch(es), remat {t.remat}, buffer factor {m.buffer_factor:g}"
+    )
 
 
 def flags(config: RunConfig) -> str:

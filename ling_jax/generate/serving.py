@@ -1,0 +1,88 @@
+"""Decoding over a mesh: what each device holds and runs.
+
+Training stores a weight in pieces and makes it whole when its layer runs; decoding would send every weight for every
+token. To serve, weights lie as they are computed with: heads, dense FFNs and vocabulary split over `tensor`, experts
+over `expert` (and `tensor`), the rest whole. Rows and their caches are split over data, fsdp and expert, kv heads over
+`tensor`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ling_jax.model.attention import head_rows
+from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
+from ling_jax.parallel.mesh import BATCH_AXES, manual
+
+
+class Program(NamedTuple):
+    """A model without its arrays, and the mesh it is served on; what programs are compiled for."""
+
+    graph: nnx.GraphDef
+    mesh: Mesh | None  # None on one device
+
+    @property
+    def batch_shards(self) -> int:
+        """Into so many parts rows are cut."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def __call__(self, f: Callable[..., Any], params: Any, bias: Any, rows: Any, *args: Any, specs: Any = ()) -> Any:
+        """f(model, rows, *args) -> rows, on every device; `specs` are of `args`."""
+
+        def here(params, bias, rows, *args):
+            return f(nnx.merge(self.graph, params, bias), rows, *args)
+
+        if self.mesh is None:
+            return here(params, bias, rows, *args)
+        of_params = param_specs(nnx.merge(self.graph, params, bias))
+        of_bias = jax.tree.map(lambda _: PartitionSpec(), bias)
+        of_rows = row_specs(rows)
+        return manual(here, self.mesh, (of_params, of_bias, of_rows, *specs), of_rows)(params, bias, rows, *args)
+
+
+def row_specs(rows: Any) -> Any:
+    """How `generate.rows.Rows` are split: caches by `Cache.specs`, all else [B, ...] over rows."""
+    others = jax.tree.map(lambda _: PartitionSpec(BATCH_AXES), rows._replace(cache=None))
+    return others._replace(cache=rows.cache.specs())
+
+
+def serving_model(model: Ling) -> Ling:
+    """A model for shapes only, of the layout to serve `model` in; the same one where it has one device.
+
+    Raises:
+      ValueError: for a mesh that cannot serve.
+    """
+    mesh = model.mesh
+    if mesh.context > 1:
+        raise ValueError(f"mesh.context = {mesh.context} must be 1 to sample: caches are not split over it")
+    # A decoding step has few tokens: with room for the worst case it never takes a second round.
+    mesh = dataclasses.replace(mesh, buffer_factor=float(max(mesh.expert, 1)))
+    param_dtype = model.word_embeddings.weight.get_value().dtype
+    return abstract_model(model.config, dtype=model.dtype, param_dtype=param_dtype, mesh=mesh, serving=True)
+
+
+def serve(model: Ling, mesh: Mesh | None) -> tuple[Program, Any, Any]:
+    """(program, params, bias) of a loaded model; on a mesh its weights move to where they are computed with."""
+    if mesh is None:
+        graph, params, bias = split_model(model)
+        return Program(graph, None), params, bias
+    target = serving_model(model)
+    graph, _, _ = split_model(target)
+    _, params, bias = split_model(model)
+    rows = head_rows(model.config, model.mesh.tensor).reshape(-1)
+
+    def arrange(path: Any, value: jax.Array) -> jax.Array:
+        fused = jax.tree_util.keystr(path, simple=True, separator=".").endswith("query_key_value.weight")
+        return value[..., rows, :] if fused else value
+
+    def arranged(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(arrange, params)
+
+    shardings = jax.tree.map(partial(NamedSharding, mesh), param_specs(target))
+    return Program(graph, mesh), jax.jit(arranged, out_shardings=shardings)(params), bias
