@@ -134,7 +134,7 @@ def log_distribution(logits_BV: jax.Array, options: Options, kinds: Kinds) -> ja
     """float32 [B, V]: log-probabilities of what is drawn, from logits after bias and penalties. A greedy row is sure
     of its best token."""
     best_BV = jax.nn.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1], dtype=bool)
-    greedy_BV = jnp.where(best_BV, 0.0, -jnp.inf)
+    greedy_BV = jnp.where(best_BV, jnp.float32(0), -jnp.inf)
     if not kinds.sampled:
         return greedy_BV
     temperature_B1 = options.temperature_B[:, None]
