@@ -68,6 +68,8 @@ class Command:
     """Print speeds to standard error."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of weights and computation; by default weights are as stored, and computation float32 on CPU, else bfloat16."""
+    fp8: bool = False
+    """Keep the matrices of attention and FFNs as FP8 blocks: half of bfloat16's bytes."""
     mesh: MeshConfig = ONE_DEVICE
     """Devices to decode on: rows over data, fsdp and expert, experts over expert, heads over tensor."""
     topology: str | None = None
@@ -112,6 +114,7 @@ def plan(command: Command) -> int:
         rows=command.batch_size,
         slots=command.context_length,
         dtype=command.dtype or "bfloat16",
+        fp8=command.fp8,
     )
     print(made.to_json() if command.json else f"{render(made)}\n\n{made.to_json()}")
     return 0 if made.fits else 3
@@ -147,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     rows = min(command.batch_size, len(prompts) * command.samples) if command.prompt_file else 1
     mesh = None if command.mesh.shape == ONE_DEVICE.shape else command.mesh
     model = load_pretrained(command.checkpoint, dtype=command.dtype, mesh=mesh)
-    engine = Engine(model, rows=rows, slots=slots, stops=stops, drafts=command.drafts)
+    engine = Engine(model, rows=rows, slots=slots, stops=stops, drafts=command.drafts, fp8=command.fp8)
     asker = Asker(engine, tokenizer, request, command.stop)
 
     def after(stats: Stats) -> None:

@@ -113,6 +113,7 @@ class Engine:
       stops: most `stop_ids` of a request.
       drafts: tokens that the MTP layer predicts at each step, for the next to verify; 0 decodes plainly.
       routing: record which experts each token went to.
+      fp8: keep the matrices of attention and FFNs as FP8 blocks, with a copy of their own.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Engine:
         stops: int = 8,
         drafts: int = 0,
         routing: bool = False,
+        fp8: bool = False,
     ) -> None:
         for name, value in {"rows": rows, "slots": slots, "chunk": chunk, "stops": stops}.items():
             if value < 1:
@@ -135,7 +137,7 @@ class Engine:
             raise ValueError("routing = True needs a model with MoE layers, and this one has none")
         self.config, self.slots, self.chunk, self.stops = model.config, slots, chunk, stops
         self.mesh = None if model.mesh.shape == ONE_DEVICE.shape else make_mesh(model.mesh)
-        self.weights = serve(model, self.mesh)
+        self.weights = serve(model, self.mesh, fp8)
         rows = -(-rows // self.shards) * self.shards
         self.options = empty_options(rows)
         make = partial(empty_rows, model.config, rows, slots, stops=stops, drafts=drafts, dtype=model.dtype)

@@ -8,7 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels import megablox
+from ling_jax.kernels import fp8, megablox
+from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.linear import precision_of
 
 MAX_BLOCK = 128
@@ -97,6 +98,28 @@ def _megablox_dw(g_RO, x_RI, group_sizes_E, block, interpret):
     return megablox.weight_gradient(g_RO, x_RI, group_sizes_E, interpret=interpret)
 
 
+def _fp8_product(x_RI, w_EOI, group_sizes_E, block):
+    """Few rows read the chosen groups' codes; for many the weights are multiplied out first."""
+
+    def chosen(x_RI, w_EOI, group_sizes_E):
+        groups_J = _groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
+        w_JOI = w_EOI.take(groups_J).astype(x_RI.dtype)
+        y = _blocked_dot(x_RI.reshape(groups_J.size, block, -1), w_JOI, (2, 2))
+        return y.reshape(x_RI.shape[0], -1).astype(x_RI.dtype)
+
+    def multiplied_out(x_RI, w_EOI, group_sizes_E):
+        return grouped_product(x_RI, w_EOI.astype(x_RI.dtype), group_sizes_E, block)
+
+    def kernel(x_RI, w_EOI, group_sizes_E):
+        return _inside(fp8.rows_product(x_RI, w_EOI, group_sizes_E), group_sizes_E)
+
+    if x_RI.shape[0] > fp8.FEW:
+        return multiplied_out(x_RI, w_EOI, group_sizes_E)
+    whole = all(size % fp8.BLOCK == 0 for size in w_EOI.shape[1:])
+    on_tpu = kernel if whole else multiplied_out
+    return jax.lax.platform_dependent(x_RI, w_EOI, group_sizes_E, cpu=chosen, tpu=on_tpu, default=multiplied_out)
+
+
 def _choose(implementation, blocked, ragged, kernel, *args):
     if implementation == "blocked":
         return blocked(*args)
@@ -112,7 +135,7 @@ def _choose(implementation, blocked, ragged, kernel, *args):
 
 def grouped_product(
     x_RI: jax.Array,
-    w_EOI: jax.Array,
+    w_EOI: jax.Array | FP8Weight,
     group_sizes_E: jax.Array,
     block: int,
     out_dim: int = 1,
@@ -122,7 +145,7 @@ def grouped_product(
 
     Args:
       x_RI: rows sorted by group, R a multiple of `block`; rows that only pad must be zero.
-      w_EOI: any float dtype, cast to x's.
+      w_EOI: any float dtype, cast to x's; or FP8 blocks, which few rows read as they are.
       group_sizes_E: int32 rows of each group, padding included, each a multiple of `block`.
       block: rows per block, see `block_rows`.
       implementation: "blocked" (XLA, for CPU), "megablox" (Pallas, for TPU; interpreted on CPU), "ragged"
@@ -130,6 +153,9 @@ def grouped_product(
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """
+    if isinstance(w_EOI, FP8Weight):
+        assert out_dim == 1, "FP8 weights are for inference"
+        return _fp8_product(x_RI, w_EOI, group_sizes_E, block)
     functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox)]
     return _choose(implementation, *functions, x_RI, w_EOI, group_sizes_E)
 

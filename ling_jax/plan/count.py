@@ -121,6 +121,15 @@ def count_step(
     return Count(counter.work, counter.uncounted_loops)
 
 
+def _names(eqn: Any, stack: str) -> list[str]:
+    """Of a kernel: its own, and those of the functions around it."""
+    return [*stack.rsplit("/", 2)[-2:], str(eqn.params.get("name"))]
+
+
+def _is_grouped(eqn: Any, stack: str) -> bool:
+    return not {"gmm", "tgmm", "fp8_rows"}.isdisjoint(_names(eqn, stack))
+
+
 def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """(jaxpr, its constants), closed or not."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
@@ -230,7 +239,9 @@ class _Counter:
             updates = _bytes(eqn.invars[2])
             work.hbm_bytes += trips * (2 if name == "scatter" else 3) * updates
             return [inputs[0]]
-        if "gmm" in stack.rsplit("/", 2)[-2] and name == "pallas_call":
+        if name == "pallas_call":
+            self._materialise(eqn, inputs, key_of(stack), trips)
+        if name == "pallas_call" and _is_grouped(eqn, stack):
             work.hbm_bytes += trips * self._grouped_bytes(eqn)
         else:
             work.hbm_bytes += trips * (sum(sources.values()) + sum(sizes))
@@ -269,26 +280,34 @@ class _Counter:
     def _rows(self, room: int) -> int:
         return min(room, self.expected_rows)
 
+    def _materialise(self, eqn: Any, inputs: list[Value], key: Key, trips: float) -> None:
+        """Counts the writing of a kernel's operands that are computed from less, such as FP8 weights multiplied out;
+        others are taken to come as they are, with no more than a cast that XLA drops."""
+        for value, v in zip(inputs, eqn.invars, strict=True):
+            if not value.written and value.sources and (found := sum(value.sources.values())) < 0.9 * _bytes(v):
+                self.at(key).hbm_bytes += trips * (found + _bytes(v))
+
     def _grouped_bytes(self, eqn: Any) -> float:
         """Of a grouped product's arrays: the expected rows, and the weights (3 dims) of experts that have some."""
         arrays = [v for v in (*eqn.invars, *eqn.outvars) if getattr(v.aval, "ndim", 0) >= 2]
-        rows = [v for v in arrays if v.aval.ndim == 2]
+        rows = [v for v in arrays if v.aval.ndim == 2 or v.aval.shape[1] == 1]
         room = [v for v in eqn.invars if v in rows][-1].aval.shape[0]  # tgmm's first operand is transposed
-        weights = sum(_bytes(v) for v in arrays if v.aval.ndim == 3)
+        weights = sum(_bytes(v) for v in arrays if v not in rows)
         return self._rows(room) / room * sum(map(_bytes, rows)) + self.experts_read * weights
 
     def _kernel(self, eqn: Any, stack: str) -> dict[str, float]:
         """Pallas calls, by what stands in their name or that of the function around them.
 
         splash_*_fwd: 4 H T S C (scores and values); *_dkv: 8 (scores, their cotangent, dk, dv); *_dq: 6 (scores, their
-        cotangent, dq); half where a query sees no key after it. gmm and tgmm: 2 R I O, with the expected rows.
+        cotangent, dq); half where a query sees no key after it. gmm, tgmm and
+        fp8_rows: 2 R I O, with the expected rows.
         """
-        names = stack.rsplit("/", 2)[-2:] + [str(eqn.params.get("name"))]
+        names = _names(eqn, stack)
         arrays = [v.aval for v in eqn.invars if getattr(v.aval, "ndim", 0) >= 2 and v.aval.dtype.kind != "i"]
         out = eqn.outvars[0].aval
-        if any(name in ("gmm", "tgmm") for name in names):
+        if _is_grouped(eqn, stack):
             a, b = arrays[:2]
-            rows, wide = (a.shape[0], b.shape[1:]) if out.ndim == 2 else (b.shape[0], out.shape[1:])
+            rows, wide = (b.shape[0], out.shape[1:]) if b.ndim == 2 else (a.shape[0], b.shape[1:])
             return {a.dtype.name: 2.0 * self._rows(rows) * math.prod(wide)}
         products = [n for part, n in SPLASH_PRODUCTS.items() if any(part in name for name in names)]
         if not products:

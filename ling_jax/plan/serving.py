@@ -16,7 +16,7 @@ from ling_jax.config.text import columns
 from ling_jax.generate.cache import cache_bytes
 from ling_jax.generate.rows import Rows, advance, empty_rows, one_step
 from ling_jax.generate.sampling import Kinds, empty_options
-from ling_jax.generate.serving import Program, row_specs, serving_model
+from ling_jax.generate.serving import Program, check_fp8, in_fp8, row_specs, serving_model
 from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
 from ling_jax.parallel.mesh import make_mesh
 from ling_jax.plan.count import Count, count_step
@@ -49,6 +49,7 @@ class ServingPlan:
     rows: int
     slots: int
     dtype: str
+    fp8: bool
     weights: float  # bytes of a device's weights that a decoding step reads
     cache: float  # bytes of a device's cache
     calls: list[Call]
@@ -68,6 +69,7 @@ class ServingPlan:
             "batch_size": self.rows,
             "context_length": self.slots,
             "dtype": self.dtype,
+            "fp8_weights": self.fp8,
             "params_total": count_params(self.model).total,
             "weight_bytes_read_per_device": self.weights,
             "cache_bytes_per_device": self.cache,
@@ -89,14 +91,22 @@ class ServingPlan:
 
 
 def make_serving_plan(
-    model: ModelConfig, split: MeshConfig, topology: str, *, rows: int, slots: int, chunk: int = 512, dtype: str
+    model: ModelConfig,
+    split: MeshConfig,
+    topology: str,
+    *,
+    rows: int,
+    slots: int,
+    chunk: int = 512,
+    dtype: str,
+    fp8: bool = False,
 ) -> ServingPlan:
     """Traces, counts and compiles both programs as `generate.engine` runs them: greedy, without drafts.
 
     Args:
       rows: requests side by side, rounded up to whole batch shards.  slots: tokens of each, prompt and answer.
       chunk: tokens of a prompt that are run at once, of one row on each batch shard.
-      dtype: of weights, cache and computation.
+      dtype: of weights, cache and computation.  fp8: matrices of attention and FFNs as FP8 blocks.
     Raises:
       ValueError: for a topology that is none, a chip without figures, or a mesh that does not fit.
     """
@@ -113,9 +123,12 @@ def make_serving_plan(
         def place(a: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
 
-        return jax.tree.map(place, tree, specs)
+        return jax.tree.map(lambda spec, part: jax.tree.map(lambda a: place(a, spec), part), specs, tree)
 
     bias = placed(bias, jax.tree.map(lambda _: PartitionSpec(), bias))
+    if fp8:
+        check_fp8(served)
+        params = jax.eval_shape(in_fp8, params)
     arguments = placed(params, param_specs(served)), bias, placed(state, row_specs(state))
     per_shard = {"prefill": chunk, "decode": rows // program.batch_shards}
     calls = []
@@ -127,7 +140,7 @@ def make_serving_plan(
     weights = _weights_read(arguments[0], share)
     held = cache_bytes(model, rows, slots, jnp.dtype(dtype)) / program.batch_shards
     held /= min(split.tensor, model.num_key_value_heads)
-    return ServingPlan(model, split, topology, mesh, rows, slots, dtype, weights, held, calls)
+    return ServingPlan(model, split, topology, mesh, rows, slots, dtype, fp8, weights, held, calls)
 
 
 def _prefill(chunk: int, model: Ling, rows: Rows) -> Rows:
@@ -176,9 +189,10 @@ def _call(name: str, traced: Any, arguments: Any, tokens: int, program: Program,
 
 def render(plan: ServingPlan) -> str:
     """The plan for people."""
+    kept = f"{plan.dtype} and FP8" if plan.fp8 else plan.dtype
     head = [
         f"{plan.topology}: {plan.mesh.devices.size} devices; mesh {mesh_text(plan.split) or 'of one device'}",
-        f"{count_params(plan.model).total:,} parameters in {plan.dtype}; {plan.rows} rows of {plan.slots} tokens",
+        f"{count_params(plan.model).total:,} parameters in {kept}; {plan.rows} rows of {plan.slots} tokens",
         f"a decoding step reads {gb(plan.weights)} of weights and at most {gb(plan.cache)} of cache on each device",
     ]
     rows: list[tuple[str, ...]] = [

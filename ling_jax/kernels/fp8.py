@@ -1,0 +1,107 @@
+"""Weights kept as FP8 blocks: half of bfloat16's bytes to hold and to read.
+
+Legend: R rows sorted by group, E groups (experts), I inputs, O outputs, b blocks of 128 inputs.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ling_jax.kernels.linear import kernel_precision
+
+BLOCK = 128
+LARGEST = 448.0  # of e4m3
+FLOOR = 1e-4  # a block's greatest magnitude counts as no less (spec 3.2)
+FEW = 256  # rows up to which the kernel reads codes; for more, weights are multiplied out first
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FP8Weight:
+    """A weight [..., O, I]; it stands where an array would, and `astype` multiplies it out."""
+
+    codes: jax.Array  # float8_e4m3fn [..., O, I]
+    scales: jax.Array  # float32 [..., ceil(O / 128), ceil(I / 128)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.codes.dtype
+
+    def __getitem__(self, index: object) -> "FP8Weight":
+        assert index is ..., "parts are taken of codes and scales"
+        return self
+
+    def astype(self, dtype: jnp.dtype) -> jax.Array:
+        """Codes times their scales, in float32, then as `dtype`."""
+        return (self.codes.astype(jnp.float32) * _each(self.scales, self.shape)).astype(dtype)
+
+    def take(self, groups: jax.Array) -> "FP8Weight":
+        """[n, O, I] of groups; zeros for a group past the last."""
+        return FP8Weight(*(a.at[groups].get(mode="fill", fill_value=0) for a in (self.codes, self.scales)))
+
+
+def _each(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Each element's scale; without a gather, so that XLA can fuse it into a product's operand."""
+    wide = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2), BLOCK, axis=-1)
+    return wide[..., : shape[-2], : shape[-1]]
+
+
+def quantise_weight(w: jax.Array) -> FP8Weight:
+    """By blocks of 128 x 128, smaller at the edges: scale = max(amax, 1e-4) / 448, code = w / scale (spec 3.2)."""
+    padding = [(0, 0)] * (w.ndim - 2) + [(0, -size % BLOCK) for size in w.shape[-2:]]
+    padded = jnp.pad(jnp.abs(w.astype(jnp.float32)), padding)
+    *lead, rows, columns = padded.shape
+    amax = padded.reshape(*lead, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK).max((-3, -1))
+    scales = jnp.maximum(amax, FLOOR) * jnp.float32(1 / LARGEST)
+    return FP8Weight((w.astype(jnp.float32) / _each(scales, w.shape)).astype(jnp.float8_e4m3fn), scales)
+
+
+def _kernel(groups_ref, x_ref, codes_ref, scales_ref, out_ref):
+    """One row times a tile of its group's weight."""
+    del groups_ref
+    total = jnp.zeros((1, out_ref.shape[-1]), jnp.float32)
+    for block in range(scales_ref.shape[1]):
+        inputs = pl.ds(block * BLOCK, BLOCK)
+        x, codes = x_ref[0, :, inputs], codes_ref[0, :, inputs].astype(x_ref.dtype)  # exact
+        part = jax.lax.dot_general(x, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        total += part * scales_ref[0, block, :][None, :]
+    out_ref[0] = total.astype(out_ref.dtype)
+
+
+def rows_product(x_RI: jax.Array, w_EOI: FP8Weight, group_sizes_E: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """x_r w_e^T for a few rows r of each group e, in x's dtype; for TPU.
+
+    A group's codes are read once, as they are, and multiplied by their scales on the chip; nothing of other groups is.
+    Rows past the last group are unspecified. I and O are multiples of 128.
+    """
+    rows, inputs = x_RI.shape
+    outputs = w_EOI.shape[1]
+    last = jnp.maximum(jnp.cumsum(group_sizes_E), 1) - 1  # never past the last row
+    groups_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.minimum(jnp.arange(rows), last[-1]), side="right")
+    tile = next(size for size in (512, 256, BLOCK) if outputs % size == 0)
+    scales_EbO = jnp.repeat(w_EOI.scales.swapaxes(1, 2), BLOCK, axis=2)  # along a vector's lanes, as outputs are
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(outputs // tile, rows),
+        in_specs=[
+            pl.BlockSpec((1, 1, inputs), lambda o, r, groups: (r, 0, 0)),
+            pl.BlockSpec((1, tile, inputs), lambda o, r, groups: (groups[r], o, 0)),
+            pl.BlockSpec((1, inputs // BLOCK, tile), lambda o, r, groups: (groups[r], 0, o)),
+        ],
+        out_specs=pl.BlockSpec((1, 1, tile), lambda o, r, groups: (r, 0, o)),
+    )
+    out = jax.ShapeDtypeStruct((rows, 1, outputs), x_RI.dtype)
+    call = pl.pallas_call(_kernel, grid_spec=grid, out_shape=out, interpret=interpret, name="fp8_rows")
+    with kernel_precision(x_RI.dtype):
+        return call(groups_R.astype(jnp.int32), x_RI[:, None], w_EOI.codes, scales_EbO)[:, 0]
