@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels import megablox
+from ling_jax.kernels import megablox, native
 from ling_jax.kernels.linear import precision_of
 
 MAX_BLOCK = 128
@@ -97,52 +97,86 @@ def _megablox_dw(g_RO, x_RI, group_sizes_E, block, interpret):
     return megablox.weight_gradient(g_RO, x_RI, group_sizes_E, interpret=interpret)
 
 
-def _product(implementation, x, w_EOI, group_sizes_E, block, out_dim):
-    functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox)]
-    return _choose(implementation, *functions, x, w_EOI, group_sizes_E)
+def _native(x_RI, w_EOI, group_sizes_E, block, out_dim):
+    return native.product(x_RI, w_EOI, group_sizes_E, out_dim=out_dim)
 
 
-def _choose(implementation, blocked, ragged, kernel, *args):
+def _native_dw(g_RO, x_RI, group_sizes_E, block):
+    return native.weight_gradient(g_RO, x_RI, group_sizes_E)
+
+
+_native_product = native.or_else("grouped_product", _native, _blocked)
+_native_weight_gradient = native.or_else("grouped_weight_gradient", _native_dw, _blocked_dw)
+
+
+def _choose(implementation, functions, rows, other, group_sizes_E):
+    blocked, ragged, kernel, in_cpp = functions
+    if rows.dtype not in native.DTYPES or other.dtype not in native.DTYPES:
+        in_cpp = blocked
+    args = (rows, other, group_sizes_E)
     if implementation == "blocked":
         return blocked(*args)
     if implementation == "ragged":
         return ragged(*args)
+    if implementation == "native":
+        return jax.lax.platform_dependent(*args, cpu=in_cpp, default=blocked)
     compiled = partial(kernel, interpret=False)
     if implementation == "megablox":
         return jax.lax.platform_dependent(*args, cpu=partial(kernel, interpret=True), default=compiled)
     # Decided by the platform that the program is lowered for, never by the machine that compiles it. XLA:CPU computes
     # every group for every row of a ragged product, and so does XLA for some TPUs.
-    return jax.lax.platform_dependent(*args, cpu=blocked, tpu=compiled, default=ragged)
+    return jax.lax.platform_dependent(*args, cpu=in_cpp, tpu=compiled, default=ragged)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def grouped_linear(
-    x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, implementation: str = "auto"
+def grouped_product(
+    x_RI: jax.Array,
+    w_EOI: jax.Array,
+    group_sizes_E: jax.Array,
+    block: int,
+    out_dim: int = 1,
+    implementation: str = "auto",
 ) -> jax.Array:
-    """x_r w_e^T for the rows r of each group e.
+    """x_r w_e^T (`out_dim` 1) or x_r w_e (`out_dim` 2) for the rows r of each group e; not differentiable.
 
     Args:
       x_RI: rows sorted by group, R a multiple of `block`; rows that only pad must be zero.
       w_EOI: any float dtype, cast to x's.
       group_sizes_E: int32 rows of each group, padding included, each a multiple of `block`.
       block: rows per block, see `block_rows`.
-      implementation: "blocked" (XLA, for CPU), "megablox" (Pallas, for TPU; interpreted on CPU), "ragged"
-        (lax.ragged_dot, for the rest) or "auto".
+      implementation: "native" (C++, for CPU; "blocked" where it cannot be built), "blocked" (XLA), "megablox" (Pallas,
+        for TPU; interpreted on CPU), "ragged" (lax.ragged_dot, for the rest) or "auto".
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """
-    return _product(implementation, x_RI, w_EOI, group_sizes_E, block, 1)
+    functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox, _native_product)]
+    return _choose(implementation, functions, x_RI, w_EOI, group_sizes_E)
+
+
+def grouped_weight_gradient(
+    g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int, implementation: str = "auto"
+) -> jax.Array:
+    """float32 [E, O, I]: the sum of g_r x_r^T over the rows r of each group, 0 for an empty one; see
+    `grouped_product`."""
+    functions = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw, _megablox_dw, _native_weight_gradient)]
+    return _choose(implementation, functions, g_RO, x_RI, group_sizes_E)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_linear(
+    x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, implementation: str = "auto"
+) -> jax.Array:
+    """`grouped_product` with `out_dim` 1, differentiable."""
+    return grouped_product(x_RI, w_EOI, group_sizes_E, block, 1, implementation)
 
 
 def _grouped_linear_fwd(x_RI, w_EOI, group_sizes_E, block, implementation):
-    return _product(implementation, x_RI, w_EOI, group_sizes_E, block, 1), (x_RI, w_EOI, group_sizes_E)
+    return grouped_product(x_RI, w_EOI, group_sizes_E, block, 1, implementation), (x_RI, w_EOI, group_sizes_E)
 
 
 def _grouped_linear_bwd(block, implementation, saved, g_RO):
     x_RI, w_EOI, group_sizes_E = saved
-    dx_RI = _product(implementation, g_RO, w_EOI, group_sizes_E, block, 2)
-    dw = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw, _megablox_dw)]
-    dw_EOI = _choose(implementation, *dw, g_RO, x_RI, group_sizes_E)
+    dx_RI = grouped_product(g_RO, w_EOI, group_sizes_E, block, 2, implementation)
+    dw_EOI = grouped_weight_gradient(g_RO, x_RI, group_sizes_E, block, implementation)
     return dx_RI, dw_EOI.astype(w_EOI.dtype), None
 
 
