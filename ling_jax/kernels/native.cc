@@ -152,28 +152,33 @@ void pack_tiles(const X* g, Index stride, Index depth, Index rows, float* to) {
 
 // ---- one item of work ----
 
+// The lanes' partial sums of x . w, `inner` long.
+template <typename X, typename W>
+inline Vec partial_sums(const X* x, const W* w, Index inner) {
+  Vec sums[4] = {};
+  Index k = 0;
+  for (; k + 4 * kLanes <= inner; k += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) sums[i] += load(x + k + i * kLanes) * load_cast<X>(w + k + i * kLanes, kLanes);
+  }
+  for (; k < inner; k += kLanes) sums[0] += load_part(x + k, inner - k) * load_cast<X>(w + k, inner - k);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// As product_tiles for at most kFew rows and w [N, K]. Weights are read in the order in which they lie, which decides
+// the time: one row of w after the other, each from memory once, for all rows of x.
 template <typename X, typename W>
 void product_few(const Shape& s, const X* x, const W* w, X* y, Index rows, Index first, Index last) {
+  Vec sums[kFew][kLanes] = {};
   for (Index n = first; n < last; n += kLanes) {
     const Index count = std::min<Index>(kLanes, last - n);
+    for (Index i = 0; i < count; ++i) {
+      for (Index r = 0; r < rows; ++r) sums[r][i] = partial_sums(x + r * s.inner, w + (n + i) * s.inner, s.inner);
+    }
     for (Index r = 0; r < rows; ++r) {
-      const X* row = x + r * s.inner;
-      Vec sums[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) sums[i] = Vec{};
-      Index k = 0;
-      for (; count == kLanes && k + kLanes <= s.inner; k += kLanes) {
-        const Vec v = load(row + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) sums[i] += v * load_cast<X>(w + (n + i) * s.inner + k, kLanes);
-      }
-      for (; k < s.inner; k += kLanes) {
-        const Vec v = load_part(row + k, s.inner - k);
-        for (int i = 0; i < count; ++i) sums[i] += v * load_cast<X>(w + (n + i) * s.inner + k, s.inner - k);
-      }
-      transpose(sums);
-      for (int i = 1; i < kLanes; ++i) sums[0] += sums[i];
-      store_part(y + r * s.outer + n, sums[0], count);
+      transpose(sums[r]);
+      Vec total = sums[r][0];
+      for (int i = 1; i < kLanes; ++i) total += sums[r][i];
+      store_part(y + r * s.outer + n, total, count);
     }
   }
 }

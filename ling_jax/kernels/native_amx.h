@@ -4,7 +4,7 @@
 
 #include "native_vectors.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__) && !defined(LING_AMX_EMULATED)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define LING_AMX 1
@@ -81,9 +81,9 @@ void multiply_block(const Bf16* a0, const Bf16* a1, Index lda, Index a_step, con
   asm volatile("" ::: "memory");
 }
 
-// 16 elements as bfloat16, each in the lower half of a lane.
-inline Bits halves(const Bf16* p, Index count) { return (Bits)load_part(p, count) >> 16; }
-inline Bits halves(const float* p, Index count) { return rounded(load_part(p, count)) >> 16; }
+// 16 elements as bfloat16, each in the upper half of a lane; zeros below.
+inline Bits upper_halves(const Bf16* p, Index count) { return (Bits)load_part(p, count); }
+inline Bits upper_halves(const float* p, Index count) { return rounded(load_part(p, count)) & 0xffff0000; }
 
 // 32 consecutive elements as bfloat16, two to a lane.
 inline Bits pairs(const Bf16* p, Index count) {
@@ -110,8 +110,8 @@ void pack_pairs(const W* w, Index stride, Index depth, Index columns, Bf16* to) 
       Bits block[kLanes];
       for (Index i = 0; i < 16; ++i) {
         const Index row = k + 2 * i;
-        block[i] = halves(w + row * stride + n, row < depth ? columns - n : 0);
-        block[i] |= halves(w + (row + 1) * stride + n, row + 1 < depth ? columns - n : 0) << 16;
+        const Bits even = upper_halves(w + row * stride + n, row < depth ? columns - n : 0);
+        block[i] = even >> 16 | upper_halves(w + (row + 1) * stride + n, row + 1 < depth ? columns - n : 0);
       }
       if constexpr (kTransposed) transpose(block);
       std::memcpy(to, block, sizeof block);

@@ -39,8 +39,8 @@ Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
 // The upper halves hold the nearest bfloat16 (ties to even; NaN stays NaN), the lower ones garbage.
 inline Bits rounded(Vec v) {
-  const Bits bits = (Bits)v, nan = (Bits)(v != v);
-  return (nan & (bits | 0x400000)) | (~nan & (bits + 0x7fff + ((bits >> 16) & 1)));
+  const Bits bits = (Bits)v;
+  return v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 inline Vec load(const float* p) {
