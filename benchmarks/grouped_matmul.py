@@ -106,10 +106,11 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, repeats: int = 
             for _ in range(repeats):
                 jax.block_until_ready(call())
             times[name].append((time.perf_counter() - clock, time.process_time() - work))
-    middle = {name: [statistics.median(column) for column in zip(*rows[2:], strict=True)] for name, rows in times.items()}
-    return {
-        name: {"ms": clock / repeats * 1e3, "cpu_ms": work / repeats * 1e3} for name, (clock, work) in middle.items()
-    }
+    result = {}
+    for name, rows in times.items():
+        clock, work = (statistics.median(column) / repeats * 1e3 for column in zip(*rows[2:], strict=True))
+        result[name] = {"ms": clock, "cpu_ms": work}
+    return result
 
 
 def training(command: Command) -> dict[str, dict[str, float]]:
@@ -147,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
     command = tyro.cli(Command, args=list(argv), prog="python -m benchmarks.grouped_matmul", description=__doc__)
     flops = 2.0 * command.rows * command.inputs * command.outputs
     times = training(command)
-    for name, value in times.items():
+    for value in times.values():
         value["gflops"] = flops / value["ms"] / 1e6
         value["gflops_per_core"] = flops / value["cpu_ms"] / 1e6
     decode = {str(rows): decoding(command, rows) for rows in command.decode_rows}

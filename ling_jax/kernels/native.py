@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -147,18 +148,18 @@ def available() -> bool:
 def or_else(name: str, native: Callable[..., jax.Array], fallback: Callable[..., jax.Array]) -> Callable[..., Any]:
     """A function that is `native` where the library is `available` and `fallback` elsewhere.
 
-    It is a primitive, so that this is decided when a program is lowered for CPU: tracing one for TPU, whose conditionals
-    on the platform have a CPU branch too, builds nothing. Arguments are arrays; keywords are hashable and static.
+    It is a primitive, so that this is decided when a program is lowered for CPU: a program for TPU, whose conditionals
+    on the platform are traced with their CPU branch too, builds nothing. Arguments are arrays, keywords static.
     """
     primitive = Primitive(name)
 
     def chosen(*args: jax.Array, **static: Any) -> jax.Array:
         return (native if available() else fallback)(*args, **static)
 
-    def abstract(*avals: Any, **static: Any) -> jax.core.ShapedArray:
+    def abstract(*avals: Any, **static: Any) -> ShapedArray:
         arrays = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
         out = jax.eval_shape(functools.partial(fallback, **static), *arrays)
-        return jax.core.ShapedArray(out.shape, out.dtype)
+        return ShapedArray(out.shape, out.dtype)
 
     primitive.def_impl(chosen)
     primitive.def_abstract_eval(abstract)
