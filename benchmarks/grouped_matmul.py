@@ -40,6 +40,8 @@ class Command:
     """Hidden size."""
     outputs: int = 128
     """Width of an expert."""
+    block: int = 0
+    """Rows to whose multiples groups are padded; 0: as the model does."""
     decode_rows: tuple[int, ...] = (8, 64)
     """Token-expert pairs when decoding."""
     rounds: int = 9
@@ -114,7 +116,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, repeats: int = 
 
 
 def training(command: Command) -> dict[str, dict[str, float]]:
-    block = block_rows(command.rows, command.groups)
+    block = command.block or block_rows(command.rows, command.groups)
     sizes = skewed_sizes(command.rows, command.groups, block)
     arrays = inputs_of(command, padded_rows(command.rows, command.groups, block))
     calls = {"native": grouped("native", *arrays, sizes, block), "blocked": grouped("blocked", *arrays, sizes, block)}

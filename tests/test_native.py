@@ -137,7 +137,7 @@ def test_sizes_that_promise_more_rows_than_there_are_touch_nothing_else(library)
 
 
 def test_without_a_pool_of_threads_the_caller_works_alone(library):
-    x, w, g = arrays((1300, 2, 32, 40))
+    x, w, g = arrays((1300, 2, 64, 40))
     options = {"xla_cpu_multi_thread_eigen": False}
     alone = jax.jit(run.__wrapped__, static_argnums=(4, 5), compiler_options=options)
     got = alone(x, w, np.array([700, 600], np.int32), g, 1, "native")
@@ -146,7 +146,7 @@ def test_without_a_pool_of_threads_the_caller_works_alone(library):
 
 
 def test_eight_devices_at_once_in_shard_map(library):
-    shape, sizes = (400, 3, 64, 48), np.array([[100 + 10 * i, 0, 300 - 10 * i] for i in range(8)], np.int32)
+    shape, sizes = (400, 3, 128, 96), np.array([[100 + 10 * i, 0, 300 - 10 * i] for i in range(8)], np.int32)
     devices = [arrays(shape, seed=i) for i in range(8)]
     x, w, g = (jnp.stack(column) for column in zip(*devices, strict=True))
     mesh = jax.make_mesh((8,), ("expert",))
@@ -251,7 +251,7 @@ def test_processes_may_build_at_once_and_leave_one_library(monkeypatch, caplog, 
     source.write_text("int f() { return 1; }")
     code = f"native.SOURCE = native.Path({str(source)!r})\n"
     code += "native.Path.exists = lambda path: False  # the other's library is not there yet\nnative._library()"
-    processes = [start(code, fresh) for _ in range(3)]
+    processes = [start(code, fresh) for _ in range(2)]
     for process in processes:
         assert "INFO:ling_jax.kernels.native:built" in finish(process)
     (library,) = [path for path in fresh.rglob("*") if path.is_file() and path != source]
@@ -261,6 +261,6 @@ def test_processes_may_build_at_once_and_leave_one_library(monkeypatch, caplog, 
 
 
 def test_wide_vectors_and_amx_tiles_give_exact_sums_where_they_are_emulated(tmp_path, library):
-    code = f"native.FLAGS = (*native.FLAGS, '-O1', '-DLING_LANES=16', {EMULATED!r})\n"
-    code += f"from tests.test_native import check_all\ncheck_all({(*SHAPES[:3], SHAPES[5])!r})"
+    code = f"native.FLAGS = (*native.FLAGS, '-O0', '-DLING_LANES=16', {EMULATED!r})\n"
+    code += f"from tests.test_native import check_all\ncheck_all({(SHAPES[2], SHAPES[5])!r})"
     assert "WARNING" not in finish(start(code, tmp_path))

@@ -327,7 +327,7 @@ std::vector<Item> gradient_items(const std::vector<Item>& groups, Index threads)
 // All of the pool, or this thread alone when waking another takes longer than the work.
 Index threads_for(const ffi::ThreadPool& pool, const std::vector<Item>& groups, Index weight) {
   const Index used = std::count_if(groups.begin(), groups.end() - 1, [](const Item& group) { return group.rows > 0; });
-  const bool small = groups.back().row * weight < (1 << 19) && used * weight < (1 << 16);
+  const bool small = groups.back().row * weight < (1 << 21) && used * weight < (1 << 19);  // some 50 microseconds
   return small ? 1 : std::max<Index>(1, pool.num_threads());
 }
 
