@@ -18,7 +18,8 @@ from ling_jax.kernels.grouped import block_rows, grouped_product, grouped_weight
 from ling_jax.kernels.linear import linear
 from tests.helpers import assert_close, assert_gradient_close, jit
 
-IMPLEMENTATIONS = ("auto", "blocked", "ragged", "megablox")  # on CPU the last, a TPU's kernels, is interpreted
+# "auto" is "native" here; on CPU the last, a TPU's kernels, is interpreted.
+IMPLEMENTATIONS = ("auto", "blocked", "ragged", "megablox")
 
 
 def normal(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:

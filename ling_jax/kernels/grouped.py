@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels import fp8, megablox
+from ling_jax.kernels import fp8, megablox, native
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.linear import precision_of
 
@@ -120,17 +120,35 @@ def _fp8_product(x_RI, w_EOI, group_sizes_E, block):
     return jax.lax.platform_dependent(x_RI, w_EOI, group_sizes_E, cpu=chosen, tpu=on_tpu, default=multiplied_out)
 
 
-def _choose(implementation, blocked, ragged, kernel, *args):
+def _native(x_RI, w_EOI, group_sizes_E, block, out_dim):
+    return native.product(x_RI, w_EOI, group_sizes_E, out_dim=out_dim)
+
+
+def _native_dw(g_RO, x_RI, group_sizes_E, block):
+    return native.weight_gradient(g_RO, x_RI, group_sizes_E)
+
+
+_native_product = native.or_else("grouped_product", _native, _blocked)
+_native_weight_gradient = native.or_else("grouped_weight_gradient", _native_dw, _blocked_dw)
+
+
+def _choose(implementation, functions, rows, other, group_sizes_E):
+    blocked, ragged, kernel, in_cpp = functions
+    if rows.dtype not in native.DTYPES or other.dtype not in native.DTYPES:
+        in_cpp = blocked
+    args = (rows, other, group_sizes_E)
     if implementation == "blocked":
         return blocked(*args)
     if implementation == "ragged":
         return ragged(*args)
+    if implementation == "native":
+        return jax.lax.platform_dependent(*args, cpu=in_cpp, default=blocked)
     compiled = partial(kernel, interpret=False)
     if implementation == "megablox":
         return jax.lax.platform_dependent(*args, cpu=partial(kernel, interpret=True), default=compiled)
     # Decided by the platform that the program is lowered for, never by the machine that compiles it. XLA:CPU computes
     # every group for every row of a ragged product, and so does XLA for some TPUs.
-    return jax.lax.platform_dependent(*args, cpu=blocked, tpu=compiled, default=ragged)
+    return jax.lax.platform_dependent(*args, cpu=in_cpp, tpu=compiled, default=ragged)
 
 
 def grouped_product(
@@ -148,16 +166,16 @@ def grouped_product(
       w_EOI: any float dtype, cast to x's; or FP8 blocks, which few rows read as they are.
       group_sizes_E: int32 rows of each group, padding included, each a multiple of `block`.
       block: rows per block, see `block_rows`.
-      implementation: "blocked" (XLA, for CPU), "megablox" (Pallas, for TPU; interpreted on CPU), "ragged"
-        (lax.ragged_dot, for the rest) or "auto".
+      implementation: "native" (C++, for CPU; "blocked" where it cannot be built), "blocked" (XLA), "megablox" (Pallas,
+        for TPU; interpreted on CPU), "ragged" (lax.ragged_dot, for the rest) or "auto".
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """
     if isinstance(w_EOI, FP8Weight):
         assert out_dim == 1, "FP8 weights are for inference"
         return _fp8_product(x_RI, w_EOI, group_sizes_E, block)
-    functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox)]
-    return _choose(implementation, *functions, x_RI, w_EOI, group_sizes_E)
+    functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox, _native_product)]
+    return _choose(implementation, functions, x_RI, w_EOI, group_sizes_E)
 
 
 def grouped_weight_gradient(
@@ -165,5 +183,5 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """float32 [E, O, I]: the sum of g_r x_r^T over the rows r of each group, 0 for an empty one; see
     `grouped_product`."""
-    functions = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw, _megablox_dw)]
-    return _choose(implementation, *functions, g_RO, x_RI, group_sizes_E)
+    functions = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw, _megablox_dw, _native_weight_gradient)]
+    return _choose(implementation, functions, g_RO, x_RI, group_sizes_E)

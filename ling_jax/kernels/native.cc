@@ -1,0 +1,433 @@
+// Grouped matrix products for CPU: rows sorted by group, each group with its own weight. native.py builds and loads it.
+//
+// Legend: R rows, E groups, I inputs, O outputs, as in grouped.py. Inside, every product is a [M, K] times b [K, N]:
+//   product, out_dim 1: M rows, K = I, N = O;  out_dim 2: M rows, K = O, N = I;  weight gradient: M = O, K rows, N = I.
+//
+// Three ways to multiply, chosen per group:
+//   few rows (decoding)     dot products that read each weight once, where it lies
+//   float32                 b packed into panels that stay in cache, a tile of sums in registers
+//   bfloat16                the same after widening to float32, or Intel's AMX tiles where this machine has them
+// Weights are cast to the rows' type first, and sums are float32, as in the other implementations.
+
+#include <atomic>
+#include <memory>
+#include <thread>
+
+#include "native_amx.h"
+#include "native_vectors.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// A tile of sums is kRows x kColumns and leaves registers for b and for one element of a: 14 x 2 of 32 registers with
+// AVX-512, 6 x 2 of 16 with AVX2. A panel of b is kDepth deep: 16 KB (32 KB with AVX-512) of the first cache; kWidth
+// columns of it take 256 KB of the second.
+constexpr int kColumns = 2 * kLanes;
+#if defined(__aarch64__)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = kLanes == 16 ? 14 : 6;
+#endif
+constexpr Index kDepth = 256;
+constexpr Index kChunk = 128;  // rows of a that meet all panels before the next
+constexpr Index kFew = 8;      // rows up to which packing does not pay
+constexpr Index kMost = 1024;  // rows of one item of work
+
+// ---- float32 tiles ----
+
+// c [M, columns] = a b (+ c if `add`). b: a panel, [depth, kColumns]. a: rows `lda` apart, or with kPacked [depth, M].
+template <int M, bool kPacked>
+void multiply_tile(const float* a, Index lda, const float* b, Index depth, float* c, Index ldc, Index columns,
+                   bool add) {
+  Vec sums[M][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Vec{};
+  constexpr int kBases = (M + 2) / 3;  // an address is a base plus 0, 1 or 2 strides: few registers, no copy of a
+  const float* bases[kBases];
+  for (int i = 0; i < kBases; ++i) bases[i] = a + 3 * i * lda;
+  for (Index k = 0; k < depth; ++k, b += kColumns) {
+    const Vec b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const float x = kPacked ? a[m] : bases[m / 3][m % 3 * lda];
+      sums[m][0] += b0 * x;
+      sums[m][1] += b1 * x;
+    }
+    a += M;
+#pragma GCC unroll 8
+    for (int i = 0; i < kBases; ++i) ++bases[i];
+  }
+  float parts[M * kColumns];
+  const bool whole = columns == kColumns;
+  float* to = whole ? c : parts;
+  const Index stride = whole ? ldc : kColumns;
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    float *left = to + m * stride, *right = left + kLanes;
+    store(left, add && whole ? sums[m][0] + load(left) : sums[m][0]);
+    store(right, add && whole ? sums[m][1] + load(right) : sums[m][1]);
+  }
+  for (int m = 0; m < M && !whole; ++m) {
+    for (int n = 0; n < columns; ++n) c[m * ldc + n] = parts[m * kColumns + n] + (add ? c[m * ldc + n] : 0);
+  }
+}
+
+using Tile = decltype(&multiply_tile<1, true>);
+template <bool kPacked, int... M>
+constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
+  return {multiply_tile<M + 1, kPacked>...};
+}
+template <bool kPacked>
+constexpr auto kTiles = tiles_of<kPacked>(std::make_integer_sequence<int, kRows>());
+
+// Splits `rows` into tiles of nearly equal height, none of them small: calls each(first, height).
+template <typename F>
+void for_tiles(Index rows, const F& each) {
+  const Index count = ceil_div(rows, kRows);
+  for (Index i = 0; i < count; ++i) {
+    const Index first = i * rows / count;
+    each(first, (i + 1) * rows / count - first);
+  }
+}
+
+// c = a b for packed panels of b: each panel meets every tile of a while it is in the first cache.
+template <bool kPacked>
+void multiply_panels(const float* a, Index lda, const float* b, Index depth, float* c, Index ldc, Index rows,
+                     Index columns, bool add) {
+  for (Index n = 0; n < columns; n += kColumns) {
+    for_tiles(rows, [&](Index m, Index height) {
+      const float* from = a + m * (kPacked ? depth : lda);
+      const auto tile = kTiles<kPacked>[height - 1];
+      tile(from, lda, b + n * depth, depth, c + m * ldc + n, ldc, std::min<Index>(columns - n, kColumns), add);
+    });
+  }
+}
+
+// Panels of w [depth, columns], rows `stride` apart.
+template <typename X, typename W>
+void pack_panels(const W* w, Index stride, Index depth, Index columns, float* to) {
+  for (Index n = 0; n < columns; n += kColumns) {
+    for (Index k = 0; k < depth; ++k, to += kColumns) {
+      const W* from = w + k * stride + n;
+      store(to, load_cast<X>(from, columns - n));
+      store(to + kLanes, load_cast<X>(from + kLanes, columns - n - kLanes));
+    }
+  }
+}
+
+// Panels of the transpose of w [columns, depth], rows `stride` apart.
+template <typename X, typename W>
+void pack_transposed(const W* w, Index stride, Index depth, Index columns, float* to) {
+  for (Index n = 0; n < columns; n += kLanes) {
+    float* panel = to + n / kColumns * kColumns * depth + n % kColumns;
+    for (Index k = 0; k < depth; k += kLanes) {
+      Vec block[kLanes] = {};
+      for (Index i = 0; i < std::min<Index>(kLanes, columns - n); ++i) {
+        block[i] = load_cast<X>(w + (n + i) * stride + k, depth - k);
+      }
+      transpose(block);
+      for (Index i = 0; i < std::min<Index>(kLanes, depth - k); ++i) store(panel + (k + i) * kColumns, block[i]);
+    }
+  }
+  if (ceil_div(columns, kLanes) % 2) {  // the last panel's other half
+    float* panel = to + columns / kColumns * kColumns * depth + kLanes;
+    for (Index k = 0; k < depth; ++k) store(panel + k * kColumns, Vec{});
+  }
+}
+
+// The tiles of g^T, g [depth, rows] with rows `stride` apart: each [depth, height].
+template <typename X>
+void pack_tiles(const X* g, Index stride, Index depth, Index rows, float* to) {
+  for_tiles(rows, [&](Index m, Index height) {
+    for (Index k = 0; k < depth; ++k) {
+      // Whole vectors: what is too much is overwritten by the next.
+      for (Index i = 0; i < height; i += kLanes) {
+        store(to + m * depth + k * height + i, load_part(g + k * stride + m + i, rows - m - i));
+      }
+    }
+  });
+}
+
+// ---- one item of work ----
+
+// The lanes' partial sums of x . w, `inner` long.
+template <typename X, typename W>
+inline Vec partial_sums(const X* x, const W* w, Index inner) {
+  Vec sums[4] = {};
+  Index k = 0;
+  for (; k + 4 * kLanes <= inner; k += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) sums[i] += load(x + k + i * kLanes) * load_cast<X>(w + k + i * kLanes, kLanes);
+  }
+  for (; k < inner; k += kLanes) sums[0] += load_part(x + k, inner - k) * load_cast<X>(w + k, inner - k);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// As product_tiles for at most kFew rows and w [N, K]. Weights are read in the order in which they lie, which decides
+// the time: one row of w after the other, each from memory once, for all rows of x.
+template <typename X, typename W>
+void product_few(const Shape& s, const X* x, const W* w, X* y, Index rows, Index first, Index last) {
+  Vec sums[kFew][kLanes] = {};
+  for (Index n = first; n < last; n += kLanes) {
+    const Index count = std::min<Index>(kLanes, last - n);
+    for (Index i = 0; i < count; ++i) {
+      for (Index r = 0; r < rows; ++r) sums[r][i] = partial_sums(x + r * s.inner, w + (n + i) * s.inner, s.inner);
+    }
+    for (Index r = 0; r < rows; ++r) {
+      transpose(sums[r]);
+      Vec total = sums[r][0];
+      for (int i = 1; i < kLanes; ++i) total += sums[r][i];
+      store_part(y + r * s.outer + n, total, count);
+    }
+  }
+}
+
+// y[:, first:last] = x w for `rows` rows of a group.
+template <typename X, typename W>
+void product_tiles(const Shape& s, const X* x, const W* w, X* y, Index rows, Index first, Index last) {
+  constexpr bool kWide = std::is_same_v<X, float>;
+  float* b = scratch<float>(kB, kDepth * (kWidth + kColumns));
+  for (Index n = first; n < last; n += kWidth) {
+    const Index columns = std::min(kWidth, last - n);
+    float* sums = kWide ? nullptr : scratch<float>(kC, (s.inner > kDepth ? rows : kChunk) * columns);
+    for (Index k = 0; k < s.inner; k += kDepth) {
+      const Index depth = std::min(kDepth, s.inner - k);
+      if (s.transposed) {
+        pack_transposed<X>(w + n * s.inner + k, s.inner, depth, columns, b);
+      } else {
+        pack_panels<X>(w + k * s.outer + n, s.outer, depth, columns, b);
+      }
+      for (Index m = 0; m < rows; m += kChunk) {
+        const Index height = std::min(kChunk, rows - m);
+        const X* from = x + m * s.inner + k;
+        X* to = y + m * s.outer + n;
+        if constexpr (kWide) {
+          multiply_panels<false>(from, s.inner, b, depth, to, s.outer, height, columns, k > 0);
+        } else {
+          float* a = scratch<float>(kA, kChunk * kDepth + kLanes);
+          for (Index r = 0; r < height; ++r) {
+            for (Index i = 0; i < depth; i += kLanes) {
+              store(a + r * depth + i, load_part(from + r * s.inner + i, depth - i));
+            }
+          }
+          float* c = s.inner > kDepth ? sums + m * columns : sums;
+          multiply_panels<false>(a, depth, b, depth, c, columns, height, columns, k > 0);
+          for (Index r = 0; r < height && k + kDepth >= s.inner; ++r) {
+            for (Index i = 0; i < columns; i += kLanes) {
+              store_part(to + r * s.outer + i, load_part(c + r * columns + i, columns - i), columns - i);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// dw[:, first:last] = g^T x over `rows` rows of a group; dw is [outputs, inputs].
+template <typename X>
+void gradient_tiles(const X* g, const X* x, float* dw, Index rows, Index outputs, Index inputs, Index first,
+                    Index last) {
+  float* a = scratch<float>(kA, kDepth * kWidth + kLanes);
+  float* b = scratch<float>(kB, kDepth * (kWidth + kColumns));
+  for (Index n = first; n < last; n += kWidth) {
+    const Index columns = std::min(kWidth, last - n);
+    for (Index m = 0; m < outputs; m += kWidth) {
+      const Index height = std::min(kWidth, outputs - m);
+      for (Index r = 0; r < rows; r += kDepth) {
+        const Index depth = std::min(kDepth, rows - r);
+        pack_tiles(g + r * outputs + m, outputs, depth, height, a);
+        pack_panels<X>(x + r * inputs + n, inputs, depth, columns, b);
+        multiply_panels<true>(a, 0, b, depth, dw + m * inputs + n, inputs, height, columns, r > 0);
+      }
+    }
+  }
+}
+
+// ---- work for all threads ----
+
+// Calls work(i) once for each i < count, on this thread and on those of XLA's pool that come in time. What a late one
+// touches is only the counters: this thread may itself be one of the pool's, and must never wait for a free one.
+template <typename F>
+void parallel(ffi::ThreadPool& pool, Index threads, Index count, const F& work) {
+  struct Counters {
+    std::atomic<Index> next{0}, done{0};
+  };
+  auto counters = std::make_shared<Counters>();
+  auto run = [counters, count, &work] {
+    for (Index i; (i = counters->next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      work(i);
+      counters->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (Index i = 1; i < std::min(threads, count); ++i) {
+    auto copy = run;
+    pool.Schedule(std::move(copy));
+  }
+  run();
+  for (int spins = 0; counters->done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins > 1000) std::this_thread::yield();
+  }
+}
+
+struct Item {
+  Index group, row, rows, first, last;  // rows of a group times columns first to last; group -1: past the last one
+};
+
+// Groups' rows, never more than there are: a hostile size must not write elsewhere.
+std::vector<Item> groups_of(ffi::AnyBuffer sizes, Index room, Index columns) {
+  const auto* size = static_cast<const std::int32_t*>(sizes.untyped_data());
+  std::vector<Item> items;
+  Index row = 0;
+  for (Index e = 0; e < static_cast<Index>(sizes.element_count()); ++e) {
+    const Index rows = std::clamp<Index>(size[e], 0, room - row);
+    items.push_back({e, row, rows, 0, columns});
+    row += rows;
+  }
+  items.push_back({-1, row, room - row, 0, columns});
+  return items;
+}
+
+// Cuts item's columns into at most `pieces` of 64 or more.
+void add_pieces(std::vector<Item>& to, Item item, Index pieces) {
+  const Index last = item.last, width = ceil_div(ceil_div(last, std::max<Index>(1, pieces)), 64) * 64;
+  for (item.first = 0; item.first < last; item.first += width) {
+    item.last = std::min(last, item.first + width);
+    to.push_back(item);
+  }
+}
+
+// Four items a thread or more, where there is enough to do, so that threads end together though groups are unequal.
+std::vector<Item> product_items(const std::vector<Item>& groups, Index threads) {
+  const Index inside = groups.back().row;
+  const Index most = threads == 1 ? kMost : std::clamp(inside / (8 * threads), kChunk, kMost);
+  std::vector<Item> chunks, items;
+  for (const Item& group : groups) {
+    const Index count = ceil_div(group.rows, most);
+    for (Index i = 0; i < count; ++i) {
+      const Index begin = i * group.rows / count, end = (i + 1) * group.rows / count;
+      chunks.push_back({group.group, group.row + begin, end - begin, 0, group.last});
+    }
+  }
+  const Index missing = ceil_div(4 * threads, std::max<Index>(1, chunks.size()));
+  for (const Item& chunk : chunks) add_pieces(items, chunk, chunk.group < 0 || threads == 1 ? 1 : missing);
+  return items;
+}
+
+std::vector<Item> gradient_items(const std::vector<Item>& groups, Index threads) {
+  const Index inside = std::max<Index>(1, groups.back().row);
+  std::vector<Item> items;
+  for (const Item& group : groups) {
+    if (group.group >= 0) add_pieces(items, group, threads == 1 ? 1 : ceil_div(8 * threads * group.rows, inside));
+  }
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.rows > b.rows; });
+  return items;
+}
+
+// All of the pool, or this thread alone when waking another takes longer than the work.
+Index threads_for(const ffi::ThreadPool& pool, const std::vector<Item>& groups, Index weight) {
+  const Index used = std::count_if(groups.begin(), groups.end() - 1, [](const Item& group) { return group.rows > 0; });
+  const bool small = groups.back().row * weight < (1 << 21) && used * weight < (1 << 19);  // some 50 microseconds
+  return small ? 1 : std::max<Index>(1, pool.num_threads());
+}
+
+template <typename X, typename W>
+void product(ffi::ThreadPool& pool, const Shape& s, const X* x, const W* w, X* y, const std::vector<Item>& groups) {
+  const Index threads = threads_for(pool, groups, s.inner * s.outer);
+  const auto items = product_items(groups, threads);
+  parallel(pool, threads, items.size(), [&](Index i) {
+    const Item& t = items[i];
+    const X* from = x + t.row * s.inner;
+    X* to = y + t.row * s.outer;
+    if (t.group < 0) {
+      std::memset(to, 0, t.rows * s.outer * sizeof(X));
+      return;
+    }
+    const W* weight = w + t.group * s.inner * s.outer;
+    if (s.transposed && t.rows <= kFew) return product_few(s, from, weight, to, t.rows, t.first, t.last);
+#if defined(LING_AMX)
+    if constexpr (std::is_same_v<X, Bf16>) {
+      if (amx_allowed()) return product_amx(s, from, weight, to, t.rows, t.first, t.last);
+    }
+#endif
+    product_tiles(s, from, weight, to, t.rows, t.first, t.last);
+  });
+}
+
+template <typename X>
+void gradient(ffi::ThreadPool& pool, const X* g, const X* x, float* dw, Index outputs, Index inputs,
+              const std::vector<Item>& groups) {
+  const Index threads = threads_for(pool, groups, outputs * inputs);
+  const auto items = gradient_items(groups, threads);
+  parallel(pool, threads, items.size(), [&](Index i) {
+    const Item& t = items[i];
+    float* to = dw + t.group * outputs * inputs;
+    if (t.rows == 0) {  // whole: only groups with rows are cut
+      std::memset(to, 0, outputs * inputs * sizeof(float));
+      return;
+    }
+    const X *left = g + t.row * outputs, *right = x + t.row * inputs;
+#if defined(LING_AMX)
+    if constexpr (std::is_same_v<X, Bf16>) {
+      if (amx_allowed()) return gradient_amx(left, right, to, t.rows, outputs, inputs, t.first, t.last);
+    }
+#endif
+    gradient_tiles(left, right, to, t.rows, outputs, inputs, t.first, t.last);
+  });
+}
+
+// Calls f with a pointer of the buffer's type.
+template <typename F>
+ffi::Error with_type(const ffi::AnyBuffer& buffer, const F& f) {
+  if (buffer.element_type() == ffi::DataType::F32) return f(static_cast<float*>(buffer.untyped_data()));
+  if (buffer.element_type() == ffi::DataType::BF16) return f(static_cast<Bf16*>(buffer.untyped_data()));
+  return ffi::Error::InvalidArgument("neither float32 nor bfloat16");
+}
+
+ffi::Error product_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
+                           ffi::Result<ffi::AnyBuffer> y, std::int64_t out_dim) {
+  const Shape shape{x.dimensions()[1], y->dimensions()[1], out_dim == 1};
+  const auto groups = groups_of(sizes, x.dimensions()[0], shape.outer);
+  return with_type(x, [&](auto* rows) {
+    return with_type(w, [&](auto* weights) {
+      product(pool, shape, rows, weights, static_cast<decltype(rows)>(y->untyped_data()), groups);
+      return ffi::Error::Success();
+    });
+  });
+}
+
+ffi::Error gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer x, ffi::AnyBuffer sizes,
+                            ffi::Result<ffi::AnyBuffer> dw) {
+  const Index outputs = g.dimensions()[1], inputs = x.dimensions()[1];
+  const auto groups = groups_of(sizes, x.dimensions()[0], inputs);
+  return with_type(x, [&](auto* rows) {
+    const auto* left = static_cast<decltype(rows)>(g.untyped_data());
+    gradient(pool, left, rows, static_cast<float*>(dw->untyped_data()), outputs, inputs, groups);
+    return ffi::Error::Success();
+  });
+}
+
+}  // namespace
+
+// All else is hidden: another library may hold another version of XLA's headers.
+extern "C" {
+__attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedProduct(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedWeightGradient(XLA_FFI_CallFrame*);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedProduct, product_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<std::int64_t>("out_dim"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedWeightGradient, gradient_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());

@@ -1,0 +1,180 @@
+"""Grouped products in C++ for CPU: builds native.cc at first use with the system's compiler, loads and registers it.
+
+XLA:CPU has no grouped product, and a loop over groups pays for a copy and a library call each; native.cc reads rows
+and weights where they lie. Without a compiler, or with LING_JAX_NATIVE=0, callers keep XLA's form: see `or_else`.
+
+Legend: R rows, E groups, I inputs, O outputs.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cc")
+HEADERS = tuple(SOURCE.with_name(name) for name in ("native_vectors.h", "native_amx.h"))
+# Sums of products may fuse: -std=c++17 alone forbids it.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
+COMPILERS = ("c++", "g++", "clang++")
+TARGETS = {"ling_grouped_product": "LingGroupedProduct", "ling_grouped_weight_gradient": "LingGroupedWeightGradient"}
+DTYPES = (jnp.float32, jnp.bfloat16)
+BUILD_SECONDS = 300  # what a compiler may take before it counts as broken
+
+_lock = threading.Lock()
+
+
+class NoLibrary(Exception):
+    """Why there is no library, and what to do about it."""
+
+
+def _output(*command: str) -> str:
+    """What a command prints. Raises `NoLibrary` if it cannot be run, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoLibrary(f"cannot run the C++ compiler: {error}") from error
+    if done.returncode:
+        said = "\n".join(done.stderr.strip().splitlines()[:10])
+        raise NoLibrary(f"`{shlex.join(command)}` failed:\n{said}")
+    return done.stdout
+
+
+def _compiler() -> list[str]:
+    """The command of $CXX, or the first compiler on the path."""
+    command = shlex.split(os.environ.get("CXX", "")) or [name for name in COMPILERS if shutil.which(name)][:1]
+    if not command:
+        raise NoLibrary(f"no C++ compiler ({', '.join(COMPILERS)}) on the path")
+    return command
+
+
+def _cpu_flags() -> str:
+    """What the processor offers, as far as the system says: a cache may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "ling_jax"
+
+
+def _machine_flag(compiler: list[str]) -> str:
+    """-march=native, or what older compilers call it on Arm."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    return "-mcpu=native" if arm else "-march=native"
+
+
+def _library() -> Path:
+    """The library for this source, compiler, processor and JAX; built if the cache has none.
+
+    Processes that build at once each write a file of their own and rename it: the last one wins, all are equal.
+    """
+    compiler = _compiler()
+    command = [*compiler, *FLAGS, _machine_flag(compiler), f"-I{jax.ffi.include_dir()}", str(SOURCE)]
+    known = [_output(*compiler, "--version"), _cpu_flags(), jax.__version__, platform.machine(), *command]
+    content = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
+    key = hashlib.sha256("\0".join(known).encode() + content).hexdigest()[:32]
+    folder = _cache_folder()
+    library = folder / f"native-{key}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / library.name
+            started = time.perf_counter()
+            _output(*command, "-o", str(built))
+            built.replace(library)
+    except OSError as error:
+        raise NoLibrary(f"cannot write {folder}: {error}") from error
+    logger.info("built %s in %.1f s", library, time.perf_counter() - started)
+    return library
+
+
+def _register(library: Path) -> None:
+    try:
+        symbols = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NoLibrary(f"cannot load {library}: {error}") from error
+    for target, symbol in TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(symbols, symbol)), platform="cpu")
+
+
+@functools.cache
+def _loaded() -> bool:
+    try:
+        _register(_library())
+    except NoLibrary as problem:
+        logger.warning(
+            "Experts run on XLA's slower grouped products: %s. Install a C++17 compiler (Debian: apt install g++) or "
+            "name one in CXX; LING_JAX_NATIVE=0 silences this.",
+            problem,
+        )
+        return False
+    return True
+
+
+def available() -> bool:
+    """Whether the library runs here; builds it if need be, which takes seconds, and says so if it cannot."""
+    if os.environ.get("LING_JAX_NATIVE") == "0":
+        return False
+    with _lock:  # threads may lower programs at once
+        return _loaded()
+
+
+def or_else(name: str, native: Callable[..., jax.Array], fallback: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """A function that is `native` where the library is `available` and `fallback` elsewhere.
+
+    It is a primitive, so that this is decided when a program is lowered for CPU: a program for TPU, whose conditionals
+    on the platform are traced with their CPU branch too, builds nothing. Arguments are arrays, keywords static.
+    """
+    primitive = Primitive(name)
+
+    def chosen(*args: jax.Array, **static: Any) -> jax.Array:
+        return (native if available() else fallback)(*args, **static)
+
+    def abstract(*avals: Any, **static: Any) -> ShapedArray:
+        arrays = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        out = jax.eval_shape(functools.partial(fallback, **static), *arrays)
+        return ShapedArray(out.shape, out.dtype)
+
+    primitive.def_impl(chosen)
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(chosen, multiple_results=False), platform="cpu")
+    return primitive.bind
+
+
+def product(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, *, out_dim: int) -> jax.Array:
+    """`kernels.grouped.grouped_product`; rows and weights each float32 or bfloat16."""
+    out = jax.ShapeDtypeStruct((x_RI.shape[0], w_EOI.shape[out_dim]), x_RI.dtype)
+    call = jax.ffi.ffi_call("ling_grouped_product", out)
+    return call(x_RI, w_EOI, group_sizes_E.astype(jnp.int32), out_dim=np.int64(out_dim))
+
+
+def weight_gradient(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """`kernels.grouped.grouped_weight_gradient`; both float32 or both bfloat16."""
+    out = jax.ShapeDtypeStruct((group_sizes_E.size, g_RO.shape[1], x_RI.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("ling_grouped_weight_gradient", out)(g_RO, x_RI, group_sizes_E.astype(jnp.int32))
