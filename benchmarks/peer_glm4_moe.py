@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,14 +111,26 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     return {"tokens_per_second": tokens / seconds, "step_ms": seconds * 1e3, "setting": "sdpa grouped_mm fused-adamw"}
 
 
+class Setting(NamedTuple):
+    """How tokens after the prompt are made."""
+
+    experts: str
+    cache: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"sdpa {self.experts} {self.cache}-cache {self.threads}-thread"
+
+
 class Decoder:
     """Greedy decoding by a bare loop over the model's forward: `generate` adds its own checks to every token."""
 
-    def __init__(self, model: Glm4MoeForCausalLM, prompts: torch.Tensor, slots: int) -> None:
-        self.model, self.prompts, self.slots = model.eval(), prompts, slots
+    def __init__(self, model: Glm4MoeForCausalLM, prompts: torch.Tensor, slots: int, threads: int) -> None:
+        self.model, self.prompts, self.slots, self.threads = model.eval(), prompts, slots, threads
 
     def start(self, cache: str) -> tuple[Any, torch.Tensor]:
         """(keys and values of the prompts, first token of each answer)"""
+        torch.set_num_threads(self.threads)
         self.model.set_experts_implementation(PREFILL_EXPERTS)
         config = self.model.config
         kept = DynamicCache(config=config) if cache == "dynamic" else StaticCache(config, max_cache_len=self.slots)
@@ -128,11 +140,12 @@ class Decoder:
         logits = self.model(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
-    def run(self, experts: str, cache: str, new_tokens: int) -> tuple[float, float]:
+    def run(self, setting: Setting, new_tokens: int) -> tuple[float, float]:
         """Seconds of all, and of all but the prompts."""
         started = time.perf_counter()
-        kept, token = self.start(cache)
-        self.model.set_experts_implementation(experts)
+        kept, token = self.start(setting.cache)
+        torch.set_num_threads(setting.threads)
+        self.model.set_experts_implementation(setting.experts)
         answer = [token]
         first = time.perf_counter()
         for _ in range(new_tokens - 1):
@@ -148,20 +161,22 @@ def decode(spec: dict[str, Any]) -> dict[str, Any]:
     reverse."""
     ids = np.random.default_rng(0).integers(2, spec["model"]["vocab_size"], (spec["batch"], spec["prompt_len"]))
     new, short = spec["new_tokens"], min(spec["new_tokens"], PROBE_TOKENS)
-    decoder = Decoder(make_model(spec), torch.from_numpy(ids), spec["prompt_len"] + new)
-    settings = list(itertools.product(EXPERTS, CACHES))
-    probes: dict[tuple[str, str], float] = {}
-    decoder.run(*settings[0], short)
+    decoder = Decoder(make_model(spec), torch.from_numpy(ids), spec["prompt_len"] + new, spec["threads"])
+    threads = sorted({1, spec["threads"]})
+    settings = [Setting(*each) for each in itertools.product(EXPERTS, CACHES, threads)]
+    probes: dict[Setting, float] = {}
+    decoder.run(settings[0], short)
     for setting in settings + settings[::-1]:
-        _, seconds = decoder.run(*setting, short)
+        _, seconds = decoder.run(setting, short)
         probes[setting] = min(seconds, probes.get(setting, seconds))
+    for setting, seconds in probes.items():
+        print(f"{setting}: {seconds * 1e3:.0f} ms for {short - 1} tokens", file=sys.stderr)
     best = min(settings, key=lambda setting: probes[setting])
-    print("; ".join(f"{' '.join(name)}: {1e3 * s:.0f} ms" for name, s in probes.items()), file=sys.stderr)
-    whole, one = (statistics.median(decoder.run(*best, count)[0] for _ in range(spec["runs"])) for count in (new, 1))
+    whole, one = (statistics.median(decoder.run(best, count)[0] for _ in range(spec["runs"])) for count in (new, 1))
     return {
         "tokens_per_second": spec["batch"] * new / whole,
         "step_ms": (whole - one) / max(new - 1, 1) * 1e3,
-        "setting": " ".join(("sdpa", *best)),
+        "setting": str(best),
     }
 
 

@@ -7,7 +7,8 @@ The peer needs a Python of its own (torch's builds for CPU only are those for 3.
     .venv-peers/bin/pip install -r requirements-peers.txt
 
 A table comes first; the last line of standard output is one JSON object. Figures are medians over the rounds, `ratio`
-is ours over the peer's, of the medians and of each round.
+is ours over the peer's, of the medians and of each round. On a busy machine they mean nothing: the peer's threads wait
+for one another at every operation, so that other load slows it several times. `other_cpus` tells what others used.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,6 +36,7 @@ log = logging.getLogger("peers")
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "bench_moe"
+BUSY = 0.1  # CPUs
 PROMPT_LEN, NEW_TOKENS = 128, 128
 # As in the Makefile: without huge pages a step spends its time in page faults, on both sides.
 MALLOC = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 100_000_000_000, "top_pad": 268_435_456}
@@ -178,13 +181,34 @@ def confined(threads: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+class Clocks(NamedTuple):
+    """Seconds until now."""
+
+    wall: float
+    busy: float  # of all CPUs together, those that another machine took away too
+    mine: float  # of them, by programs started here that have ended
+
+    @classmethod
+    def read(cls) -> "Clocks":
+        times, busy = os.times(), 0.0
+        if (stat := Path("/proc/stat")).exists():
+            user, nice, system, _, _, *others = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+            busy = sum((user, nice, system, *others)) / os.sysconf("SC_CLK_TCK")
+        return cls(time.perf_counter(), busy, times.children_user + times.children_system)
+
+    def other_cpus(self) -> float:
+        """How many CPUs all other programs have used since, on average; 0 where the system does not tell."""
+        wall, busy, mine = (now - then for now, then in zip(Clocks.read(), self, strict=True))
+        return max(busy - mine, 0.0) / wall
+
+
 def measure(kind: Kind, command: Command) -> dict[str, Any]:
-    """The JSON object that one process prints last.
+    """The JSON object that one process prints last, and `other_cpus` while it ran.
 
     Raises:
       ValueError: if it fails, with the end of what it said.
     """
-    words = arguments(kind, command)
+    words, before = arguments(kind, command), Clocks.read()
     done = subprocess.run(words, env=environment(command.threads), cwd=ROOT, capture_output=True, text=True)
     try:
         result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -194,7 +218,7 @@ def measure(kind: Kind, command: Command) -> dict[str, Any]:
         said = "\n".join(f"{done.stdout}\n{done.stderr}".strip().splitlines()[-12:])
         program = shlex.join(words[:3])
         raise ValueError(f"{kind.side}, {kind}: {program} ended with code {done.returncode} and no JSON:\n{said}")
-    return result
+    return result | {"other_cpus": before.other_cpus()}
 
 
 def summary(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -233,6 +257,7 @@ def figures(command: Command, results: Mapping[Kind, Sequence[Mapping[str, Any]]
         sides[kind.side][str(kind)] = summary(rounds)
         versions[kind.side] = rounds[0]["versions"]
     matmul = [one["matmul_gflops"] for kind, rounds in results.items() if kind.side == "ours" for one in rounds]
+    others = [one["other_cpus"] for rounds in results.values() for one in rounds]
     return {
         "benchmark": "peers",
         "config": CONFIG,
@@ -244,6 +269,8 @@ def figures(command: Command, results: Mapping[Kind, Sequence[Mapping[str, Any]]
         "comparisons": comparisons(results),
         "matmul_gflops": statistics.median(matmul),
         "matmul_gflops_range": [min(matmul), max(matmul)],
+        "other_cpus": statistics.median(others),
+        "other_cpus_max": max(others),
         "versions": versions,
     }
 
@@ -257,11 +284,14 @@ def table(result: Mapping[str, Any]) -> str:
         peer = one["peer"] + " *" * one["fastest_peer"]
         rows.append((one["ours"], peer, ours, peers, f"{one['ratio']:.2f}", each))
     low, high = result["matmul_gflops_range"]
-    return (
-        f"{columns(rows, numbers=True)}\n\n"
-        f"* the fastest peer of any dtype; {result['parameters']:,} parameters on both sides; "
-        f"float32 products of 2048^3 at {low:,.0f} to {high:,.0f} GFLOP/s"
-    )
+    notes = [
+        f"* the fastest peer of any dtype; {result['parameters']:,} parameters on both sides",
+        f"float32 products of 2048^3: {low:,.0f} to {high:,.0f} GFLOP/s",
+        f"CPUs that other programs used meanwhile: {result['other_cpus']:.2f}, at most {result['other_cpus_max']:.2f}",
+    ]
+    if result["other_cpus_max"] > BUSY:
+        notes.append("NOT COMPARABLE: the machine was busy; run this on an idle one")
+    return "\n".join([columns(rows, numbers=True), "", *notes])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -272,8 +302,9 @@ def main(argv: Sequence[str]) -> None:
         for count in range(1, command.rounds + 1):
             for kind, rounds in results.items():
                 rounds.append(measure(kind, command))
-                rate = rounds[-1]["tokens_per_second"]
-                log.info("round %d of %d: %s, %s: %.0f tokens/s", count, command.rounds, kind.side, kind, rate)
+                rate, others = rounds[-1]["tokens_per_second"], rounds[-1]["other_cpus"]
+                told = (count, command.rounds, kind.side, kind, rate, others)
+                log.info("round %d of %d: %s, %s: %.1f tokens/s; others used %.2f CPUs", *told)
     result = figures(command, results)
     print(table(result))
     print(json.dumps(result))

@@ -6,13 +6,15 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
-from benchmarks import peers
-from benchmarks.peers import Command, Kind, arguments, check, confined, environment, kinds_of, peer_spec
+from benchmarks import decode, peers, train_step
+from benchmarks.peers import Clocks, Command, Kind, arguments, check, confined, environment, kinds_of, peer_spec
 from ling_jax.cli import run_main
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +67,7 @@ def stub(tmp_path, monkeypatch):
 
 
 def run(stub: Path, *flags: str) -> None:
+    """Two rounds."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     peers.main(["--peer-python", str(stub), "--rounds", "2", "--threads", str(len(cpus)), *flags])
 
@@ -98,6 +101,30 @@ def test_both_sides_run_in_turns_and_the_table_and_json_compare_them(stub, capsy
         "train bfloat16 train bfloat16 630 110 5.73 6.00 5.50".split(),
         "train bfloat16 train float32 * 630 250 2.52 3.00 2.20".split(),
     ]
+
+
+@pytest.mark.parametrize(("used", "told"), [(0.01, False), (0.5, True)])
+def test_a_busy_machine_is_told(stub, capsys, monkeypatch, used, told):
+    monkeypatch.setattr(peers.Clocks, "other_cpus", lambda self: used)
+    run(stub, "--what", "decode", "--dtypes", "float32", "--batch", "8")
+    out = capsys.readouterr().out
+    assert ("NOT COMPARABLE" in out) == told
+    assert json.loads(out.splitlines()[-1])["other_cpus_max"] == used
+
+
+def test_the_cpus_of_others_are_what_those_started_here_did_not_use(monkeypatch):
+    monkeypatch.setattr(Clocks, "read", lambda: Clocks(wall=14.0, busy=28.0, mine=11.0))
+    assert Clocks(wall=10.0, busy=20.0, mine=5.0).other_cpus() == 0.5
+    assert Clocks(wall=10.0, busy=25.0, mine=5.0).other_cpus() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells how busy all CPUs are")
+def test_the_clocks_count_a_program_that_has_ended():
+    before = Clocks.read()
+    subprocess.run([sys.executable, "-ISc", "import time\nwhile time.process_time() < 0.2: pass"], check=True)
+    after = Clocks.read()
+    assert after.mine - before.mine >= 0.19
+    assert after.busy - before.busy >= 0.15  # ticks of 0.01 s
 
 
 def test_a_part_can_be_chosen(stub, capsys):
@@ -147,11 +174,13 @@ def test_every_measurement_comes_once_and_next_to_those_it_is_compared_with():
 
 
 def test_ours_are_this_interpreters_benchmarks():
-    words = arguments(Kind("ours", "decode", "bfloat16", 8), Command(runs=5))
+    asked = Command(runs=5, steps=3)
+    words = arguments(Kind("ours", "decode", "bfloat16", 8), asked)
     assert words[:3] == [sys.executable, "-m", "benchmarks.decode"]
-    assert " ".join(words[3:]) == (
-        "--config bench_moe --dtype bfloat16 --batch 8 --prompt-len 128 --new-tokens 128 --runs 5"
-    )
+    assert tyro.cli(decode.Command, args=words[3:]) == decode.Command(dtype="bfloat16", batch=8, runs=5)
+    words = arguments(Kind("ours", "train", "float32", 8), asked)
+    assert words[:3] == [sys.executable, "-m", "benchmarks.train_step"]
+    assert tyro.cli(train_step.Command, args=words[3:]) == train_step.Command(steps=3)
 
 
 def test_the_allocator_options_are_the_makefiles():
