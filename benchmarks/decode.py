@@ -1,4 +1,4 @@
-"""Greedy decoding speed: python -m benchmarks.decode --config bench_moe [--batch 1] [--prompt-len 128] [...]
+"""Greedy decoding speed: python -m benchmarks.decode --config bench_moe [--dtype ...] [--batch 1] [...]
 
 The last line of standard output is one JSON object. `tokens_per_second` is end to end, prefill included;
 `step_ms` is the time of one more token, from runs of different lengths; medians of `--runs` runs.
@@ -8,7 +8,9 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
@@ -24,6 +26,8 @@ from ling_jax.model.model import Ling
 class Command:
     config: str = "bench_moe"
     """A configuration in configs/."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and computation."""
     batch: int = 1
     """Prompts decoded together."""
     prompt_len: int = 128
@@ -37,7 +41,8 @@ class Command:
 def main(argv: Sequence[str]) -> None:
     command = tyro.cli(Command, args=list(argv), prog="python -m benchmarks.decode", description=__doc__)
     config = named_config(command.config).model
-    model = Ling(config, rngs=nnx.Rngs(0), init_std=0.02)
+    dtype = jnp.dtype(command.dtype)
+    model = Ling(config, rngs=nnx.Rngs(0), init_std=0.02, dtype=dtype, param_dtype=dtype)
     prompts = np.random.default_rng(0).integers(2, config.vocab_size, (command.batch, command.prompt_len)).tolist()
 
     def seconds(new_tokens: int) -> tuple[float, float]:
@@ -55,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     result = {
         "benchmark": "decode",
         "config": command.config,
-        "dtype": "float32",
+        "dtype": command.dtype,
         "batch": command.batch,
         "prompt_len": command.prompt_len,
         "new_tokens": command.new_tokens,
