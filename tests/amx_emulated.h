@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+#pragma GCC push_options
+#pragma GCC optimize("O2")  // the rest of the tests' build is not optimised
+
 namespace amx_emulated {
 
 struct Tile {
@@ -60,6 +63,8 @@ inline void dot(int c, int a, int b) {
 }
 
 }  // namespace amx_emulated
+
+#pragma GCC pop_options
 
 #undef _tile_loadconfig
 #undef _tile_release
