@@ -3,6 +3,7 @@
 Legend: R rows, E groups (experts), I inputs, O outputs, J blocks of `block` rows.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -14,6 +15,31 @@ from ling_jax.kernels.linear import precision_of
 
 MAX_BLOCK = 128
 TILE = 512  # the most rows that a kernel takes at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerWeight:
+    """One layer's weights [E, O, I], where they lie in the stack of all: a kernel's operand that is a part of an array
+    would be copied, chosen groups or not."""
+
+    stack_LEOI: jax.Array | FP8Weight
+    layer: jax.Array  # int32 []
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.stack_LEOI.dtype
+
+    def __getitem__(self, index: object) -> "LayerWeight":
+        assert index is ..., "a product takes the whole layer"
+        return self
+
+    def among_all(self, group_sizes_E: jax.Array) -> tuple[jax.Array | FP8Weight, jax.Array]:
+        """All layers' groups as one row of them, and their sizes: 0 but for this layer's."""
+        layers, groups = self.stack_LEOI.shape[:2]
+        sizes = jnp.zeros(layers * groups, jnp.int32)
+        sizes = jax.lax.dynamic_update_slice(sizes, group_sizes_E.astype(jnp.int32), (self.layer * groups,))
+        return jax.tree.map(lambda a: a.reshape(layers * groups, *a.shape[2:]), self.stack_LEOI), sizes
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
@@ -153,7 +179,7 @@ def _choose(implementation, functions, rows, other, group_sizes_E):
 
 def grouped_product(
     x_RI: jax.Array,
-    w_EOI: jax.Array | FP8Weight,
+    w_EOI: jax.Array | FP8Weight | LayerWeight,
     group_sizes_E: jax.Array,
     block: int,
     out_dim: int = 1,
@@ -163,7 +189,7 @@ def grouped_product(
 
     Args:
       x_RI: rows sorted by group, R a multiple of `block`; rows that only pad must be zero.
-      w_EOI: any float dtype, cast to x's; or FP8 blocks, which few rows read as they are.
+      w_EOI: any float dtype, cast to x's; or FP8 blocks, which few rows read as they are; or a layer of a stack.
       group_sizes_E: int32 rows of each group, padding included, each a multiple of `block`.
       block: rows per block, see `block_rows`.
       implementation: "native" (C++, for CPU; "blocked" where it cannot be built), "blocked" (XLA), "megablox" (Pallas,
@@ -171,6 +197,8 @@ def grouped_product(
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """
+    if isinstance(w_EOI, LayerWeight):
+        w_EOI, group_sizes_E = w_EOI.among_all(group_sizes_E)
     if isinstance(w_EOI, FP8Weight):
         assert out_dim == 1, "FP8 weights are for inference"
         return _fp8_product(x_RI, w_EOI, group_sizes_E, block)

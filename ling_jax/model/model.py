@@ -19,6 +19,8 @@ from jax.typing import DTypeLike
 
 from ling_jax.config import ONE_DEVICE, MeshConfig, ModelConfig, Segment, layer_kinds, layer_plan
 from ling_jax.config.text import columns
+from ling_jax.kernels.fp8 import FP8Weight
+from ling_jax.kernels.grouped import LayerWeight
 from ling_jax.kernels.linear import dot
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
@@ -281,15 +283,17 @@ class Ling(nnx.Module):
 
     def _run_segment(self, segment: Segment, used, x_BTD, context, ids, cache, capture):
         counts = Counter(segment.pattern)
-        graphs, stacks = {}, {}
+        graphs, wholes, stacks = {}, {}, {}
         for kind, count in counts.items():
-            graphs[kind], params = nnx.split(self.layers[kind])
+            graphs[kind], wholes[kind] = nnx.split(self.layers[kind])
+            params = wholes[kind] if cache is None else _numbered(wholes[kind])
             stacks[kind] = _rows(params, used[kind], segment.repeats, count)
         if ids is not None:
             ids = ids.reshape(segment.repeats, -1, *ids.shape[1:]) if ids.shape[0] else None
 
         def run_layer(kind, params, x_BTD, ids_BTK, layer_cache):
             x_BTD = checkpoint_name(x_BTD, "layer_input")
+            params = params if cache is None else _in_place(params, wholes[kind])
             out = nnx.merge(graphs[kind], params)(x_BTD, context, ids_BTK, layer_cache)
             return out._replace(captured={k: v for k, v in out.captured.items() if k in capture})
 
@@ -317,6 +321,25 @@ class Ling(nnx.Module):
 
 def _take(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda a: a[index], tree)
+
+
+def _map_experts(f: Callable[..., Any], params: Any, *others: Any) -> Any:
+    """`params` with f of each weight of the routed experts."""
+
+    def at(path: Any, value: Any, *same: Any) -> Any:
+        return f(value, *same) if ".experts." in jax.tree_util.keystr(path, simple=True, separator=".") else value
+
+    return jax.tree_util.tree_map_with_path(at, params, *others, is_leaf=lambda x: isinstance(x, FP8Weight))
+
+
+def _numbered(params: Any) -> Any:
+    """To decode: the experts' weights replaced by their layers' numbers, so that a scan copies none."""
+    return _map_experts(lambda w: jnp.arange(w.shape[0], dtype=jnp.int32), params)
+
+
+def _in_place(params: Any, wholes: Any) -> Any:
+    """One layer of what was `_numbered`, with its experts' weights where they lie."""
+    return _map_experts(lambda layer, stack: LayerWeight(stack, layer), params, wholes)
 
 
 def _rows(tree: Any, first: int, repeats: int, count: int) -> Any:

@@ -97,7 +97,7 @@ def count_step(
     axis_sizes: dict[str, int],
     expected_rows: int,
     platform: str,
-    experts_read: float = 1.0,
+    experts_read: float = math.inf,
 ) -> Count:
     """The work of a traced step.
 
@@ -108,7 +108,7 @@ def count_step(
       axis_sizes: devices along each mesh axis.
       expected_rows: rows of a grouped product and of a ragged exchange when the router is balanced; their arrays
         have room for more.
-      experts_read: the share of a device's experts that have rows, and whose weights grouped products read.
+      experts_read: how many of a device's experts have rows; grouped products read no other's weights.
       platform: whose branch of `jax.lax.platform_dependent` is counted.
     """
     jaxpr, consts = _open(traced.jaxpr)
@@ -292,8 +292,9 @@ class _Counter:
         arrays = [v for v in (*eqn.invars, *eqn.outvars) if getattr(v.aval, "ndim", 0) >= 2]
         rows = [v for v in arrays if v.aval.ndim == 2 or v.aval.shape[1] == 1]
         room = [v for v in eqn.invars if v in rows][-1].aval.shape[0]  # tgmm's first operand is transposed
-        weights = sum(_bytes(v) for v in arrays if v not in rows)
-        return self._rows(room) / room * sum(map(_bytes, rows)) + self.experts_read * weights
+        others = [v for v in arrays if v not in rows]
+        weights = sum(min(1.0, self.experts_read / v.aval.shape[0]) * _bytes(v) for v in others)
+        return self._rows(room) / room * sum(map(_bytes, rows)) + weights
 
     def _kernel(self, eqn: Any, stack: str) -> dict[str, float]:
         """Pallas calls, by what stands in their name or that of the function around them.

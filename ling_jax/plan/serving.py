@@ -174,8 +174,8 @@ def _call(name: str, traced: Any, arguments: Any, tokens: int, program: Program,
     given, returned = shard_bytes(arguments), shard_bytes(arguments[2])
     everyones = tokens * program.batch_shards
     rows = tokens * model.num_experts_per_tok
-    share = _experts_read(model, everyones)
-    count = count_step(traced, given, returned, dict(mesh.shape), rows, "tpu", experts_read=share)
+    read = _experts_read(model, everyones) * model.num_experts / mesh.shape["expert"]
+    count = count_step(traced, given, returned, dict(mesh.shape), rows, "tpu", experts_read=read)
     start = time.perf_counter()
     hbm = chip_of(mesh.devices.flat[0]).hbm_bytes
     try:
