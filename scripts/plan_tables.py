@@ -1,6 +1,6 @@
 """Writes the plans of docs/plans: python -m scripts.plan_tables [NAME...]; minutes for each on two cores.
 
-Each is what its command prints, with the command above it; then it prints the table for docs/plans.md.
+Each is what its command prints, with the command above it; then it prints the tables for docs/plans.md.
 """
 
 import json
@@ -26,6 +26,12 @@ RUNS = {
     "1t-v5p-8x8x16-32768-tokens": "ling_1t_base --topology v5p:8x8x16 --mesh.fsdp 8 --mesh.expert 16 "
     "--mesh.context 8 --data.global-batch-size 128",
 }
+# The same for serving: one request and 32, weights in bfloat16 and in FP8 blocks; the mesh differs by the batch.
+SERVING = {
+    "mini-v5e-2x4": ("ling_mini_2_0", "v5e:2x4", {1: "--mesh.tensor 4 --mesh.expert 2", 32: "--mesh.expert 8"}),
+    "mini-v6e-2x2": ("ling_mini_2_0", "v6e:2x2", {1: "--mesh.tensor 4", 32: "--mesh.expert 4"}),
+    "1t-v5p-4x4x2": ("ling_1t", "v5p:4x4x2", {32: "--mesh.tensor 4 --mesh.expert 8"}),
+}
 WORST = {"mini": 8, "flash": 16, "1t": 16}  # the buffer factor from which no row is ever beyond it: mesh.expert
 
 
@@ -40,6 +46,37 @@ def commands() -> dict[str, str]:
         flags = RUNS[name].replace("ling_1t_base", "ling_1t")
         found[f"{name}-bf16-moment"] = f"{flags} {BASE} --optimizer.mu-dtype bfloat16"
     return found
+
+
+def serving_commands() -> dict[str, str]:
+    found = {}
+    for name, (model, topology, meshes) in SERVING.items():
+        for batch, mesh in meshes.items():
+            for suffix, more in (("bf16", ""), ("fp8", " --fp8")):
+                flags = (
+                    f"--config {model} --topology {topology} {mesh} --batch-size {batch} --context-length 4096{more}"
+                )
+                found[f"serve-{name}-batch-{batch}-{suffix}"] = flags
+    return found
+
+
+def serving_summary() -> str:
+    """A row for each serving plan that has been made; figures are per device, but for tokens/s."""
+    head = "| plan | mesh | weights and cache read a token step | arguments | temporaries | HBM | collectives a layer "
+    rows = [head + "| prefill at most tokens/s | decode at most tokens/s |", "|---" * 9 + "|"]
+    for name in serving_commands():
+        if not (file := PLANS / f"{name}.txt").exists():
+            continue
+        plan = json.loads(file.read_text().splitlines()[-1])
+        size = {key: f"{value / 1e9:.2f} GB" for key, value in plan["decode"]["bytes_per_device"].items()}
+        mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+        read = f"{plan['weight_bytes_read_per_device'] / 1e9:.2f} + {plan['cache_bytes_per_device'] / 1e9:.2f} GB"
+        rows.append(
+            f"| [{name}](plans/{name}.txt) | {mesh} | {read} | {size['arguments']} | {size['temporaries']} "
+            f"| {size['hbm']} | {1e6 * plan['decode']['collective_seconds_per_layer']:.2f} us "
+            f"| {plan['prefill']['tokens_per_second']:,.0f} | {plan['decode']['tokens_per_second']:,.0f} |"
+        )
+    return "\n".join(rows)
 
 
 def summary() -> str:
@@ -62,16 +99,17 @@ def summary() -> str:
 
 def main(names: list[str]) -> None:
     PLANS.mkdir(exist_ok=True)
-    for name, command in commands().items():
-        if names and name not in names:
-            continue
-        words = shlex.split(command)
-        done = subprocess.run([sys.executable, "train.py", *words], capture_output=True, text=True)
-        if done.returncode not in (0, 3):
-            raise SystemExit(f"{name}: {done.stderr}")
-        (PLANS / f"{name}.txt").write_text(f"python train.py {command}\n\n{done.stdout}")
-        print(name, done.stdout.splitlines()[-1], flush=True)
-    print(summary())
+    for program, made in (("train.py", commands()), ("sample.py", serving_commands())):
+        for name, command in made.items():
+            if names and name not in names:
+                continue
+            words = shlex.split(command)
+            done = subprocess.run([sys.executable, program, *words], capture_output=True, text=True)
+            if done.returncode not in (0, 3):
+                raise SystemExit(f"{name}: {done.stderr}")
+            (PLANS / f"{name}.txt").write_text(f"python {program} {command}\n\n{done.stdout}")
+            print(name, done.stdout.splitlines()[-1], flush=True)
+    print(f"{summary()}\n\n{serving_summary()}")
 
 
 if __name__ == "__main__":

@@ -236,11 +236,14 @@ def test_rows_that_end_are_replaced_and_every_request_gets_its_own_answer(engine
     assert {answer.end for answer in answers} == {"length"}
 
 
-MESHES = [{"expert": 4}, {"expert": 2, "tensor": 2}, {"data": 2, "tensor": 4, "dispatcher": "all_gather"}]
+MESHES = [
+    ({"expert": 4}, 0),
+    ({"expert": 2, "tensor": 2}, 2),
+    ({"data": 2, "tensor": 4, "dispatcher": "all_gather"}, 0),
+]
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(("mesh", "drafts"), MESHES, ids=str)
 def test_over_a_mesh_every_request_gets_the_answer_of_full_recomputation(requests, mesh, drafts):
     """Rows on every part of the mesh, of which some stay empty; kv heads repeated where `tensor` has more devices."""
     config = dataclasses.replace(DRAFTER, vocab_size=64)

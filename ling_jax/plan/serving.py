@@ -104,7 +104,8 @@ def make_serving_plan(
     """Traces, counts and compiles both programs as `generate.engine` runs them: greedy, without drafts.
 
     Args:
-      rows: requests side by side, rounded up to whole batch shards.  slots: tokens of each, prompt and answer.
+      rows: requests side by side; the cache has room for whole batch shards of them.
+      slots: tokens of each, prompt and answer.
       chunk: tokens of a prompt that are run at once, of one row on each batch shard.
       dtype: of weights, cache and computation.  fp8: matrices of attention and FFNs as FP8 blocks.
     Raises:
@@ -115,7 +116,7 @@ def make_serving_plan(
     served = serving_model(abstract_model(model, mesh=split, dtype=dtype, param_dtype=dtype))
     graph, params, bias = split_model(served)
     program = Program(graph, mesh)
-    rows = -(-rows // program.batch_shards) * program.batch_shards
+    asked, rows = rows, -(-rows // program.batch_shards) * program.batch_shards
     make = partial(empty_rows, model, rows, slots, stops=STOPS, drafts=0, routing=False, tensor=split.tensor)
     state = jax.eval_shape(partial(make, dtype=jnp.dtype(dtype), options=empty_options(rows)))
 
@@ -130,14 +131,12 @@ def make_serving_plan(
         check_fp8(served)
         params = jax.eval_shape(in_fp8, params)
     arguments = placed(params, param_specs(served)), bias, placed(state, row_specs(state))
-    per_shard = {"prefill": chunk, "decode": rows // program.batch_shards}
     calls = []
-    for name, tokens in per_shard.items():
+    for name, tokens in {"prefill": chunk * program.batch_shards, "decode": asked}.items():
         f = partial(_prefill, chunk) if name == "prefill" else partial(one_step, kinds=Kinds())
         step = jax.jit(partial(program, f), donate_argnums=(2,)).trace(*arguments)
         calls.append(_call(name, step, arguments, tokens, program, model))
-    share = _experts_read(model, per_shard["decode"] * program.batch_shards)
-    weights = _weights_read(arguments[0], share)
+    weights = _weights_read(arguments[0], _experts_read(model, asked))
     held = cache_bytes(model, rows, slots, jnp.dtype(dtype)) / program.batch_shards
     held /= min(split.tensor, model.num_key_value_heads)
     return ServingPlan(model, split, topology, mesh, rows, slots, dtype, fp8, weights, held, calls)
@@ -172,9 +171,8 @@ def _call(name: str, traced: Any, arguments: Any, tokens: int, program: Program,
     mesh = program.mesh
     assert mesh is not None
     given, returned = shard_bytes(arguments), shard_bytes(arguments[2])
-    everyones = tokens * program.batch_shards
-    rows = tokens * model.num_experts_per_tok
-    read = _experts_read(model, everyones) * model.num_experts / mesh.shape["expert"]
+    rows = -(-tokens * model.num_experts_per_tok // program.batch_shards)
+    read = _experts_read(model, tokens) * model.num_experts / mesh.shape["expert"]
     count = count_step(traced, given, returned, dict(mesh.shape), rows, "tpu", experts_read=read)
     start = time.perf_counter()
     hbm = chip_of(mesh.devices.flat[0]).hbm_bytes
@@ -184,7 +182,7 @@ def _call(name: str, traced: Any, arguments: Any, tokens: int, program: Program,
         if "HbmOom" not in str(error):
             raise
         memory = memory_of_error(str(error), sum(given), hbm)
-    return Call(name, everyones, count, memory, time.perf_counter() - start)
+    return Call(name, tokens, count, memory, time.perf_counter() - start)
 
 
 def render(plan: ServingPlan) -> str:
