@@ -61,7 +61,7 @@ def test_few_rows_times_blocks_equal_the_loop_over_groups(layout):
     q = quantise_weight(jnp.asarray(w))
     whole, groups = np.asarray(q.astype(jnp.float32), np.float64), np.repeat(np.arange(4), sizes)
     want = np.einsum("ri,roi->ro", x[:inside].astype(np.float64), whole[groups])
-    kernel = jit(lambda x, q, sizes: rows_product(x, q, sizes, interpret=True))(x, q, sizes)
+    kernel = jit(lambda x, q, sizes: rows_product(x, q.codes, q.scales, 0, sizes, interpret=True))(x, q, sizes)
     assert_close(kernel[:inside], want)
     on_cpu = jit(lambda x, q, sizes: grouped_product(x, q, sizes, 1))(np.nan_to_num(x), q, sizes)
     assert_close(on_cpu[:inside], want)

@@ -46,10 +46,6 @@ class FP8Weight:
         """Codes times their scales, in float32, then as `dtype`."""
         return (self.codes.astype(jnp.float32) * _each(self.scales, self.shape)).astype(dtype)
 
-    def take(self, groups: jax.Array) -> "FP8Weight":
-        """[n, O, I] of groups; zeros for a group past the last."""
-        return FP8Weight(*(a.at[groups].get(mode="fill", fill_value=0) for a in (self.codes, self.scales)))
-
 
 def _each(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Each element's scale; without a gather, so that XLA can fuse it into a product's operand."""
@@ -67,9 +63,9 @@ def quantise_weight(w: jax.Array) -> FP8Weight:
     return FP8Weight((w.astype(jnp.float32) / _each(scales, w.shape)).astype(jnp.float8_e4m3fn), scales)
 
 
-def _kernel(groups_ref, x_ref, codes_ref, scales_ref, out_ref):
+def _kernel(codes_of_ref, scales_of_ref, x_ref, codes_ref, scales_ref, out_ref):
     """One row times a tile of its group's weight."""
-    del groups_ref
+    del codes_of_ref, scales_of_ref
     total = jnp.zeros((1, out_ref.shape[-1]), jnp.float32)
     for block in range(scales_ref.shape[1]):
         inputs = pl.ds(block * BLOCK, BLOCK)
@@ -79,29 +75,42 @@ def _kernel(groups_ref, x_ref, codes_ref, scales_ref, out_ref):
     out_ref[0] = total.astype(out_ref.dtype)
 
 
-def rows_product(x_RI: jax.Array, w_EOI: FP8Weight, group_sizes_E: jax.Array, *, interpret: bool = False) -> jax.Array:
+def rows_product(
+    x_RI: jax.Array,
+    codes_GOI: jax.Array,
+    scales_Eob: jax.Array,
+    first: jax.Array | int,
+    group_sizes_E: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
     """x_r w_e^T for a few rows r of each group e, in x's dtype; for TPU.
 
     A group's codes are read once, as they are, and multiplied by their scales on the chip; nothing of other groups is.
     Rows past the last group are unspecified. I and O are multiples of 128.
+
+    Args:
+      codes_GOI: of more groups than these, which begin at `first`.  scales_Eob: of these groups' blocks.
     """
     rows, inputs = x_RI.shape
-    outputs = w_EOI.shape[1]
-    last = jnp.maximum(jnp.cumsum(group_sizes_E), 1) - 1  # never past the last row
-    groups_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.minimum(jnp.arange(rows), last[-1]), side="right")
+    outputs = codes_GOI.shape[1]
+    ends_E = jnp.cumsum(group_sizes_E)
+    last = jnp.maximum(ends_E[-1], 1) - 1
+    groups_R = jnp.searchsorted(ends_E, jnp.minimum(jnp.arange(rows), last), side="right").astype(jnp.int32)
+    groups_R = jnp.minimum(groups_R, group_sizes_E.size - 1)  # where there are no rows at all
     tile = next(size for size in (512, 256, BLOCK) if outputs % size == 0)
-    scales_EbO = jnp.repeat(w_EOI.scales.swapaxes(1, 2), BLOCK, axis=2)  # along a vector's lanes, as outputs are
+    scales_EbO = jnp.repeat(scales_Eob.swapaxes(1, 2), BLOCK, axis=2)  # along a vector's lanes, as outputs are
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
+        num_scalar_prefetch=2,
         grid=(outputs // tile, rows),
         in_specs=[
-            pl.BlockSpec((1, 1, inputs), lambda o, r, groups: (r, 0, 0)),
-            pl.BlockSpec((1, tile, inputs), lambda o, r, groups: (groups[r], o, 0)),
-            pl.BlockSpec((1, inputs // BLOCK, tile), lambda o, r, groups: (groups[r], 0, o)),
+            pl.BlockSpec((1, 1, inputs), lambda o, r, codes, scales: (r, 0, 0)),
+            pl.BlockSpec((1, tile, inputs), lambda o, r, codes, scales: (codes[r], o, 0)),
+            pl.BlockSpec((1, inputs // BLOCK, tile), lambda o, r, codes, scales: (scales[r], 0, o)),
         ],
-        out_specs=pl.BlockSpec((1, 1, tile), lambda o, r, groups: (r, 0, o)),
+        out_specs=pl.BlockSpec((1, 1, tile), lambda o, r, codes, scales: (r, 0, o)),
     )
     out = jax.ShapeDtypeStruct((rows, 1, outputs), x_RI.dtype)
     call = pl.pallas_call(_kernel, grid_spec=grid, out_shape=out, interpret=interpret, name="fp8_rows")
     with kernel_precision(x_RI.dtype):
-        return call(groups_R.astype(jnp.int32), x_RI[:, None], w_EOI.codes, scales_EbO)[:, 0]
+        return call(groups_R + first, groups_R, x_RI[:, None], codes_GOI, scales_EbO)[:, 0]

@@ -34,12 +34,14 @@ class LayerWeight:
         assert index is ..., "a product takes the whole layer"
         return self
 
-    def among_all(self, group_sizes_E: jax.Array) -> tuple[jax.Array | FP8Weight, jax.Array]:
+    def among_all(self, group_sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
         """All layers' groups as one row of them, and their sizes: 0 but for this layer's."""
-        layers, groups = self.stack_LEOI.shape[:2]
+        stack_LEOI = self.stack_LEOI
+        assert not isinstance(stack_LEOI, FP8Weight)
+        layers, groups = stack_LEOI.shape[:2]
         sizes = jnp.zeros(layers * groups, jnp.int32)
         sizes = jax.lax.dynamic_update_slice(sizes, group_sizes_E.astype(jnp.int32), (self.layer * groups,))
-        return jax.tree.map(lambda a: a.reshape(layers * groups, *a.shape[2:]), self.stack_LEOI), sizes
+        return stack_LEOI.reshape(layers * groups, *stack_LEOI.shape[2:]), sizes
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
@@ -124,26 +126,34 @@ def _megablox_dw(g_RO, x_RI, group_sizes_E, block, interpret):
     return megablox.weight_gradient(g_RO, x_RI, group_sizes_E, interpret=interpret)
 
 
-def _fp8_product(x_RI, w_EOI, group_sizes_E, block):
-    """Few rows read the chosen groups' codes; for many the weights are multiplied out first."""
+def _fp8_product(x_RI, stack: FP8Weight, layer, group_sizes_E, block):
+    """With one layer of a stack. Few rows read the chosen groups' codes; for many they are multiplied out first."""
+    groups = stack.shape[1]
+    scales = jax.lax.dynamic_index_in_dim(stack.scales, layer, keepdims=False)
+    codes = stack.codes.reshape(-1, *stack.shape[2:])
 
-    def chosen(x_RI, w_EOI, group_sizes_E):
+    def chosen(x_RI, codes, scales, first, group_sizes_E):
         groups_J = _groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
-        w_JOI = w_EOI.take(groups_J).astype(x_RI.dtype)
+        at_J = jnp.where(groups_J < groups, groups_J + first, codes.shape[0])
+        taken = (a.at[index].get(mode="fill", fill_value=0) for a, index in ((codes, at_J), (scales, groups_J)))
+        w_JOI = FP8Weight(*taken).astype(x_RI.dtype)
         y = _blocked_dot(x_RI.reshape(groups_J.size, block, -1), w_JOI, (2, 2))
         return y.reshape(x_RI.shape[0], -1).astype(x_RI.dtype)
 
-    def multiplied_out(x_RI, w_EOI, group_sizes_E):
-        return grouped_product(x_RI, w_EOI.astype(x_RI.dtype), group_sizes_E, block)
+    def multiplied_out(x_RI, codes, scales, first, group_sizes_E):
+        mine = jax.lax.dynamic_slice_in_dim(codes, first, groups)
+        return grouped_product(x_RI, FP8Weight(mine, scales).astype(x_RI.dtype), group_sizes_E, block)
 
-    def kernel(x_RI, w_EOI, group_sizes_E):
-        return _inside(fp8.rows_product(x_RI, w_EOI, group_sizes_E), group_sizes_E)
+    def kernel(x_RI, codes, scales, first, group_sizes_E):
+        return _inside(fp8.rows_product(x_RI, codes, scales, first, group_sizes_E), group_sizes_E)
 
+    args = (x_RI, codes, scales, layer * groups, group_sizes_E)
     if x_RI.shape[0] > fp8.FEW:
-        return multiplied_out(x_RI, w_EOI, group_sizes_E)
-    whole = all(size % fp8.BLOCK == 0 for size in w_EOI.shape[1:])
-    on_tpu = kernel if whole else multiplied_out
-    return jax.lax.platform_dependent(x_RI, w_EOI, group_sizes_E, cpu=chosen, tpu=on_tpu, default=multiplied_out)
+        return multiplied_out(*args)
+    whole = all(size % fp8.BLOCK == 0 for size in stack.shape[2:])
+    return jax.lax.platform_dependent(
+        *args, cpu=chosen, tpu=kernel if whole else multiplied_out, default=multiplied_out
+    )
 
 
 def _native(x_RI, w_EOI, group_sizes_E, block, out_dim):
@@ -197,11 +207,13 @@ def grouped_product(
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """
-    if isinstance(w_EOI, LayerWeight):
-        w_EOI, group_sizes_E = w_EOI.among_all(group_sizes_E)
     if isinstance(w_EOI, FP8Weight):
-        assert out_dim == 1, "FP8 weights are for inference"
-        return _fp8_product(x_RI, w_EOI, group_sizes_E, block)
+        w_EOI = LayerWeight(jax.tree.map(lambda a: a[None], w_EOI), jnp.zeros((), jnp.int32))
+    if isinstance(w_EOI, LayerWeight):
+        if isinstance(w_EOI.stack_LEOI, FP8Weight):
+            assert out_dim == 1, "FP8 weights are for inference"
+            return _fp8_product(x_RI, w_EOI.stack_LEOI, w_EOI.layer, group_sizes_E, block)
+        w_EOI, group_sizes_E = w_EOI.among_all(group_sizes_E)
     functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox, _native_product)]
     return _choose(implementation, functions, x_RI, w_EOI, group_sizes_E)
 

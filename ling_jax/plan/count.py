@@ -281,10 +281,11 @@ class _Counter:
         return min(room, self.expected_rows)
 
     def _materialise(self, eqn: Any, inputs: list[Value], key: Key, trips: float) -> None:
-        """Counts the writing of a kernel's operands that are computed from less, such as FP8 weights multiplied out;
-        others are taken to come as they are, with no more than a cast that XLA drops."""
+        """Counts the writing of a kernel's weights that are computed from less: FP8 ones multiplied out. Others are
+        taken to come as they are, with no more than a cast that XLA drops."""
         for value, v in zip(inputs, eqn.invars, strict=True):
-            if not value.written and value.sources and (found := sum(value.sources.values())) < 0.9 * _bytes(v):
+            weight = getattr(v.aval, "ndim", 0) == 3 and not value.written
+            if weight and (found := sum(value.sources.values())) < 0.9 * _bytes(v):
                 self.at(key).hbm_bytes += trips * (found + _bytes(v))
 
     def _grouped_bytes(self, eqn: Any) -> float:
