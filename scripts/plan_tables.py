@@ -62,7 +62,7 @@ def serving_commands() -> dict[str, str]:
 
 def serving_summary() -> str:
     """A row for each serving plan that has been made; figures are per device, but for tokens/s."""
-    head = "| plan | mesh | weights and cache read a token step | arguments | temporaries | HBM | collectives a layer "
+    head = "| plan | mesh | weights and cache read in a step | arguments | temporaries | HBM | collectives a layer "
     rows = [head + "| prefill at most tokens/s | decode at most tokens/s |", "|---" * 9 + "|"]
     for name in serving_commands():
         if not (file := PLANS / f"{name}.txt").exists():
