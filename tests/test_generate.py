@@ -238,6 +238,7 @@ def test_rows_that_end_are_replaced_and_every_request_gets_its_own_answer(engine
 
 MESHES = [
     ({"expert": 4}, 0),
+    ({"expert": 2, "context": 2}, 0),
     ({"expert": 2, "tensor": 2}, 2),
     ({"data": 2, "tensor": 4, "dispatcher": "all_gather"}, 0),
 ]
@@ -256,11 +257,6 @@ def test_over_a_mesh_every_request_gets_the_answer_of_full_recomputation(request
     )
     for answer, request in zip(answers, requests, strict=True):
         assert answer.routing.shape[0] == len(request.prompt) + request.max_new_tokens - 1
-
-
-def test_a_mesh_that_splits_rows_of_tokens_cannot_sample():
-    with pytest.raises(ValueError, match="mesh.context = 2 must be 1 to sample"):
-        Engine(make_model(SMALL, mesh=MeshConfig(context=2)), rows=1, slots=8)
 
 
 def test_a_shared_beginning_is_run_once(model, monkeypatch):

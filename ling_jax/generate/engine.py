@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from ling_jax.config import ONE_DEVICE, ModelConfig, layer_kinds
@@ -100,6 +101,13 @@ def _in_common(a: np.ndarray, b: np.ndarray) -> int:
     size = min(len(a), len(b))
     differ = np.flatnonzero(a[:size] != b[:size])
     return int(differ[0]) if differ.size else size
+
+
+def _on_host(arrays: list[jax.Array | None]) -> list[np.ndarray]:
+    """Whole arrays, on each of several processes, which run the same requests."""
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return multihost_utils.process_allgather(arrays, tiled=True)
 
 
 class Engine:
@@ -263,7 +271,7 @@ class Engine:
         """Brings new tokens to the host and frees the rows that have ended."""
         rows = self.rows
         names = ("tokens_BS", "logprobs_BS", "model_logprobs_BS", "known_B", "active_B", "routing_BSLK", "drafted_B")
-        fetched = jax.device_get([getattr(rows, name) for name in (*names, "accepted_B")])
+        fetched = _on_host([getattr(rows, name) for name in (*names, "accepted_B")])
         tokens_BS, logprobs_BS, model_BS, known_B, active_B, routing_BSLK, drafted_B, accepted_B = fetched
         updates = []
         for row, running in enumerate(self.running):

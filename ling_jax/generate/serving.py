@@ -3,7 +3,7 @@
 Training stores a weight in pieces and makes it whole when its layer runs; decoding would send every weight for every
 token. To serve, weights lie as they are computed with: heads, dense FFNs and vocabulary split over `tensor`, experts
 over `expert` (and `tensor`), the rest whole. Rows and their caches are split over data, fsdp and expert, kv heads over
-`tensor`.
+`tensor`; devices that differ in `context` do the same work.
 """
 
 import dataclasses
@@ -80,14 +80,8 @@ def check_fp8(model: Ling) -> None:
 
 
 def serving_model(model: Ling) -> Ling:
-    """A model for shapes only, of the layout to serve `model` in; the same one where it has one device.
-
-    Raises:
-      ValueError: for a mesh that cannot serve.
-    """
+    """A model for shapes only, of the layout to serve `model` in."""
     mesh = model.mesh
-    if mesh.context > 1:
-        raise ValueError(f"mesh.context = {mesh.context} must be 1 to sample: caches are not split over it")
     # A decoding step has few tokens: with room for the worst case it never takes a second round.
     mesh = dataclasses.replace(mesh, buffer_factor=float(max(mesh.expert, 1)))
     param_dtype = model.word_embeddings.weight.get_value().dtype

@@ -95,8 +95,7 @@ class Attention(nnx.Module):
             q_BTHC, k_BTGC = self.query_layernorm(q_BTHC), self.key_layernorm(k_BTGC)
         q_BTHC, k_BTGC = apply_rope(q_BTHC, context.rope), apply_rope(k_BTGC, context.rope)
         scale = c.head_dim**-0.5
-        if axis_size("context") > 1:
-            assert cache is None, "caches are not split over context"
+        if cache is None and axis_size("context") > 1:
             method = self.mesh.context_method
             out_BTHC = context_attention(q_BTHC, k_BTGC, v_BTGC, context.segments_BT, scale, method)
         elif cache is None:
