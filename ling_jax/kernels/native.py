@@ -81,7 +81,7 @@ def _cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "ling_jax"
 
 
-def _machine_flag(compiler: list[str]) -> str:
+def _machine_flag() -> str:
     """-march=native, or what older compilers call it on Arm."""
     arm = platform.machine() in ("aarch64", "arm64")
     return "-mcpu=native" if arm else "-march=native"
@@ -93,7 +93,7 @@ def _library() -> Path:
     Processes that build at once each write a file of their own and rename it: the last one wins, all are equal.
     """
     compiler = _compiler()
-    command = [*compiler, *FLAGS, _machine_flag(compiler), f"-I{jax.ffi.include_dir()}", str(SOURCE)]
+    command = [*compiler, *FLAGS, _machine_flag(), f"-I{jax.ffi.include_dir()}", str(SOURCE)]
     known = [_output(*compiler, "--version"), _cpu_flags(), jax.__version__, platform.machine(), *command]
     content = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     key = hashlib.sha256("\0".join(known).encode() + content).hexdigest()[:32]
