@@ -25,7 +25,8 @@ from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import read_corpus
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.engine import generate
-from ling_jax.model.model import split_model
+from ling_jax.generate.serving import serving_model
+from ling_jax.model.model import device_bytes, split_model
 from ling_jax.parallel.mesh import rows_here
 from ling_jax.parallel.processes import barrier, check_same, lead_first
 from ling_jax.train.loop import DivergedError, StopRequest, train
@@ -37,6 +38,7 @@ from ling_jax.train.validate import prepare_held_out
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"  # of a run's folder
+SAMPLED = 4e9  # bytes of weights on a device up to which a run ends with a sample
 TEMPERATURE, TOP_P = 0.7, 0.8  # what the releases recommend (spec 9)
 
 
@@ -197,15 +199,21 @@ def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> Tr
     return trainer.new_state_from(params, bias)
 
 
-def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "class") -> str:
+def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "class") -> str | None:
+    """What the model makes of a prompt, unless it would take too much of a device: to serve, weights are cut into fewer
+    pieces than to train."""
     model = trainer.model(state.params, state.bias)
+    size = sum(device_bytes(serving_model(model)).values())
+    if size > SAMPLED:
+        log.info("no sample of %.1f GB of weights a device: sample.py makes one, over a mesh that they fit", size / 1e9)
+        return None
     ids = tokenizer.prefix_ids + tokenizer.encode(prompt)
     room = trainer.config.model.max_positions - len(ids)
     new = generate(model, [ids], min(96, room), temperature=TEMPERATURE, top_p=TOP_P, eos_ids=[tokenizer.eod_id])[0]
     return prompt + tokenizer.decode(new)
 
 
-def _report(trainer: Trainer, step: int, data: Data, run_dir: epath.Path, seconds: float, sample: str) -> None:
+def _report(trainer: Trainer, step: int, data: Data, run_dir: epath.Path, seconds: float, sample: str | None) -> None:
     """Writes report.html and logs its headline figures."""
     config = trainer.config
     corpus = read_corpus(config.data)

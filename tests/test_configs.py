@@ -3,10 +3,14 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from ling_jax.config import RunConfig, count_params
+from ling_jax.config import MeshConfig, RunConfig, count_params
+from ling_jax.generate.serving import serving_model
+from ling_jax.model.model import abstract_model, device_bytes
+from ling_jax.runner import _sample
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden_configs"
@@ -106,3 +110,15 @@ def test_full_size_runs_follow_the_published_recipe(name: str, peak_lr: float, r
     assert run.schedule.peak_lr == peak_lr
     assert run.data.global_batch_size == rows
     assert run.train.steps * rows * run.data.sequence_length == pytest.approx(20e12, rel=1e-4)
+
+
+def test_a_run_too_large_to_serve_on_its_own_mesh_ends_without_a_sample(caplog):
+    """Ling-1T over 1,024 devices: 4 GB of weights on each to train, but attention whole and 16 experts to serve."""
+    mesh = MeshConfig(fsdp=64, expert=16)
+    model = abstract_model(load("ling_1t").model, mesh=mesh)
+    stored, served = (sum(device_bytes(m).values()) for m in (model, serving_model(model)))
+    assert 3.9e9 < stored < 4.1e9 and 250e9 < served < 350e9
+    trainer, state = SimpleNamespace(model=lambda params, bias: model), SimpleNamespace(params=None, bias=None)
+    with caplog.at_level("INFO"):
+        assert _sample(trainer, state, None) is None
+    assert f"no sample of {served / 1e9:.1f} GB of weights a device" in caplog.text

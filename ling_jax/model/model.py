@@ -378,20 +378,29 @@ def param_specs(model: Ling) -> dict:
     return nnx.to_pure_dict(specs)
 
 
+def device_bytes(model: Ling) -> dict[tuple[Any, ...], float]:
+    """Bytes of each parameter on one device of the mesh that the model was made for."""
+
+    def of(variable: nnx.Variable) -> float:
+        value, split = variable.get_value(), variable.get_metadata()["split"]
+        shards = math.prod(getattr(model.mesh, axis) for axes in split for axis in axes)
+        return value.size * value.dtype.itemsize / shards
+
+    return {path: of(variable) for path, variable in nnx.state(model, nnx.Param).flat_state()}
+
+
 def sharding_table(config: ModelConfig, mesh: MeshConfig, param_dtype: DTypeLike) -> str:
     """How every parameter is split over a mesh, as text; needs no devices."""
     model = abstract_model(config, param_dtype=param_dtype, mesh=mesh)
     params = nnx.state(model, nnx.Param).flat_state()
     rows = [("parameter", "shape", "dims", "split over", "MB per device")]
-    total = 0.0
+    sizes = device_bytes(model)
     for path, variable in params:
         value, names, split = variable.get_value(), variable.get_metadata()["axes"], variable.get_metadata()["split"]
-        shards = math.prod(getattr(mesh, axis) for axes in split for axis in axes)
-        total += (size := value.size * value.dtype.itemsize / shards / 1e6)
         where = ", ".join(f"{name} {'*'.join(axes)}" for name, axes in zip(names, split, strict=True) if axes) or "-"
         shape = "x".join(map(str, value.shape))
-        rows.append((".".join(map(str, path)), shape, " ".join(names), where, f"{size:,.3f}"))
-    rows.append(("total", "", "", "", f"{total:,.3f}"))
+        rows.append((".".join(map(str, path)), shape, " ".join(names), where, f"{sizes[path] / 1e6:,.3f}"))
+    rows.append(("total", "", "", "", f"{sum(sizes.values()) / 1e6:,.3f}"))
     return columns(rows)
 
 
