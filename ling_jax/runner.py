@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
@@ -53,17 +53,22 @@ class RunSaver:
     checkpointer: Checkpointer
     config: RunConfig
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, fallen: Sequence[str]) -> None:
         step = int(state.step)
         meta = {
             "config": dataclasses.asdict(self.config),
             "data": {"next_step": step},
+            "fp8_fallen": list(fallen),
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
         }
         self.checkpointer.save(step, to_state_dict(state), meta)
 
     def wait(self) -> None:
         self.checkpointer.wait()
+
+    def fallen(self) -> list[str]:
+        """Modules that had left FP8 when the latest state was saved."""
+        return self.checkpointer.read_meta(None).get("fp8_fallen", []) if self.checkpointer.all_steps() else []
 
     def restore(self, trainer: Trainer) -> TrainState:
         """The latest state, each device reading its own shards, whatever mesh it was saved from."""
@@ -258,6 +263,7 @@ def run_training(name: str, command: TrainCommand) -> int:
         check_same("the text", data.fingerprint())
         if lead and command.init_from is not None and saver.checkpointer.latest_step() is None:
             carry(open_weights(command.init_from).companions(), run_dir / HF)
+        trainer = trainer.without_fp8(saver.fallen())
         state = _first_state(trainer, saver, command.init_from)
         step = int(state.step)
         _log_start(config, step)

@@ -26,6 +26,13 @@ RUNS = {
     "1t-v5p-8x8x16-32768-tokens": "ling_1t_base --topology v5p:8x8x16 --mesh.fsdp 8 --mesh.expert 16 "
     "--mesh.context 8 --data.global-batch-size 128",
 }
+# In bfloat16, in FP8, and that with 8-bit moments.
+FP8 = {
+    "mini-tpu7x-4x4x4": "ling_mini_base_2_0 --topology tpu7x:4x4x4 --mesh.fsdp 16 --mesh.expert 8 "
+    "--data.global-batch-size 128",
+    "1t-tpu7x-8x8x8": "ling_1t_base --topology tpu7x:8x8x8 --mesh.fsdp 64 --mesh.expert 16 "
+    "--data.global-batch-size 1024",
+}
 # The same for serving: one request and 32, weights in bfloat16 and in FP8 blocks; the mesh differs by the batch.
 SERVING = {
     "mini-v5e-2x4": ("ling_mini_2_0", "v5e:2x4", {1: "--mesh.tensor 4 --mesh.expert 2", 32: "--mesh.expert 8"}),
@@ -45,6 +52,11 @@ def commands() -> dict[str, str]:
     for name in ("mini-v5p-4x4x4", "1t-v5p-8x8x16"):
         flags = RUNS[name].replace("ling_1t_base", "ling_1t")
         found[f"{name}-bf16-moment"] = f"{flags} {BASE} --optimizer.mu-dtype bfloat16"
+    for name, flags in FP8.items():
+        moments = "--optimizer.mu-dtype bfloat16"
+        found[f"{name}-bf16"] = f"{flags} {BASE} {moments}"
+        found[f"{name}-fp8"] = f"{flags} {BASE} {moments} --train.fp8"
+        found[f"{name}-fp8-8bit"] = f"{flags} {BASE} --optimizer.eight-bit --train.fp8"
     return found
 
 

@@ -12,10 +12,11 @@ from flax import nnx
 from ling_jax.config import MeshConfig
 from ling_jax.convert.fp8 import quantise
 from ling_jax.generate.engine import Engine, Request
-from ling_jax.generate.serving import IN_FP8, in_fp8
+from ling_jax.generate.serving import in_fp8
 from ling_jax.kernels.fp8 import FP8Weight, quantise_weight, rows_product
 from ling_jax.kernels.grouped import grouped_product
 from ling_jax.kernels.linear import linear
+from ling_jax.model.linear import IN_FP8
 from ling_jax.model.model import split_model
 from tests.helpers import assert_close, jit, make_model, small
 
@@ -106,5 +107,5 @@ def normal_ids(seed: int) -> list[int]:
 
 
 def test_a_mesh_that_cuts_a_block_is_refused():
-    with pytest.raises(ValueError, match="mesh.tensor = 2 cuts moe_intermediate_size = 20 inside FP8 blocks of 128"):
+    with pytest.raises(ValueError, match="mesh.tensor = 2 cuts model.moe_intermediate_size = 20 inside FP8 blocks of 128"):
         Engine(make_model(small(vocab_size=64), mesh=MeshConfig(tensor=2)), rows=1, slots=8, fp8=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ling_jax.config.checks import check, check_at_least
 from ling_jax.config.model import ModelConfig, RopeScaling
 
+FP8_BLOCK = 128  # rows and columns of a weight that share a scale (spec 3.2)
 MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
@@ -85,6 +86,11 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "minimal", "save_attention", "save_dispatch", "offload"] = "full"
+    fp8: bool = False  # products of attention and FFNs in blockwise FP8, forward and backward (docs/fp8.md)
+    fp8_except: tuple[str, ...] = ()  # patterns of modules that stay in `dtype`, such as "*.attention.*" or "mtp.*"
+    fp8_watch_every: int = 100  # steps between measurements of what FP8 loses; 0: none
+    fp8_max_lost: float = 1.0  # a module goes back to `dtype` when more of an operand's elements become zero,
+    fp8_min_cosine: float = -1.0  # or when quantised and original values point apart by more; by default never
     unroll_layers: bool = False  # run the layers as straight code instead of a scan
     init_std: float = 0.006  # Ling 2.0 report, section 3.2.1
     z_loss_coefficient: float = 0.0
@@ -98,7 +104,10 @@ class TrainConfig:
 
     def __post_init__(self):
         check_at_least(self, 1, "steps", "microbatches", "log_every", "max_skipped_steps")
-        check_at_least(self, 0, "eval_every", "profile_steps", "bias_update_rate", "z_loss_coefficient")
+        check_at_least(
+            self, 0, "eval_every", "profile_steps", "bias_update_rate", "z_loss_coefficient", "fp8_watch_every"
+        )
+        check(self.fp8 or not self.fp8_except, f"train.fp8_except = {self.fp8_except} does nothing: set train.fp8 too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +186,22 @@ class MeshConfig:
             "over which the attention's input projection is stored; lower either",
         )
 
+    def check_fp8(self, model: ModelConfig) -> None:
+        """ValueError where the mesh cuts a weight inside an FP8 block that products are split at."""
+        kv = max(model.num_key_value_heads, self.tensor)
+        sizes = {
+            "model.moe_intermediate_size": model.moe_intermediate_size,
+            "model.intermediate_size": model.intermediate_size,
+            "model.shared_intermediate_size": model.shared_intermediate_size,
+            "model.num_attention_heads * head_dim": model.num_attention_heads * model.head_dim,
+            "model.num_key_value_heads * head_dim": kv * model.head_dim,
+        }
+        for name, size in sizes.items():
+            check(
+                self.tensor == 1 or size % (FP8_BLOCK * self.tensor) == 0,
+                f"mesh.tensor = {self.tensor} cuts {name} = {size} inside FP8 blocks of {FP8_BLOCK}; lower it",
+            )
+
     def check_rows(self, rows: int, parts: int, length: int) -> None:
         """ValueError where `rows` per step in `parts` microbatches, of `length` tokens, cannot be cut this way."""
         check(
@@ -221,6 +246,8 @@ class RunConfig:
         )
         self.mesh.check(self.model)
         self.mesh.check_rows(rows, parts, length)
+        if self.train.fp8:
+            self.mesh.check_fp8(self.model)
 
     @property
     def rows_per_device(self) -> int:

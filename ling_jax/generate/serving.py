@@ -16,8 +16,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ling_jax.kernels.fp8 import BLOCK, quantise_weight
+from ling_jax.kernels.fp8 import quantise_weight
 from ling_jax.model.attention import head_rows
+from ling_jax.model.linear import IN_FP8
 from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
 from ling_jax.parallel.mesh import BATCH_AXES, manual
 
@@ -53,10 +54,6 @@ def row_specs(rows: Any) -> Any:
     return others._replace(cache=rows.cache.specs())
 
 
-# Modules whose weights are kept as FP8 blocks where asked: all products of attention and FFNs (spec 3.2).
-IN_FP8 = ("query_key_value", "dense", "gate_proj", "up_proj", "down_proj")
-
-
 def in_fp8(params: Any) -> Any:
     """Parameters with the weights of IN_FP8 as `FP8Weight`."""
 
@@ -65,18 +62,6 @@ def in_fp8(params: Any) -> Any:
         return quantise_weight(value) if module in IN_FP8 and name == "weight" else value
 
     return jax.tree_util.tree_map_with_path(quantised, params)
-
-
-def check_fp8(model: Ling) -> None:
-    """Raises ValueError where the mesh cuts a weight inside an FP8 block."""
-    c, parts = model.config, model.mesh.tensor
-    sizes = {"moe_intermediate_size": c.moe_intermediate_size, "intermediate_size": c.intermediate_size}
-    sizes |= {"shared_intermediate_size": c.shared_intermediate_size}
-    sizes |= {"num_attention_heads * head_dim": c.num_attention_heads * c.head_dim}
-    sizes |= {"num_key_value_heads * head_dim": max(c.num_key_value_heads, parts) * c.head_dim}
-    for name, size in sizes.items():
-        if parts > 1 and size % (BLOCK * parts):
-            raise ValueError(f"mesh.tensor = {parts} cuts {name} = {size} inside FP8 blocks of {BLOCK}; lower it")
 
 
 def serving_model(model: Ling) -> Ling:
@@ -92,7 +77,7 @@ def serve(model: Ling, mesh: Mesh | None, fp8: bool = False) -> tuple[Program, A
     """(program, params, bias) of a loaded model, on a mesh moved to where they are computed with, if asked in FP8."""
     graph, params, bias = split_model(model)
     if fp8:
-        check_fp8(model)
+        model.mesh.check_fp8(model.config)
     if mesh is None:
         return Program(graph, None), jax.jit(in_fp8)(params) if fp8 else params, bias
     target = serving_model(model)

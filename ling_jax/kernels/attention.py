@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ling_jax.kernels.linear import precision_of
+from ling_jax.kernels.precision import precision_of
 from ling_jax.kernels.splash import splash, splash_bwd
 
 QUERY_CHUNK = 1024

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels.linear import dot
+from ling_jax.kernels.precision import dot
 
 VOCAB_CHUNK = 4096
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ling_jax.kernels.linear import kernel_precision
+from ling_jax.config.run import FP8_BLOCK
+from ling_jax.kernels.precision import kernel_precision
 
-BLOCK = 128
+BLOCK = FP8_BLOCK
 LARGEST = 448.0  # of e4m3
 FLOOR = 1e-4  # a block's greatest magnitude counts as no less (spec 3.2)
 FEW = 256  # rows up to which the kernel reads codes; for more, weights are multiplied out first
@@ -48,19 +49,39 @@ class FP8Weight:
 
 
 def _each(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Each element's scale; without a gather, so that XLA can fuse it into a product's operand."""
-    wide = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2), BLOCK, axis=-1)
-    return wide[..., : shape[-2], : shape[-1]]
+    return each(each(scales, -2, shape[-2]), -1, shape[-1])
+
+
+def each(scales: jax.Array, dim: int, size: int) -> jax.Array:
+    """Each element's scale along `dim`, which has `size`; without a gather, so that XLA can fuse it into a product's
+    operand."""
+    return jax.lax.slice_in_dim(jnp.repeat(scales, BLOCK, axis=dim), 0, size, axis=dim % scales.ndim)
+
+
+def block_max(a: jax.Array, dim: int, block: int) -> jax.Array:
+    """The greatest of each `block` elements along `dim`, fewer at its end; of what is not negative."""
+    dim = dim % a.ndim
+    missing = -a.shape[dim] % block
+    if missing:
+        a = jnp.pad(a, [(0, missing if axis == dim else 0) for axis in range(a.ndim)])
+    return a.reshape(*a.shape[:dim], a.shape[dim] // block, block, *a.shape[dim + 1 :]).max(dim + 1)
+
+
+def scales_of(amax: jax.Array, floor: float) -> jax.Array:
+    """amax / 448, which XLA would not compute as others do, so as a product (it makes one of it)."""
+    return jnp.maximum(amax, floor) * jnp.float32(1 / LARGEST)
+
+
+def codes_of(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale as e4m3; XLA makes NaN of what rounding has put past its largest."""
+    return jnp.clip(x.astype(jnp.float32) / scale, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
 
 
 def quantise_weight(w: jax.Array) -> FP8Weight:
     """By blocks of 128 x 128, smaller at the edges: scale = max(amax, 1e-4) / 448, code = w / scale (spec 3.2)."""
-    padding = [(0, 0)] * (w.ndim - 2) + [(0, -size % BLOCK) for size in w.shape[-2:]]
-    padded = jnp.pad(jnp.abs(w.astype(jnp.float32)), padding)
-    *lead, rows, columns = padded.shape
-    amax = padded.reshape(*lead, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK).max((-3, -1))
-    scales = jnp.maximum(amax, FLOOR) * jnp.float32(1 / LARGEST)
-    return FP8Weight((w.astype(jnp.float32) / _each(scales, w.shape)).astype(jnp.float8_e4m3fn), scales)
+    amax = block_max(block_max(jnp.abs(w.astype(jnp.float32)), -2, BLOCK), -1, BLOCK)
+    scales = scales_of(amax, FLOOR)
+    return FP8Weight(codes_of(w, _each(scales, w.shape)), scales)
 
 
 def _kernel(codes_of_ref, scales_of_ref, x_ref, codes_ref, scales_ref, out_ref):

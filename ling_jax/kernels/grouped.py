@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ling_jax.kernels import fp8, megablox, native
 from ling_jax.kernels.fp8 import FP8Weight
-from ling_jax.kernels.linear import precision_of
+from ling_jax.kernels.precision import precision_of
 
 MAX_BLOCK = 128
 TILE = 512  # the most rows that a kernel takes at a time
@@ -64,7 +64,7 @@ def _blocked_dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.A
     return jax.lax.dot_general(a, b, dims, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _groups_of_blocks(group_sizes_E: jax.Array, num_blocks: int, block: int) -> jax.Array:
+def groups_of_blocks(group_sizes_E: jax.Array, num_blocks: int, block: int) -> jax.Array:
     """[J] int32: the group of each block; E for blocks past the last group."""
     ends_E = jnp.cumsum(group_sizes_E) // block
     return jnp.searchsorted(ends_E, jnp.arange(num_blocks), side="right").astype(jnp.int32)
@@ -72,7 +72,7 @@ def _groups_of_blocks(group_sizes_E: jax.Array, num_blocks: int, block: int) -> 
 
 def _blocked(x_RI, w_EOI, group_sizes_E, block, out_dim):
     """Every block times a copy of its group's weight; blocks past the last group meet a zero weight."""
-    groups_J = _groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
+    groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
     w_JOI = w_EOI.astype(x_RI.dtype).at[groups_J].get(mode="fill", fill_value=0)
     y = _blocked_dot(x_RI.reshape(groups_J.size, block, -1), w_JOI, (2, 3 - out_dim))
     return y.reshape(x_RI.shape[0], -1).astype(x_RI.dtype)
@@ -80,7 +80,7 @@ def _blocked(x_RI, w_EOI, group_sizes_E, block, out_dim):
 
 def _blocked_dw(g_RO, x_RI, group_sizes_E, block):
     num_groups, num_blocks = group_sizes_E.size, x_RI.shape[0] // block
-    groups_J = _groups_of_blocks(group_sizes_E, num_blocks, block)
+    groups_J = groups_of_blocks(group_sizes_E, num_blocks, block)
     products_JOI = _blocked_dot(g_RO.reshape(num_blocks, block, -1), x_RI.reshape(num_blocks, block, -1), (1, 1))
     return jax.ops.segment_sum(products_JOI, groups_J, num_groups, indices_are_sorted=True)
 
@@ -133,7 +133,7 @@ def _fp8_product(x_RI, stack: FP8Weight, layer, group_sizes_E, block):
     codes = stack.codes.reshape(-1, *stack.shape[2:])
 
     def chosen(x_RI, codes, scales, first, group_sizes_E):
-        groups_J = _groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
+        groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
         at_J = jnp.where(groups_J < groups, groups_J + first, codes.shape[0])
         taken = (a.at[index].get(mode="fill", fill_value=0) for a, index in ((codes, at_J), (scales, groups_J)))
         w_JOI = FP8Weight(*taken).astype(x_RI.dtype)

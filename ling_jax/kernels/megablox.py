@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from ling_jax.kernels.linear import kernel_precision
+from ling_jax.kernels.precision import kernel_precision
 
 ROWS = (512, 256, 128)
 # The kernels count tiles with a float32 histogram, whose edges stop being exact near 2**12 tiles (on CPU 3485 fail).

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from ling_jax.kernels.linear import kernel_precision
+from ling_jax.kernels.precision import kernel_precision
 
 TILE = 128
 BLOCKS = (512, 384, 256, 128)

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ling_jax.config import ModelConfig
-from ling_jax.kernels.grouped import block_rows
 from ling_jax.kernels.rows import plan_rows
-from ling_jax.kernels.swiglu import routed_swiglu
+from ling_jax.kernels.swiglu import block_for, routed_swiglu
 from ling_jax.model.linear import Init
 from ling_jax.parallel.dispatch import dispatch
 from ling_jax.parallel.mesh import axis_size
@@ -46,7 +45,7 @@ class Experts(nnx.Module):
         whole = tuple(partial(gather, names=param.axes, split=param.split, **dtypes) for param in params)
         if axis_size("expert") > 1:
             return dispatch(x_ND, ids_NK, weights_NK, shards, self.num_experts, self.mesh, whole)
-        block = block_rows(ids_NK.size, self.num_experts)
+        block = block_for(shards, ids_NK.size, self.num_experts)
         with jax.named_scope("plan"):
             plan = plan_rows(ids_NK, self.num_experts, block)
         weights = tuple(make(shard) for make, shard in zip(whole, shards, strict=True))

@@ -1,6 +1,7 @@
 """Linear: a weight in HF's [out, in] orientation behind the `kernels.linear` seam."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from ling_jax.config import ONE_DEVICE, MeshConfig
 from ling_jax.kernels.linear import linear
 from ling_jax.parallel.mesh import psum
 from ling_jax.parallel.rules import gather, split_of
+
+# Modules whose products are in FP8 where asked: all of attention and FFNs (spec 3.2 and 6).
+IN_FP8 = ("query_key_value", "dense", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Init:
         return nnx.Param(jnp.zeros(size, self.dtype), axes=(axis,), split=((),))
 
 
-def whole(param: nnx.Param, dtype: jnp.dtype, mesh: MeshConfig) -> jax.Array:
+def whole(param: nnx.Param, dtype: jnp.dtype, mesh: MeshConfig) -> Any:
     """What this device computes with of a matrix: `parallel.rules.gather` of its shard, sent as `dtype`."""
     return gather(param[...], param.axes, param.split, dtype, mesh.reduce_dtype)
 

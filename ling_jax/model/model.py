@@ -21,7 +21,7 @@ from ling_jax.config import ONE_DEVICE, MeshConfig, ModelConfig, Segment, layer_
 from ling_jax.config.text import columns
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.grouped import LayerWeight
-from ling_jax.kernels.linear import dot
+from ling_jax.kernels.precision import dot
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
 from ling_jax.model.linear import Init, Linear

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ling_jax.config import MeshConfig
-from ling_jax.kernels.grouped import block_rows, padded_rows
+from ling_jax.kernels.grouped import padded_rows
 from ling_jax.kernels.rows import RowPlan, gather_rows, plan_rows, sum_choices, take_rows
-from ling_jax.kernels.swiglu import row_gradients, swiglu, weight_gradients
+from ling_jax.kernels.swiglu import block_for, row_gradients, swiglu, weight_gradients
 from ling_jax.parallel.mesh import WORK_AXES, axis_index, axis_size, pmax
+from ling_jax.parallel.quantise import pull_back
 from ling_jax.parallel.ragged import Routes, ragged_all_to_all
 
 AXIS = "expert"
@@ -256,7 +257,7 @@ def _run_bwd(exchange, saved, g_ND):
     cotangents, the largest buffers, are no longer needed.
     """
     queue, x_ND, scale_NK, shards, first_RD = saved
-    pairs = [jax.vjp(whole, shard) for whole, shard in zip(exchange.whole, shards, strict=True)]
+    pairs = [pull_back(whole, shard) for whole, shard in zip(exchange.whole, shards, strict=True)]
     weights, to_shards = tuple(w for w, _ in pairs), [f for _, f in pairs]
     with jax.named_scope("dispatch"):
         scale = queue.spread_weights(scale_NK)
@@ -267,14 +268,14 @@ def _run_bwd(exchange, saved, g_ND):
             scale_R1 = queue.fetch_weights(scale, part)
         sizes_e, block = part.place(queue.counts())[3], part.block
         dweights, dscale_R, dinner = weight_gradients(rows_RD, weights, sizes_e, block, g_RD, scale_R1[:, 0])
-        dgate, dup, ddown = (d.astype(w.dtype) for d, w in zip(dweights, weights, strict=True))
-        scattered = to_shards[0](dgate)[0], to_shards[2](ddown)[0]
+        dgate, dup, ddown = dweights
+        scattered = to_shards[0](dgate), to_shards[2](ddown)
         dinner, dup, (dgate, ddown) = jax.lax.optimization_barrier((dinner, dup, scattered))
         drows_RD = row_gradients(dinner, weights, sizes_e, block)
         with jax.named_scope("combine"):
             dx, dscale = queue.put(dx, drows_RD, part), queue.put_weights(dscale, dscale_R[:, None], part)
         # Behind a barrier, or XLA scatters after the loop and adds up whole gradients in it.
-        return dx, dscale, jax.lax.optimization_barrier((dgate, to_shards[1](dup)[0], ddown))
+        return dx, dscale, jax.lax.optimization_barrier((dgate, to_shards[1](dup), ddown))
 
     def further(part: Round, spread, carry):
         with jax.named_scope("dispatch"):
@@ -316,7 +317,7 @@ def dispatch(
     tokens, choices = ids_NK.shape
     worst = ranks * tokens * min(choices, local)
     pairs = min(math.ceil(mesh.buffer_factor * tokens * choices), worst)
-    first = Round(0, pairs, local, block_rows(tokens * choices, local))
+    first = Round(0, pairs, local, block_for(shards, tokens * choices, local))
     further = first._replace(start=pairs, pairs=math.ceil(pairs / FURTHER))
     exchange = Exchange(whole, first, further, pairs < worst, mesh.overflow == "rounds")
     with jax.named_scope("plan"):

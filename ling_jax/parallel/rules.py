@@ -9,8 +9,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ling_jax.config import MeshConfig
+from ling_jax.kernels.blockwise import MasterWeight
+from ling_jax.kernels.fp8 import BLOCK, FP8Weight
 from ling_jax.kernels.rows import take_rows
-from ling_jax.parallel.mesh import axis_size
+from ling_jax.parallel.mesh import axis_index, axis_size
 
 # A dim's mesh axes, major first; () where it stays whole. Vectors (norms, biases) are never split.
 RULES: dict[str, tuple[str, ...]] = {
@@ -94,15 +96,20 @@ def _gather_bwd(dim, axes, wire_dtype, reduce_dtype, _, g):
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def gather(w: jax.Array, names: tuple[str, ...], split: Split, wire_dtype: Any, reduce_dtype: Any) -> jax.Array:
+def gather(w: Any, names: tuple[str, ...], split: Split, wire_dtype: Any, reduce_dtype: Any) -> Any:
     """A weight's shard -> what this device computes with: whole but for `tensor`, and the experts' own dim.
 
     Args:
-      w: this device's shard inside a manual region; outside one it is returned as it is.
+      w: this device's shard inside a manual region; outside one it is returned as it is. Of a `MasterWeight` the codes
+        travel; its master, which no product reads, is whole only where its gradient comes from, and never made.
       names, split: of its dims (see RULES and `split_of`).
       wire_dtype: it travels in this dtype and comes out, so rounded, in its own.
       reduce_dtype: in which its gradients are summed and scattered back.
     """
+    if isinstance(w, MasterWeight):
+        master = gather(w.master, names, split, wire_dtype, reduce_dtype)
+        codes = gather(w.quantised.codes, names, split, w.quantised.dtype, reduce_dtype)
+        return MasterWeight(master, FP8Weight(codes, w.quantised.scales), w.watch)
     for dim, (name, axes) in enumerate(zip(names, split, strict=True)):
         axes = tuple(axis for axis in axes if axis != "tensor" and axis_size(axis) > 1)
         if name in STORAGE and axes:
@@ -127,12 +134,18 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, split: Split, wire_dtype: An
     return jax.lax.all_to_all(rows, axes[0], split_axis=0, concat_axis=2, tiled=True)
 
 
-def tensor_rows(w: jax.Array, rows_PR: np.ndarray) -> jax.Array:
+def tensor_rows(w: Any, rows_PR: np.ndarray) -> Any:
     """Rows [R, I] of a weight whose inputs are split over `tensor`: rank p gets rows_PR[p] with all their inputs.
 
-    Outside a manual region over `tensor`, P is 1 and the rows are all of them.
+    Outside a manual region over `tensor`, P is 1 and the rows are all of them. FP8 blocks move whole: rows_PR names
+    128 consecutive ones at a time.
     """
     if axis_size("tensor") == 1:
         return w
+    if isinstance(w, MasterWeight):
+        blocks_PR = jnp.asarray(rows_PR[:, ::BLOCK] // BLOCK)
+        scales = w.quantised.scales[blocks_PR[axis_index("tensor")]]
+        codes = tensor_rows(w.quantised.codes, rows_PR)
+        return MasterWeight(tensor_rows(w.master, rows_PR), FP8Weight(codes, scales), w.watch)
     with jax.named_scope("swap_inputs_for_heads"):
         return jax.lax.all_to_all(w[rows_PR], "tensor", split_axis=0, concat_axis=2, tiled=True)[0]

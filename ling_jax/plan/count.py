@@ -20,7 +20,7 @@ from jax.interpreters import partial_eval
 # Names of `jax.named_scope` that make up a scope's label, outermost first.
 SCOPES = (
     "embedding", "mtp", "attention", "dense_ffn", "router", "plan", "dispatch", "experts", "combine",
-    "shared_expert", "loss", "gather_weights", "swap_inputs_for_heads", "reduce_gradients", "optimizer",
+    "shared_expert", "loss", "quantise_weights", "gather_weights", "swap_inputs_for_heads", "reduce_gradients", "optimizer",
 )  # fmt: skip
 PHASES = ("forward", "recompute", "backward", "update")
 # Results that are written to HBM; all else is elementwise, a view, or too small to count.
@@ -36,6 +36,7 @@ COLLECTIVES = {
     "ppermute": "collective-permute", "all_to_all": "all-to-all", "ragged_all_to_all": "ragged-all-to-all",
 }  # fmt: skip
 
+FP8_KERNELS = ("fp8_product", "fp8_weight_gradient")
 SPLASH_PRODUCTS = {"_fwd": 2, "_dkv": 4, "_dq": 3}  # matrix products of one block of scores
 
 
@@ -127,7 +128,7 @@ def _names(eqn: Any, stack: str) -> list[str]:
 
 
 def _is_grouped(eqn: Any, stack: str) -> bool:
-    return not {"gmm", "tgmm", "fp8_rows"}.isdisjoint(_names(eqn, stack))
+    return not {"gmm", "tgmm", "fp8_rows", *FP8_KERNELS}.isdisjoint(_names(eqn, stack))
 
 
 def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -292,7 +293,8 @@ class _Counter:
         """Of a grouped product's arrays: the expected rows, and the weights (3 dims) of experts that have some."""
         arrays = [v for v in (*eqn.invars, *eqn.outvars) if getattr(v.aval, "ndim", 0) >= 2]
         rows = [v for v in arrays if v.aval.ndim == 2 or v.aval.shape[1] == 1]
-        room = [v for v in eqn.invars if v in rows][-1].aval.shape[0]  # tgmm's first operand is transposed
+        first = 0 if str(eqn.params.get("name")) in FP8_KERNELS else -1  # tgmm's first operand is transposed
+        room = [v for v in eqn.invars if v in rows][first].aval.shape[0]
         others = [v for v in arrays if v not in rows]
         weights = sum(min(1.0, self.experts_read / v.aval.shape[0]) * _bytes(v) for v in others)
         return self._rows(room) / room * sum(map(_bytes, rows)) + weights
@@ -301,14 +303,14 @@ class _Counter:
         """Pallas calls, by what stands in their name or that of the function around them.
 
         splash_*_fwd: 4 H T S C (scores and values); *_dkv: 8 (scores, their cotangent, dk, dv); *_dq: 6 (scores, their
-        cotangent, dq); half where a query sees no key after it. gmm, tgmm and
-        fp8_rows: 2 R I O, with the expected rows.
+        cotangent, dq); half where a query sees no key after it. All grouped ones, with one group too: 2 R I O, with the
+        expected rows.
         """
         names = _names(eqn, stack)
         arrays = [v.aval for v in eqn.invars if getattr(v.aval, "ndim", 0) >= 2 and v.aval.dtype.kind != "i"]
         out = eqn.outvars[0].aval
         if _is_grouped(eqn, stack):
-            a, b = arrays[:2]
+            a, b = [a for a in arrays if a.dtype.itemsize == arrays[0].dtype.itemsize][:2]  # not FP8's scales
             rows, wide = (b.shape[0], out.shape[1:]) if b.ndim == 2 else (a.shape[0], b.shape[1:])
             return {a.dtype.name: 2.0 * self._rows(rows) * math.prod(wide)}
         products = [n for part, n in SPLASH_PRODUCTS.items() if any(part in name for name in names)]

@@ -16,7 +16,7 @@ from ling_jax.config.text import columns
 from ling_jax.generate.cache import cache_bytes
 from ling_jax.generate.rows import Rows, advance, empty_rows, one_step
 from ling_jax.generate.sampling import Kinds, empty_options
-from ling_jax.generate.serving import Program, check_fp8, in_fp8, row_specs, serving_model
+from ling_jax.generate.serving import Program, in_fp8, row_specs, serving_model
 from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
 from ling_jax.parallel.mesh import make_mesh
 from ling_jax.plan.count import Count, count_step
@@ -128,7 +128,7 @@ def make_serving_plan(
 
     bias = placed(bias, jax.tree.map(lambda _: PartitionSpec(), bias))
     if fp8:
-        check_fp8(served)
+        served.mesh.check_fp8(served.config)
         params = jax.eval_shape(in_fp8, params)
     arguments = placed(params, param_specs(served)), bias, placed(state, row_specs(state))
     calls = []

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,10 +14,11 @@ import numpy as np
 from ling_jax.config import train_flops_per_token
 from ling_jax.parallel.mesh import place_batch, rows_here
 from ling_jax.parallel.processes import AnyProcess, CompiledTogether
+from ling_jax.train.fp8 import beyond, loss_metrics, losses
 from ling_jax.train.hardware import peak_flops, peak_memory_bytes
 from ling_jax.train.metrics import MetricsWriter, Progress
 from ling_jax.train.state import Trainer, TrainState
-from ling_jax.train.step import Metrics, make_train_step
+from ling_jax.train.step import Metrics, make_train_step, make_watcher
 from ling_jax.train.validate import HeldOut, make_scorer, score_metrics, validate
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 class Saver(Protocol):
     """What the loop needs of a checkpointer."""
 
-    def save(self, state: TrainState) -> None: ...
+    def save(self, state: TrainState, fallen: Sequence[str]) -> None: ...
 
     def wait(self) -> None: ...
 
@@ -76,6 +77,7 @@ class _Recorder:
     progress: Progress
     pending: tuple[int, Metrics, float] | None = None  # on the device
     ready: tuple[int, dict[str, Any]] | None = None  # on the host, not yet written
+    more: bool = False  # whether something was added to it
     skipped_in_a_row: int = 0  # up to the last step that is ready
 
     def __post_init__(self):
@@ -108,6 +110,12 @@ class _Recorder:
         values |= {"train/data_wait_s": data_wait, "mem/peak_bytes": peak_memory_bytes()}
         self.pending, self.ready = None, (step, values)
 
+    def add(self, extra: Mapping[str, Any]) -> None:
+        """Puts more into the line of the step that was fetched, which is then logged whatever `train.log_every`."""
+        assert self.ready is not None
+        self.ready[1].update(extra)
+        self.more = True
+
     def flush(self, extra: Mapping[str, float] | None = None) -> None:
         """Logs the pending step, with `extra` in its line.
 
@@ -118,9 +126,10 @@ class _Recorder:
         if self.ready is None:
             return
         (step, values), self.ready = self.ready, None
+        more, self.more = self.more, False
         values |= extra or {}
         train, in_a_row = self.trainer.config.train, self.skipped_in_a_row
-        logged = step % train.log_every == 0 or step == train.steps or extra or in_a_row
+        logged = step % train.log_every == 0 or step == train.steps or extra or more or in_a_row
         if logged and self.writer is not None:
             self.writer.write(step, values)
         self.progress.update(step, values)
@@ -156,6 +165,26 @@ def _profiler(trainer: Trainer, run_dir: str) -> Iterator[Callable[[int], None]]
             jax.profiler.stop_trace()
 
 
+def _programs(trainer: Trainer) -> tuple[Callable, Callable, Callable]:
+    """The step, the scorer of held-out text, and what measures FP8."""
+    step = CompiledTogether("the step", make_train_step(trainer))
+    return step, make_scorer(trainer), CompiledTogether("the measurement of FP8", make_watcher(trainer))
+
+
+def _measure(trainer: Trainer, step: int, sums: Any, recorder: _Recorder) -> Trainer:
+    """Records what FP8 loses; the trainer to go on with: modules that lose too much leave FP8, which compiles anew."""
+    train = trainer.config.train
+    recorder.fetch()
+    found = losses(jax.device_get(sums))
+    recorder.add(loss_metrics(found))
+    recorder.restart_clock()
+    fallen = beyond(found, train.fp8_max_lost, train.fp8_min_cosine)
+    limits = f"train.fp8_max_lost {train.fp8_max_lost}, train.fp8_min_cosine {train.fp8_min_cosine}"
+    for module, loss in fallen.items():
+        log.warning("step %d: %s goes back to %s (%s; %s)", step, module, train.dtype, loss, limits)
+    return trainer.without_fp8(list(fallen)) if fallen else trainer
+
+
 def train(
     trainer: Trainer,
     state: TrainState,
@@ -178,7 +207,7 @@ def train(
       DivergedError: after saving nothing more: the last checkpoint holds finite weights.
     """
     config = trainer.config
-    step_fn, scorer = CompiledTogether("the step", make_train_step(trainer)), make_scorer(trainer)
+    step_fn, scorer, watch = _programs(trainer)
     here = rows_here(trainer.mesh, config.data.global_batch_size)
     first = done = int(state.step)
     saved = first if first else -1
@@ -189,7 +218,7 @@ def train(
         if recorder.skipped_in_a_row == 0:  # else the last good checkpoint must not give way
             if writer is not None:
                 writer.flush()  # before the save: a resume must find every line up to its step
-            saver.save(state)
+            saver.save(state, trainer.fallen)
             saved = done
         recorder.restart_clock()
 
@@ -204,6 +233,11 @@ def train(
             done += 1
             recorder.push(done, metrics, data_wait)
             last = done == config.train.steps
+            if trainer.fp8 and config.train.fp8_watch_every and done % config.train.fp8_watch_every == 0:
+                kept = _measure(trainer, done, watch(state.params, state.bias, batch), recorder)
+                if kept is not trainer:
+                    trainer = kept
+                    step_fn, scorer, watch = _programs(trainer)
             if held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
                 recorder.fetch()
                 scores = validate(scorer, state.params, state.bias, held_out, config.data.global_batch_size)

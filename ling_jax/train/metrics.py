@@ -10,6 +10,8 @@ One JSON object per logged step, `step` first, then the keys in the caller's ord
   moe/load_max_over_mean_per_layer           list, MoE layers in layer order
   moe/bias_abs_max, moe/bias_min_per_layer, moe/bias_max_per_layer     (the last two are lists)
   moe/dropped                                token-expert pairs left out
+  fp8/lost_max, fp8/cosine_min               of all modules, operands and layers, every `train.fp8_watch_every` steps
+  fp8/lost/<module>/<operand>, fp8/cosine/<module>/<operand>           lists, layers of a stack in order
   mem/peak_bytes
   eval/<source>/nats_per_token, eval/<source>/bits_per_byte, eval/bits_per_byte
 

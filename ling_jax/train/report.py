@@ -379,6 +379,35 @@ def _draw_throughput(figure: Any, run: _Run) -> str | None:
     return f"Throughput and time spent waiting for data, over steps: {median}."
 
 
+def _draw_fp8(figure: Any, run: _Run) -> str | None:
+    """Each operand's worst module and layer over the steps that were measured."""
+    measured = [record for record in run.records if "fp8/lost_max" in record]
+    if not measured:
+        return None
+    operands = sorted({key.rsplit("/", 1)[1] for key in measured[-1] if key.startswith("fp8/lost/")})
+    texts = []
+    for axes, kind, worst, label in (
+        (figure.add_subplot(2, 1, 1), "lost", max, "share that became zero"),
+        (figure.add_subplot(2, 1, 2), "cosine", min, "cosine with the original"),
+    ):
+        for color, operand in zip(CYCLE, operands, strict=False):
+            found = [
+                worst(max(v) if worst is max else min(v) for k, v in r.items() if _is_of(k, kind, operand))
+                for r in measured
+            ]
+            line = Series(np.array([r["step"] for r in measured]), np.array(found, np.float64))
+            _plot(axes, line, color, operand.replace("_", " "), marker="o", markersize=2.5)
+        _style(axes, label, run.records[-1]["step"])
+        _legend(axes, loc="best")
+        extreme = worst(r["fp8/lost_max" if kind == "lost" else "fp8/cosine_min"] for r in measured)
+        texts.append(f"{label}: worst {extreme:.4f}")
+    return "What FP8 loses, the worst module and layer of each operand: " + "; ".join(texts)
+
+
+def _is_of(key: str, kind: str, operand: str) -> bool:
+    return key.startswith(f"fp8/{kind}/") and key.endswith(f"/{operand}")
+
+
 class _Figure(NamedTuple):
     name: str
     title: str
@@ -405,6 +434,10 @@ FIGURES = (
     _Figure(
         "expert_bias", "Expert bias", 5.0, _draw_bias,
         "The balance bias decides which experts win, never how much they weigh. Two lines per layer.",
+    ),
+    _Figure(
+        "fp8", "What FP8 loses", 5.0, _draw_fp8,
+        "Of each operand of the three products, in the module and layer where it is worst.",
     ),
     _Figure("throughput", "Throughput", 5.0, _draw_throughput, ""),
 )  # fmt: skip

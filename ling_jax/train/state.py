@@ -1,6 +1,7 @@
 """What a training step carries from one step to the next: a plain tree of arrays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ling_jax.config import RunConfig
+from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
 from ling_jax.parallel.context import zigzag_order
 from ling_jax.parallel.mesh import BATCH_AXES, make_mesh, manual
+from ling_jax.train.fp8 import Dims, Path, module_of, quantise, weights_in_fp8
 from ling_jax.train.optimizer import decays, learning_rate, make_optimizer
 
 
@@ -35,6 +38,8 @@ class Trainer(NamedTuple):
     options: dict[str, Any]  # of Ling: dtypes, initial std, remat, mesh
     mesh: jax.sharding.Mesh
     param_specs: dict[str, Any]  # a PartitionSpec for each parameter
+    fp8: Mapping[Path, Dims] = MappingProxyType({})  # the weights that are computed with in FP8
+    fallen: tuple[str, ...] = ()  # modules that lost too much in it (`train.fp8_max_lost`)
 
     def new_state(self) -> TrainState:
         """`init`, each device making only its own shards."""
@@ -86,6 +91,15 @@ class Trainer(NamedTuple):
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # donated, so each its own
         return TrainState(step, params, bias, self.optimizer.init(params), skipped, in_a_row)
 
+    def without_fp8(self, modules: Sequence[str]) -> "Trainer":
+        """The same, but for modules that are no longer computed with in FP8."""
+        kept = {path: dims for path, dims in self.fp8.items() if module_of(path) not in modules}
+        return self._replace(fp8=kept, fallen=tuple(sorted({*self.fallen, *modules})))
+
+    def quantise(self, params: dict) -> dict[Path, FP8Weight]:
+        """FP8 blocks of this device's shards, in a manual region over the mesh."""
+        return quantise(params, self.fp8)
+
     def model(self, params: dict, bias: dict) -> Ling:
         return nnx.merge(self.graph, params, bias)
 
@@ -111,4 +125,5 @@ def make_trainer(config: RunConfig, devices: Sequence[Any] | None = None) -> Tra
     schedule = learning_rate(config.schedule, train.steps)
     mask = decays(params, nnx.to_pure_dict(axes))
     optimizer = make_optimizer(config.optimizer, schedule, mask)
-    return Trainer(config, graph, optimizer, schedule, options, mesh, param_specs(model))
+    fp8 = weights_in_fp8(model, train.fp8_except) if train.fp8 else {}
+    return Trainer(config, graph, optimizer, schedule, options, mesh, param_specs(model), fp8)

@@ -10,40 +10,61 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ling_jax.parallel.mesh import TOKEN_AXES, WORK_AXES, axis_size, psum
 from ling_jax.train.balance import balance_biases
+from ling_jax.train.fp8 import Path, Trained, unwatched, watch_weights, with_codes
 from ling_jax.train.loss import Batch, Counts, Sums, count_targets, loss_sums, total_loss
 from ling_jax.train.state import Trainer, TrainState
 
 Metrics = dict[str, jax.Array]
 
 
-def _local_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batch) -> tuple[Sums, dict]:
+def _local_gradients(trainer: Trainer, trained: Trained, bias: dict, batch: Batch) -> tuple[Sums, Trained]:
     """Sums and float32 gradients of this device's part of all microbatches [A, B, T], not yet summed over devices
-    (but for what `parallel.rules.gather` has scattered).
+    (but for what `parallel.rules.gather` has scattered). Weights are quantised once for all of them.
 
     Each microbatch is divided by the step's counts, not its own, so A does not change the result.
     """
     counts = psum(count_targets(batch), *TOKEN_AXES)
     coefficient = trainer.config.train.z_loss_coefficient
 
-    def loss(params, rows):
+    quantised = trainer.quantise(trained.params)
+
+    def loss(trained, rows):
+        params = with_codes(trained.params, quantised, trained.watch)
         sums = loss_sums(trainer.model(params, bias), rows)
         # Devices along `tensor` compute the same loss: the objective is the sum over all devices.
         return total_loss(sums, counts, trainer.config.model, coefficient) / axis_size("tensor"), sums
 
     gradient = jax.grad(loss, has_aux=True)
     if batch["tokens"].shape[0] == 1:
-        grads, sums = gradient(params, jax.tree.map(lambda a: a[0], batch))
+        grads, sums = gradient(trained, jax.tree.map(lambda a: a[0], batch))
         return sums, grads
 
     def body(total, rows):
-        grads, sums = gradient(params, rows)
+        grads, sums = gradient(trained, rows)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (sums, grads)), None
 
     first = jax.tree.map(lambda a: a[0], batch)
-    _, sums = jax.eval_shape(gradient, params, first)
+    _, sums = jax.eval_shape(gradient, trained, first)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
-    start = (zeros, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    start = (zeros, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
     return jax.lax.scan(body, start, batch)[0]
+
+
+def make_watcher(trainer: Trainer) -> jax.stages.Wrapped:
+    """Returns watcher(params, bias, batch) -> sums of what FP8 loses, by weight: float32 [L, WATCHED, SUMS]; one more
+    forward and backward pass, jitted."""
+
+    def run(params, bias, batch):
+        trained = Trained(params, unwatched(params, trainer.fp8))
+        watched, weights = _local_gradients(trainer, trained, bias, batch)[1].watch, watch_weights(params, trainer.fp8)
+        both = {path: jnp.concatenate([watched[path], weights[path][..., None, :]], -2) for path in watched}
+        return psum(both, *WORK_AXES)
+
+    def watcher(params: dict, bias: dict, batch: Batch) -> dict[Path, jax.Array]:
+        batch = in_microbatches(batch, trainer.config.train.microbatches)
+        return trainer.on_shards(run, PartitionSpec())(params, bias, batch)
+
+    return jax.jit(watcher)
 
 
 def in_microbatches(batch: Batch, parts: int) -> Batch:
@@ -65,7 +86,7 @@ def accumulate_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batc
         return psum(g.astype(reduce_dtype), *axes).astype(g.dtype) if axis_size(*axes) > 1 else g
 
     def run(params, bias, batch):
-        sums, grads = _local_gradients(trainer, params, bias, batch)
+        sums, (grads, _) = _local_gradients(trainer, Trained(params, {}), bias, batch)
         with jax.named_scope("reduce_gradients"):
             return psum(sums, *TOKEN_AXES), jax.tree.map(reduce, grads, trainer.param_specs)
 

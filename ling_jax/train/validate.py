@@ -15,6 +15,7 @@ from ling_jax.data.pipeline import scoring_windows
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.parallel.mesh import TOKEN_AXES, psum
 from ling_jax.parallel.processes import CompiledTogether
+from ling_jax.train.fp8 import with_codes
 from ling_jax.train.loss import IGNORE, loss_sums
 from ling_jax.train.state import Trainer
 
@@ -95,8 +96,11 @@ def make_scorer(trainer: Trainer) -> Callable[[dict, dict, Mapping[str, np.ndarr
     """Returns scorer(params, bias, batch) -> the batch's summed nats; the MTP layer does not run. `batch` is the
     whole one, the same on every process, in one shape."""
 
+    def in_fp8(params):
+        return with_codes(params, trainer.quantise(params), {})
+
     def nll(params, bias, batch):
-        return psum(loss_sums(trainer.model(params, bias), batch).nll, *TOKEN_AXES)
+        return psum(loss_sums(trainer.model(in_fp8(params), bias), batch).nll, *TOKEN_AXES)
 
     return CompiledTogether("the scorer", jax.jit(trainer.on_shards(nll, PartitionSpec())))
 
