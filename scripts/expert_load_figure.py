@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from ling_jax.config import DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
-from ling_jax.train.report import expert_load_figure
+from ling_jax.train.figures import expert_load_figure
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 

@@ -107,5 +107,7 @@ def normal_ids(seed: int) -> list[int]:
 
 
 def test_a_mesh_that_cuts_a_block_is_refused():
-    with pytest.raises(ValueError, match="mesh.tensor = 2 cuts model.moe_intermediate_size = 20 inside FP8 blocks of 128"):
+    with pytest.raises(
+        ValueError, match="mesh.tensor = 2 cuts model.moe_intermediate_size = 20 inside FP8 blocks of 128"
+    ):
         Engine(make_model(small(vocab_size=64), mesh=MeshConfig(tensor=2)), rows=1, slots=8, fp8=True)

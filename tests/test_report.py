@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from ling_jax.train import report
+from ling_jax.train import figures
+from ling_jax.train.figures import Series, bin_table, decimate, expert_load_figure, series, smooth, table
 from ling_jax.train.metrics import MetricsWriter, read_metrics
-from ling_jax.train.report import Series, bin_table, decimate, expert_load_figure, series, smooth, table, write_report
+from ling_jax.train.report import CSS, write_report
 
 ALL = {"loss", "bits_per_byte", "learning_rate", "grad_norm", "expert_load", "expert_bias", "throughput"}
 BASELINES = {"gzip -9": 2.04, "xz -9": 1.75, "byte trigram": 2.61}
@@ -90,7 +91,7 @@ def test_page_needs_nothing_from_outside(full):
     assert all(src.startswith("data:image/png;base64,") for src in page.attributes("src"))
     assert not page.attributes("href") and not page.attributes("srcset")
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
-    assert "url(" not in report.CSS and "@import" not in report.CSS
+    assert "url(" not in CSS and "@import" not in CSS
 
 
 def test_page_escapes_what_it_is_given(full):
@@ -155,7 +156,7 @@ def test_series_leaves_out_nulls_and_missing_keys():
 
 def test_held_out_sources_are_found_whatever_their_names():
     records = [{"step": 1, "eval/a/x.txt/bits_per_byte": 1.0, "eval/bits_per_byte": 2.0, "eval/b/bits_per_byte": None}]
-    assert list(report._eval_series(records, "bits_per_byte")) == ["a/x.txt"]
+    assert list(figures._eval_series(records, "bits_per_byte")) == ["a/x.txt"]
 
 
 def test_decimation_keeps_spikes_and_order():
@@ -190,7 +191,7 @@ def test_heat_map_bins_are_means_over_neighbouring_steps():
 
 
 def test_labels_are_spread_apart_in_order():
-    placed = report._spread([2.0, 1.0, 1.95, 1.01], 0.2)
+    placed = figures._spread([2.0, 1.0, 1.95, 1.01], 0.2)
     assert np.allclose(placed, [2.15, 1.0, 1.95, 1.2])
 
 

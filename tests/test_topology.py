@@ -50,12 +50,12 @@ def devices(tpu):
     return tpu("v5p:2x2x2")
 
 
-def run_config(mesh: MeshConfig) -> RunConfig:
+def run_config(mesh: MeshConfig, fp8: bool = False) -> RunConfig:
     return RunConfig(
         model=MODEL,
         mesh=mesh,
         data=DataConfig(sequence_length=LENGTH, global_batch_size=ROWS),
-        train=TrainConfig(dtype="bfloat16"),
+        train=TrainConfig(dtype="bfloat16", fp8=fp8),
     )
 
 
@@ -70,9 +70,9 @@ def step_arguments(trainer) -> tuple:
     return state, {name: jax.ShapeDtypeStruct((ROWS, LENGTH), "int32", sharding=rows) for name in names}
 
 
-def compiled_step(devices, mesh: MeshConfig) -> str:
+def compiled_step(devices, mesh: MeshConfig, fp8: bool = False) -> str:
     """The train step's optimized program."""
-    trainer = make_trainer(run_config(mesh), devices)
+    trainer = make_trainer(run_config(mesh, fp8), devices)
     return make_train_step(trainer).lower(*step_arguments(trainer)).compile().as_text()
 
 
@@ -126,6 +126,26 @@ def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_ke
     assert kernels(text) == KERNELS
 
 
+def gathered_bytes(text: str) -> int:
+    widths = {"bf16": 2, "f32": 4, "f8e4m3fn": 1, "u8": 1, "s32": 4, "pred": 1}
+    return sum(widths[dtype] * size for dtype, size in collectives(text)["all-gather"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older versions compile it but cannot print the program")
+def test_in_fp8_weights_travel_and_are_multiplied_as_codes(tpu):
+    """Every product of attention and experts is a kernel whose operands are FP8; none is multiplied out for it."""
+    mesh, devices = MeshConfig(fsdp=2, expert=4), tpu("tpu7x:2x2x1")
+    wide, text = compiled_step(devices, mesh), compiled_step(devices, mesh, fp8=True)
+    assert {"fp8_product", "fp8_weight_gradient"} <= kernels(text)
+    assert kernels(text) & {"gmm", "tgmm"} == set() == kernels(wide) & {"fp8_product"}
+    assert "f8e4m3fn" in {dtype for dtype, _ in collectives(text)["all-gather"]}
+    assert gathered_bytes(text) < 0.6 * gathered_bytes(wide)  # the embedding and the head stay in bfloat16
+    calls = [line for line in text.splitlines() if re.search(r"%fp8_\w+[.\d]* = .*tpu_custom_call", line)]
+    assert len(calls) >= 3 * 5 and all(line.count("f8e4m3fn[") >= 2 for line in calls)
+    assert not re.findall(r"= (?:bf16|f32)\[[\d,]{8,}\]\S* convert\(\S*f8e4m3fn", text)
+
+
 KERNELS = {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv", "gmm", "tgmm"}
 
 
@@ -170,6 +190,15 @@ def test_the_train_step_lowers_for_cuda_with_its_ragged_products_and_exchanges()
     trainer = make_trainer(run_config(MeshConfig(fsdp=2, expert=4)), jax.devices())
     text = make_train_step(trainer).trace(*step_arguments(trainer)).lower(lowering_platforms=("cuda",)).as_text()
     assert "ragged_dot" in text and "ragged_all_to_all" in text and "tpu_custom_call" not in text
+
+
+def test_for_cuda_fp8_products_are_dots_of_fp8():
+    trainer = make_trainer(run_config(MeshConfig(fsdp=2, expert=4), fp8=True), jax.devices())
+    text = make_train_step(trainer).trace(*step_arguments(trainer)).lower(lowering_platforms=("cuda",)).as_text()
+    products = [line for line in text.splitlines() if re.search(r"(dot_general|ragged_dot)\W", line)]
+    in_fp8 = [line for line in products if line.count("f8E4M3FN") >= 2]
+    assert any("ragged_dot" in line for line in in_fp8) and any("dot_general" in line for line in in_fp8)
+    assert len(in_fp8) >= 20 and "ragged_all_to_all" in text and "tpu_custom_call" not in text
 
 
 def test_serving_reads_weights_and_cache_once_a_step(tpu):

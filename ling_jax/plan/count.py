@@ -20,7 +20,8 @@ from jax.interpreters import partial_eval
 # Names of `jax.named_scope` that make up a scope's label, outermost first.
 SCOPES = (
     "embedding", "mtp", "attention", "dense_ffn", "router", "plan", "dispatch", "experts", "combine",
-    "shared_expert", "loss", "quantise_weights", "gather_weights", "swap_inputs_for_heads", "reduce_gradients", "optimizer",
+    "shared_expert", "loss", "quantise_weights", "gather_weights", "swap_inputs_for_heads", "reduce_gradients",
+    "optimizer",
 )  # fmt: skip
 PHASES = ("forward", "recompute", "backward", "update")
 # Results that are written to HBM; all else is elementwise, a view, or too small to count.
