@@ -1,6 +1,7 @@
 """From a command line to a checked configuration: NAME in configs/, then typed overrides."""
 
 import dataclasses
+import hashlib
 import importlib
 import logging
 import os
@@ -11,15 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from rich.logging import RichHandler
 
 from ling_jax.config import RunConfig
+from ling_jax.config.cache import cache_folder, cpu_flags
 from ling_jax.parallel.processes import worker_id
 from ling_jax.train.metrics import CONSOLE
 
 log = logging.getLogger(__name__)
 
+COMPILED_BYTES = 4 << 30
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -96,10 +100,28 @@ def set_up_logging() -> None:
     sys.unraisablehook = lambda failure: log.debug("%s", failure.exc_value)
 
 
+def keep_compiled() -> None:
+    """Programs that took a second or more to compile are read at the next start, from the cache folder's `xla` (at most
+    4 GB, the longest unused go first). JAX's own variables come first: JAX_COMPILATION_CACHE_DIR names another place,
+    JAX_ENABLE_COMPILATION_CACHE=0 turns it off."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    machine = hashlib.sha256(f"{cpu_flags()} {jax.__version__}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "xla" / machine
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.info("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+
+
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command; a user's mistake or a refusing system (ValueError, OSError) is one line and exit code 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     set_up_logging()
+    keep_compiled()
     code = 1
     try:
         code = main(sys.argv[1:]) or 0

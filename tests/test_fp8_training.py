@@ -15,6 +15,7 @@ from ling_jax.train.fp8 import WATCHED, beyond, loss_metrics, losses, module_of
 from ling_jax.train.metrics import read_metrics
 from ling_jax.train.state import Trainer, make_trainer
 from ling_jax.train.step import accumulate_gradients, in_microbatches, make_train_step, make_watcher
+from scripts.expert_load_figure import VOCAB, batches
 from tests.helpers import documents, jit, pack, random_weights, tiny
 
 # Dims that tensor parallelism cuts at FP8 blocks; an odd expert width; a dense, a sparse and an MTP layer.
@@ -173,3 +174,31 @@ def test_a_module_that_loses_too_much_falls_back_and_stays_so_when_resumed(tmp_p
     assert modules[0] > modules[-1], "the module was measured no longer"
     page = (tmp_path / "runs/whole/report.html").read_text()
     assert "What FP8 loses" in page and (tmp_path / "runs/whole/report/fp8.png").stat().st_size > 5000
+
+
+def test_a_short_run_in_fp8_ends_within_one_per_cent_of_bfloat16():
+    """On text from a Markov chain; docs/fp8.md has the long one (scripts/fp8_comparison.py)."""
+    model = tiny(
+        vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, intermediate_size=256, moe_intermediate_size=128, num_nextn_predict_layers=0,
+    )  # fmt: skip
+
+    def end(fp8: bool) -> float:
+        config = RunConfig(
+            model=model,
+            data=DataConfig(sequence_length=64, global_batch_size=8),
+            schedule=ScheduleConfig(peak_lr=5e-3, warmup_steps=10),
+            train=TrainConfig(fp8=fp8, dtype="bfloat16", remat="none", init_std=0.05, steps=100),
+        )
+        trainer, data = make_trainer(config), batches(config.data)
+        state, step = trainer.new_state(), make_train_step(trainer)
+        losses = []
+        for _ in range(config.train.steps):
+            state, metrics = step(state, next(data))
+            losses.append(metrics["train/loss"])
+        losses = np.array(jax.device_get(losses))
+        assert losses[-10:].mean() < 0.75 * losses[0]
+        return losses[-10:].mean()
+
+    exact, quantised = end(False), end(True)
+    assert 0 < abs(quantised / exact - 1) < 0.01, (exact, quantised)

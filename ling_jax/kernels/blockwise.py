@@ -72,10 +72,26 @@ class Tiles:
         return self.codes.astype(jnp.float32) * each(self.scales, self.dim, self.codes.shape[self.dim])
 
 
-def quantise_tiles(x: jax.Array, dim: int) -> Tiles:
-    """[A, B] in tiles of 128 along `dim`: scale = amax * float32(1 / 448), code = x / scale."""
-    scales = scales_of(block_max(jnp.abs(x.astype(jnp.float32)), dim, BLOCK), TINY)
-    return Tiles(codes_of(x, each(scales, dim, x.shape[dim])), scales, dim)
+def quantise_tiles(x: jax.Array, dim: int, implementation: str = "auto") -> Tiles:
+    """[A, B] in tiles of 128 along `dim`: scale = amax * float32(1 / 448), code = x / scale; "xla", "pallas" (for TPU;
+    interpreted on CPU) or "auto"."""
+
+    def xla(x):
+        scales = scales_of(block_max(jnp.abs(x.astype(jnp.float32)), dim, BLOCK), TINY)
+        return codes_of(x, each(scales, dim, x.shape[dim])), scales
+
+    def kernel(x, interpret):
+        codes, scales = fp8_tpu.quantise(_fill(x, BLOCK, BLOCK), dim, TINY, interpret=interpret)
+        return codes[: x.shape[0], : x.shape[1]], jax.lax.slice_in_dim(scales, 0, x.shape[1 - dim], axis=1 - dim)
+
+    compiled = partial(kernel, interpret=False)
+    if implementation == "xla":
+        found = xla(x)
+    elif implementation == "pallas":
+        found = jax.lax.platform_dependent(x, cpu=partial(kernel, interpret=True), default=compiled)
+    else:
+        found = jax.lax.platform_dependent(x, tpu=compiled, default=xla)
+    return Tiles(*found, dim)
 
 
 def deviation(x: jax.Array, y: jax.Array, stacked: int = 0) -> jax.Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ling_jax.kernels.fp8 import BLOCK
+from ling_jax.kernels.fp8 import BLOCK, LARGEST
 
 WEIGHT_TILE = 5 << 20  # bytes; the most that a step holds of a weight, of which two are in VMEM
 VMEM = 32 << 20  # bytes; half of what a v5p's or v7x's core has
@@ -65,6 +65,39 @@ def _product_kernel(groups_ref, used_ref, x_ref, x_scales_ref, w_ref, w_scales_r
         unroll = next(n for n in range(most, 0, -1) if blocks % n == 0)
         total = jax.lax.fori_loop(0, blocks, add, jnp.zeros(out_ref.shape, jnp.float32), unroll=unroll)
         out_ref[...] = total.astype(out_ref.dtype)
+
+
+def _tile_kernel(x_ref, codes_ref, scales_ref, *, dim: int, floor: float):
+    """Tiles of 128 along `dim`, their scales along lanes: of dim 1 one row of [k, rows] for each 128 columns."""
+    x = x_ref[...].astype(jnp.float32)
+    scales = jnp.maximum(jnp.abs(x).max(dim, keepdims=True), floor) * jnp.float32(1 / LARGEST)
+    codes_ref[...] = jnp.clip(x / scales, -LARGEST, LARGEST).astype(codes_ref.dtype)
+    scales_ref[...] = scales.reshape(scales_ref.shape)
+
+
+def quantise(x_RC: jax.Array, dim: int, floor: float, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """float8_e4m3fn [R, C] and float32 scales [R, C / 128] (`dim` 1) or [R / 128, C] (`dim` 0) of tiles of 128 along
+    `dim`, as `kernels.blockwise.quantise_tiles` has them. R and C are multiples of 128.
+
+    XLA would write x anew in float32, in an order of its own, before it divides.
+    """
+    rows, columns = x_RC.shape
+    assert rows % BLOCK == columns % BLOCK == 0, x_RC.shape
+    tile = (_divisor(rows, 1024), BLOCK) if dim == 1 else (BLOCK, _divisor(columns, 1024))
+    many = columns // BLOCK if dim == 1 else rows // BLOCK
+    shape = (many, 1, rows if dim == 1 else columns)
+    at = (lambda r, c: (c, 0, r)) if dim == 1 else (lambda r, c: (r, 0, c))
+    codes, scales = pl.pallas_call(
+        partial(_tile_kernel, dim=dim, floor=floor),
+        grid=(rows // tile[0], columns // tile[1]),
+        in_specs=[pl.BlockSpec(tile, lambda r, c: (r, c))],
+        out_specs=[pl.BlockSpec(tile, lambda r, c: (r, c)), pl.BlockSpec((1, 1, tile[1 - dim]), at)],
+        out_shape=[jax.ShapeDtypeStruct(x_RC.shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(shape, jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+        name="fp8_quantise",
+    )(x_RC)
+    return codes, scales[:, 0].T if dim == 1 else scales[:, 0]
 
 
 def _cost(rows: int, inner: int, outputs: int, moved: int) -> pl.CostEstimate:

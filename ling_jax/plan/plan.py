@@ -105,6 +105,7 @@ def topology_devices(name: str, slices: int) -> list[Any]:
     Raises:
       ValueError: without libtpu, or for a name that it does not know.
     """
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and a TPU that is here is left alone
     for variable, value in COMPILE_ONLY.items():
         os.environ.setdefault(variable, value)

@@ -480,3 +480,18 @@ def loss_gap_figure(runs: Mapping[str, Sequence[Record]], reference: str, path: 
     above.set_ylim(top=float(base.values[len(base.values) // 20]))  # the first steps are far above
     _legend(above, loc="best")
     epath.Path(path).write_bytes(png(figure))
+
+
+def bars_figure(parts: Mapping[str, Mapping[str, float]], ylabel: str, path: epath.PathLike) -> None:
+    """Draws named values as bars from zero, one panel for each part, as a PNG."""
+    figure = new_figure(3.2)
+    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axes, color, values in zip(panels, CYCLE, parts.values(), strict=False):
+        axes.bar(list(values), list(values.values()), color=color, width=0.6)
+        for place, value in enumerate(values.values()):
+            axes.text(place, value, f"{value:.0f}", ha="center", va="bottom", color=INK, fontsize=9)
+        axes.set_ylabel(ylabel, color=INK, fontsize=10)
+        axes.tick_params(colors=INK, labelsize=9)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    epath.Path(path).write_bytes(png(figure))

@@ -1,0 +1,94 @@
+"""What a training token costs as the batch and the number of experts grow: python -m benchmarks.scaling [--dtype ...].
+
+The train step of bench_moe with 2 to 16 rows, and with 32 to 256 experts of which a token takes 8, in turns, so that a
+machine whose speed wanders slows all alike. Draws a picture; the last line is one JSON object.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from benchmarks.train_step import random_batch
+from ling_jax.cli import named_config, run_main
+from ling_jax.config import RunConfig
+from ling_jax.config.text import columns
+from ling_jax.train.figures import bars_figure
+from ling_jax.train.state import make_trainer
+from ling_jax.train.step import make_train_step
+
+BATCHES, EXPERTS = (2, 4, 8, 16), (32, 64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and products."""
+    rounds: int = 5
+    """Steps of each size to time, after two to warm up."""
+    figure: Path = Path("docs/scaling.png")
+    """The PNG to draw."""
+
+
+def resized(config: RunConfig, rows: int, experts: int) -> RunConfig:
+    data = dataclasses.replace(config.data, global_batch_size=rows)
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, num_experts=experts))
+
+
+def timed_step(config: RunConfig) -> Callable[[], float]:
+    """What runs one step and returns its microseconds per token."""
+    trainer = make_trainer(config)
+    held, batch, step = [trainer.new_state()], random_batch(config), make_train_step(trainer)
+
+    def run() -> float:
+        started = time.perf_counter()
+        held[0], metrics = step(held[0], batch)
+        jax.block_until_ready((held[0], metrics))
+        return 1e6 * (time.perf_counter() - started) / batch["tokens"].size
+
+    return run
+
+
+def measure(configs: dict[str, RunConfig], rounds: int) -> dict[str, float]:
+    """Median microseconds per token of each."""
+    steps, times = {}, {}
+    for name, config in configs.items():
+        steps[name], times[name] = timed_step(config), []
+        for _ in range(2):
+            steps[name]()
+        print(f"{name}: ready", file=sys.stderr)
+    for _ in range(rounds):
+        for name, run in steps.items():
+            times[name].append(run())
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main(argv: Sequence[str]) -> None:
+    command = tyro.cli(Command, args=list(argv), prog="python -m benchmarks.scaling", description=__doc__)
+    config = named_config("bench_moe")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=command.dtype))
+    rows, experts = config.data.global_batch_size, config.model.num_experts
+    found = {
+        "rows": measure({f"{n} rows": resized(config, n, experts) for n in BATCHES}, command.rounds),
+        "experts": measure({f"{n} experts": resized(config, rows, n) for n in EXPERTS}, command.rounds),
+    }
+    result: dict[str, Any] = {"benchmark": "scaling", "dtype": command.dtype, "us_per_token": found}
+    for name, values in found.items():
+        low, high = min(values.values()), max(values.values())
+        first, last = list(values.values())[0], list(values.values())[-1]
+        result[name] = {"last_over_first": last / first, "spread": high / low}
+    cells = [("size", "microseconds a token")]
+    print(columns([*cells, *((n, f"{v:.0f}") for part in found.values() for n, v in part.items())], numbers=True))
+    bars_figure(found, "microseconds a token", command.figure)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_main(main)
