@@ -58,9 +58,15 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # of matrices only
     clip_norm: float = 1.0  # global gradient norm
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second is always float32
+    eight_bit: bool = False  # both moments of matrices as 8-bit codes, 256 of them to a scale
 
     def __post_init__(self):
         check_at_least(self, 0, "b1", "b2", "eps", "weight_decay", "clip_norm")
+        check(
+            not self.eight_bit or self.mu_dtype == "float32",
+            f"optimizer.mu_dtype = {self.mu_dtype} says nothing of 8-bit moments: leave it at float32, or set "
+            "optimizer.eight_bit to False",
+        )
         check(max(self.b1, self.b2) < 1, f"b1 = {self.b1} and b2 = {self.b2} must be below 1")
 
 
@@ -274,6 +280,8 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         if name == "sources":
             built[name] = tuple(_from_dict(DataSource, source) for source in value)
+        elif isinstance(value, list):  # JSON has no tuples
+            built[name] = tuple(value)
         elif name in nested and isinstance(value, Mapping):
             built[name] = _from_dict(nested[name], value)
         else:

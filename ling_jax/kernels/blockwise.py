@@ -52,6 +52,10 @@ class MasterWeight:
         assert index is ..., "parts are taken of its arrays"
         return self
 
+    def hollow(self) -> "MasterWeight":
+        """What a backward pass needs of it: a master that was gathered to be here is not kept, nor gathered again."""
+        return MasterWeight(jnp.zeros((), self.dtype), self.quantised, self.watch)
+
     def gradient(self, of_master: jax.Array, watched: jax.Array | None) -> Any:
         """The gradient of all this, for a custom VJP; codes have none."""
         none: Any = None
@@ -252,7 +256,7 @@ def linear(x: jax.Array, w: MasterWeight) -> jax.Array:
 
 
 def _linear_fwd(x, w):
-    return linear(x, w), (x, w)
+    return linear(x, w), (x, w.hollow())
 
 
 def _linear_bwd(saved, g):

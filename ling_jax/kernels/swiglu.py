@@ -108,7 +108,8 @@ def _routed_fwd(x_ND, scale_NK, weights, plan, block):
     y_RD, inner = swiglu(rows_RD, weights, plan.group_sizes_E, block)
     with jax.named_scope("combine"):
         y_ND = combine_rows(y_RD, scale_NK, plan)
-    return y_ND, (rows_RD, inner, scale_NK, weights, plan)
+    kept = tuple(w.hollow() if isinstance(w, MasterWeight) else w for w in weights)
+    return y_ND, (rows_RD, inner, scale_NK, kept, plan)
 
 
 def _routed_bwd(block, saved, g_ND):

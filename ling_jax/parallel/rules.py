@@ -75,7 +75,10 @@ def spec_of(split: Split, dims: int) -> PartitionSpec:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(w: jax.Array, dim: int, axes: tuple[str, ...], wire_dtype: Any, reduce_dtype: Any) -> jax.Array:
-    """One axis after the other: over all of a slice's devices at once, XLA for TPU makes an all-reduce of it."""
+    """One axis after the other: over all of a slice's devices at once, XLA for TPU makes an all-reduce of it. With no
+    wire dtype nothing is sent, and what comes out is zeros that only a gradient comes back from."""
+    if wire_dtype is None:
+        return jnp.zeros([size * (axis_size(*axes) if i == dim else 1) for i, size in enumerate(w.shape)], w.dtype)
     wire = w.astype(wire_dtype)
     for axis in reversed(axes):
         wire = jax.lax.all_gather(wire, axis, axis=dim, tiled=True)
@@ -100,21 +103,22 @@ def gather(w: Any, names: tuple[str, ...], split: Split, wire_dtype: Any, reduce
     """A weight's shard -> what this device computes with: whole but for `tensor`, and the experts' own dim.
 
     Args:
-      w: this device's shard inside a manual region; outside one it is returned as it is. Of a `MasterWeight` the codes
-        travel; its master, which no product reads, is whole only where its gradient comes from, and never made.
+      w: this device's shard inside a manual region; outside one it is returned as it is. Of a `MasterWeight` only the
+        codes travel: no product reads its master.
       names, split: of its dims (see RULES and `split_of`).
       wire_dtype: it travels in this dtype and comes out, so rounded, in its own.
       reduce_dtype: in which its gradients are summed and scattered back.
     """
     if isinstance(w, MasterWeight):
-        master = gather(w.master, names, split, wire_dtype, reduce_dtype)
+        master = gather(w.master, names, split, None, reduce_dtype)
         codes = gather(w.quantised.codes, names, split, w.quantised.dtype, reduce_dtype)
         return MasterWeight(master, FP8Weight(codes, w.quantised.scales), w.watch)
+    wire_dtype = None if wire_dtype is None else jnp.dtype(wire_dtype)
     for dim, (name, axes) in enumerate(zip(names, split, strict=True)):
         axes = tuple(axis for axis in axes if axis != "tensor" and axis_size(axis) > 1)
         if name in STORAGE and axes:
             with jax.named_scope("gather_weights"):
-                w = _gather(w, dim, axes, jnp.dtype(wire_dtype), jnp.dtype(reduce_dtype))
+                w = _gather(w, dim, axes, wire_dtype, jnp.dtype(reduce_dtype))
     return w
 
 

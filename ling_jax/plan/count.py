@@ -227,6 +227,8 @@ class _Counter:
         if called:
             return self._inline(called[0], inputs, f"{stack}/{eqn.params.get('name', name)}", trips)
         sizes = [_bytes(v) for v in eqn.outvars]
+        if "optimizer" in key_of(stack).scope:  # outside the manual region: the shapes are of all devices
+            sizes = [size / math.prod(self.axis_sizes.values()) for size in sizes]
         if name in VIEWS:
             return [self.written(size) if inputs[0].written else Value(inputs[0].sources, False) for size in sizes]
         sources = {number: size for value in inputs for number, size in value.sources.items()}

@@ -17,11 +17,17 @@ REMEDIES: tuple[tuple[Callable[[RunConfig], bool], str], ...] = (
     (lambda c: c.train.remat != "full", "--train.remat full: the backward pass keeps each layer's input only"),
     (lambda c: c.mesh.buffer_factor > 1, "--mesh.buffer-factor 1: smaller buffers at the experts, more rounds"),
     (lambda c: c.rows_per_device > 1, "--train.microbatches up: fewer rows at once"),
-    (lambda c: c.optimizer.mu_dtype == "float32", "--optimizer.mu-dtype bfloat16: half of the first moment"),
+    (lambda c: not c.optimizer.eight_bit, "--optimizer.eight-bit: both moments in a quarter of their bytes"),
+    (lambda c: not c.train.fp8, "--train.fp8: weights travel and wait in a byte each (docs/fp8.md)"),
     (lambda c: c.mesh.data > 1, "--mesh.fsdp up and --mesh.data down: data repeats the whole state"),
     (lambda c: True, "--mesh.context up: fewer tokens of a row on each device"),
     (lambda c: True, "a larger topology, with more --mesh.fsdp"),
 )
+
+
+def _moments(config: RunConfig) -> str:
+    optimizer = config.optimizer
+    return "moments of 8 bits" if optimizer.eight_bit else f"first moment {optimizer.mu_dtype}"
 
 
 def gb(size: float) -> str:
@@ -46,7 +52,7 @@ def _head(plan: Plan) -> str:
         [
             f"{plan.topology}: {plan.devices} devices, {plan.slices} slice(s); mesh {mesh_text(c.mesh) or 'of one'}",
             f"{plan.counts.total:,} parameters, {plan.counts.active:,} active; weights {c.train.param_dtype}, "
-            f"first moment {c.optimizer.mu_dtype}, computation {c.train.dtype}",
+            f"{_moments(c)}, computation {'FP8 and ' if c.train.fp8 else ''}{c.train.dtype}",
             f"{rows} rows of {c.data.sequence_length} tokens a step in {c.train.microbatches} microbatch(es); {remat}",
         ]
     )

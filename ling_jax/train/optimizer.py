@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ling_jax.config import OptimizerConfig, ScheduleConfig
+from ling_jax.train.adam8 import scale_by_adam_8bit
 
 
 def learning_rate(config: ScheduleConfig, steps: int) -> optax.Schedule:
@@ -40,12 +41,19 @@ def decays(params: dict, axes: dict) -> dict:
     return jax.tree.map(lambda _, names: len(names) >= 2, params, axes)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, mask: dict) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; `mask` is `decays` of the parameters."""
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, mask: dict, blocks: dict | None = None
+) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW; `mask` is `decays` of the parameters, `blocks` are their `adam8.block_dims`,
+    which 8-bit moments need."""
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
+    if config.eight_bit:
+        assert blocks is not None
+        adam = scale_by_adam_8bit(config.b1, config.b2, config.eps, blocks)
     return _in_float32(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype),
+            adam,
             optax.add_decayed_weights(config.weight_decay, mask),
             optax.scale_by_learning_rate(schedule),
         )

@@ -15,6 +15,7 @@ from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
 from ling_jax.parallel.context import zigzag_order
 from ling_jax.parallel.mesh import BATCH_AXES, make_mesh, manual
+from ling_jax.train.adam8 import Coded, block_dims, moment_sharding
 from ling_jax.train.fp8 import Dims, Path, module_of, quantise, weights_in_fp8
 from ling_jax.train.optimizer import decays, learning_rate, make_optimizer
 
@@ -46,12 +47,17 @@ class Trainer(NamedTuple):
         return jax.jit(self.init, out_shardings=self.shardings())()
 
     def shardings(self) -> Any:
-        """A TrainState of where each array lives: moments as their parameters, the rest on every device."""
+        """A TrainState of where each array lives: moments with their parameters, the rest on every device."""
         whole = NamedSharding(self.mesh, PartitionSpec())
         params = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.param_specs)
         shapes = jax.eval_shape(self.init)
         optimizer = optax.tree_utils.tree_map_params(
-            self.optimizer, lambda _, sharding: sharding, shapes.optimizer, params, transform_non_params=lambda _: whole
+            self.optimizer,
+            moment_sharding,
+            shapes.optimizer,
+            params,
+            transform_non_params=lambda _: whole,
+            is_leaf=lambda x: isinstance(x, Coded),
         )
         bias = jax.tree.map(lambda _: whole, shapes.bias)
         fields: Any = (whole, params, bias, optimizer, whole, whole)
@@ -123,7 +129,7 @@ def make_trainer(config: RunConfig, devices: Sequence[Any] | None = None) -> Tra
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
     schedule = learning_rate(config.schedule, train.steps)
-    mask = decays(params, nnx.to_pure_dict(axes))
-    optimizer = make_optimizer(config.optimizer, schedule, mask)
+    names = nnx.to_pure_dict(axes)
+    optimizer = make_optimizer(config.optimizer, schedule, decays(params, names), block_dims(params, names))
     fp8 = weights_in_fp8(model, train.fp8_except) if train.fp8 else {}
     return Trainer(config, graph, optimizer, schedule, options, mesh, param_specs(model), fp8)
