@@ -26,7 +26,7 @@ RUNS = {
     "1t-v5p-8x8x16-32768-tokens": "ling_1t_base --topology v5p:8x8x16 --mesh.fsdp 8 --mesh.expert 16 "
     "--mesh.context 8 --data.global-batch-size 128",
 }
-# In bfloat16, in FP8, and that with 8-bit moments.
+# In bfloat16 and in FP8.
 FP8 = {
     "mini-tpu7x-4x4x4": "ling_mini_base_2_0 --topology tpu7x:4x4x4 --mesh.fsdp 16 --mesh.expert 8 "
     "--data.global-batch-size 128",
@@ -56,7 +56,6 @@ def commands() -> dict[str, str]:
         moments = "--optimizer.mu-dtype bfloat16"
         found[f"{name}-bf16"] = f"{flags} {BASE} {moments}"
         found[f"{name}-fp8"] = f"{flags} {BASE} {moments} --train.fp8"
-        found[f"{name}-fp8-8bit"] = f"{flags} {BASE} --optimizer.eight-bit --train.fp8"
     return found
 
 

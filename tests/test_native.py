@@ -136,7 +136,7 @@ def test_sizes_that_promise_more_rows_than_there_are_touch_nothing_else(library)
         np.testing.assert_array_equal(a, want.astype(np.float32))
 
 
-def test_without_a_pool_of_threads_the_caller_works_alone(library):
+def test_xlas_threads_may_be_turned_off(library):
     x, w, g = arrays((1300, 2, 64, 40))
     options = {"xla_cpu_multi_thread_eigen": False}
     alone = jax.jit(run.__wrapped__, static_argnums=(4, 5), compiler_options=options)

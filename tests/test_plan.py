@@ -17,7 +17,7 @@ from tiny_run import REPO
 
 from ling_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, count_params
 from ling_jax.plan import suggest
-from ling_jax.plan.count import Count, Work, key_of
+from ling_jax.plan.count import Count, Key, Work, key_of
 from ling_jax.plan.hardware import chip_of, peak_flops, wires_of
 from ling_jax.plan.memory import Memory, largest_buffers, memory_of_error
 from ling_jax.plan.plan import Plan, compile_plan, topology_devices, trace_step
@@ -93,6 +93,36 @@ def test_flops_are_those_counted_by_hand(shape, remat):
     config = run_config(dataclasses.replace(MODEL, **SHAPES[shape]), {"expert": 8}, remat=remat)
     got = count(config)[0].total().total_flops
     assert got == pytest.approx(flops_by_hand(config), rel=0.01)
+
+
+def weights_sent(counted: Count) -> float:
+    """Bytes of the all-gathers of weights that FP8 makes products with."""
+
+    def of_layers(key: Key) -> bool:
+        return "gather_weights" in key.scope and "loss" not in key.scope and "router" not in key.scope
+
+    return sum(sent.bytes for sent in counted.total(of_layers).sent if sent.kind == "all-gather")
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 2, "expert": 4}], ids=str)
+def test_in_fp8_the_same_products_read_and_send_half_the_bytes(mesh):
+    model = dataclasses.replace(MODEL, num_nextn_predict_layers=1)
+    wide, narrow = (count(run_config(model, mesh, fp8=fp8), "tpu7x:2x2x1")[0] for fp8 in (False, True))
+    assert narrow.total().total_flops == pytest.approx(wide.total().total_flops, rel=1e-6)
+    head = narrow.total(lambda key: "loss" in key.scope or "router" in key.scope or key.scope == "mtp")
+    scores = narrow.total(lambda key: "attention" in key.scope).flops["bfloat16"]  # eh_proj, head and scores stay
+    in_fp8 = narrow.total().flops["float8_e4m3fn"]
+    assert in_fp8 + scores + head.total_flops == pytest.approx(narrow.total().total_flops, rel=1e-4)
+    assert weights_sent(narrow) < 0.55 * weights_sent(wide)
+    quantised = narrow.total(lambda key: "quantise_weights" in key.scope)
+    assert sum(sent.bytes for sent in quantised.sent) < 0.05 * weights_sent(narrow)  # the greatest magnitudes
+
+
+def test_eight_bit_moments_are_counted_on_one_device():
+    config = run_config(mesh={"fsdp": 8})
+    coded = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eight_bit=True))
+    read = [count(c)[0].total(lambda key: "optimizer" in key.scope).hbm_bytes for c in (config, coded)]
+    assert read[1] < 2 * read[0]
 
 
 def test_long_rows_cut_over_context_make_the_same_products():

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ling_jax.kernels import native
 from ling_jax.kernels.precision import precision_of
 from ling_jax.kernels.splash import splash, splash_bwd
 
@@ -117,15 +118,26 @@ def _xla_bwd(
     return jnp.concatenate(dq, axis=1), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
-def _choose(implementation: str, xla: Callable, kernel: Callable, *args: jax.Array) -> Any:
+_native = native.or_else("attention", native.attention, _xla)
+_native_bwd = native.or_else("attention_gradients", native.attention_gradients, _xla_bwd)
+
+
+def _choose(
+    implementation: str, functions: tuple[Callable, Callable, Callable], *args: jax.Array, **static: Any
+) -> Any:
+    xla, kernel, in_cpp = (partial(f, **static) for f in functions)
+    if any(x.dtype != args[0].dtype or x.dtype not in native.DTYPES for x in args[:3]):
+        in_cpp = xla
     if implementation == "xla":
         return xla(*args)
+    if implementation == "native":
+        return jax.lax.platform_dependent(*args, cpu=in_cpp, default=xla)
     interpreted = partial(kernel, interpret=True)
     compiled = partial(kernel, interpret=False)
     if implementation == "splash":
         return jax.lax.platform_dependent(*args, cpu=interpreted, default=compiled)
     # Decided by the platform that the program is lowered for, never by the machine that compiles it.
-    return jax.lax.platform_dependent(*args, tpu=compiled, default=xla)
+    return jax.lax.platform_dependent(*args, cpu=in_cpp, tpu=compiled, default=xla)
 
 
 def attend(
@@ -146,12 +158,13 @@ def attend(
     Args:
       q_segments_BT, kv_segments_BS: int32, not negative.
       causal: queries and keys are the same tokens, and a query sees none after its own; else it sees all.
-      implementation: "xla", "splash" (Pallas, for TPU; interpreted on CPU) or "auto".
+      implementation: "native" (C++, for CPU; "xla" where it cannot be built), "splash" (Pallas, for TPU; interpreted
+        on CPU), "xla" (for the rest) or "auto".
     Returns:
       A query that sees no key has out 0 and an lse of MASKED, which counts for nothing in a merge.
     """
-    xla, kernel = (partial(f, scale=scale, causal=causal) for f in (_xla, splash))
-    answer = Answer(*_choose(implementation, xla, kernel, q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS))
+    args = (q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS)
+    answer = Answer(*_choose(implementation, (_xla, splash, _native), *args, scale=scale, causal=causal))
     if causal:
         return answer  # each query sees itself
     lonely_BTH = answer.lse_BTH < MASKED / 2
@@ -180,9 +193,8 @@ def attend_bwd(
       The rest as `attend` took it.
     """
     lse_BTH = jnp.where(lse_BTH < MASKED / 2, 0, lse_BTH)  # weights of 0, not of 1, where no key is seen
-    xla, kernel = (partial(f, scale=scale, causal=causal) for f in (_xla_bwd, splash_bwd))
     args = (q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC)
-    return _choose(implementation, xla, kernel, *args)
+    return _choose(implementation, (_xla_bwd, splash_bwd, _native_bwd), *args, scale=scale, causal=causal)
 
 
 def keep(*arrays: jax.Array) -> tuple[jax.Array, ...]:

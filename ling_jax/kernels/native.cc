@@ -37,7 +37,7 @@ constexpr Index kMost = 1024;  // rows of one item of work
 
 // ---- float32 tiles ----
 
-// c [M, columns] = a b (+ c if `add`). b: a panel, [depth, kColumns]. a: rows `lda` apart, or with kPacked [depth, M].
+// c [M, columns] = a b (+ c if `add`). b: a panel, [depth, kColumns]. a: rows `lda` apart; with kPacked a^T's are.
 template <int M, bool kPacked>
 void multiply_tile(const float* a, Index lda, const float* b, Index depth, float* c, Index ldc, Index columns,
                    bool add) {
@@ -55,7 +55,7 @@ void multiply_tile(const float* a, Index lda, const float* b, Index depth, float
       sums[m][0] += b0 * x;
       sums[m][1] += b1 * x;
     }
-    a += M;
+    a += lda;
 #pragma GCC unroll 8
     for (int i = 0; i < kBases; ++i) ++bases[i];
   }
@@ -100,7 +100,8 @@ void multiply_panels(const float* a, Index lda, const float* b, Index depth, flo
     for_tiles(rows, [&](Index m, Index height) {
       const float* from = a + m * (kPacked ? depth : lda);
       const auto tile = kTiles<kPacked>[height - 1];
-      tile(from, lda, b + n * depth, depth, c + m * ldc + n, ldc, std::min<Index>(columns - n, kColumns), add);
+      tile(from, kPacked ? height : lda, b + n * depth, depth, c + m * ldc + n, ldc,
+           std::min<Index>(columns - n, kColumns), add);
     });
   }
 }
@@ -409,10 +410,14 @@ ffi::Error gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuff
 
 }  // namespace
 
+#include "native_attention.h"  // made of the tiles above
+
 // All else is hidden: another library may hold another version of XLA's headers.
 extern "C" {
 __attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedProduct(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedWeightGradient(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingAttention(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingAttentionGradient(XLA_FFI_CallFrame*);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedProduct, product_handler,
@@ -431,3 +436,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedWeightGradient, gradient_handler,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttention, attention_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<bool>("causal"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttentionGradient, attention_gradient_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<bool>("causal"));

@@ -1,9 +1,11 @@
-"""Grouped products in C++ for CPU: builds native.cc at first use with the system's compiler, loads and registers it.
+"""Grouped products and attention in C++ for CPU: builds native.cc at first use with the system's compiler, loads and
+registers it.
 
 XLA:CPU has no grouped product, and a loop over groups pays for a copy and a library call each; native.cc reads rows
-and weights where they lie. Without a compiler, or with LING_JAX_NATIVE=0, callers keep XLA's form: see `or_else`.
+and weights where they lie. XLA's attention writes all scores to memory. Without a compiler, or with LING_JAX_NATIVE=0,
+callers keep XLA's form: see `or_else`.
 
-Legend: R rows, E groups, I inputs, O outputs.
+Legend: R rows, E groups, I inputs, O outputs; of attention as in attention.py.
 """
 
 import ctypes
@@ -29,14 +31,21 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from ling_jax.config.cache import cache_folder, cpu_flags
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cc")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("native_vectors.h", "native_amx.h"))
+HEADERS = tuple(SOURCE.with_name(name) for name in ("native_vectors.h", "native_amx.h", "native_attention.h"))
 # Sums of products may fuse: -std=c++17 alone forbids it.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 COMPILERS = ("c++", "g++", "clang++")
-TARGETS = {"ling_grouped_product": "LingGroupedProduct", "ling_grouped_weight_gradient": "LingGroupedWeightGradient"}
+TARGETS = {
+    "ling_grouped_product": "LingGroupedProduct",
+    "ling_grouped_weight_gradient": "LingGroupedWeightGradient",
+    "ling_attention": "LingAttention",
+    "ling_attention_gradient": "LingAttentionGradient",
+}
 DTYPES = (jnp.float32, jnp.bfloat16)
 BUILD_SECONDS = 300  # what a compiler may take before it counts as broken
 
@@ -67,20 +76,6 @@ def _compiler() -> list[str]:
     return command
 
 
-def _cpu_flags() -> str:
-    """What the processor offers, as far as the system says: a cache may be shared by machines that differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ling_jax"
-
-
 def _machine_flag() -> str:
     """-march=native, or what older compilers call it on Arm."""
     arm = platform.machine() in ("aarch64", "arm64")
@@ -94,10 +89,10 @@ def _library() -> Path:
     """
     compiler = _compiler()
     command = [*compiler, *FLAGS, _machine_flag(), f"-I{jax.ffi.include_dir()}", str(SOURCE)]
-    known = [_output(*compiler, "--version"), _cpu_flags(), jax.__version__, platform.machine(), *command]
+    known = [_output(*compiler, "--version"), cpu_flags(), jax.__version__, platform.machine(), *command]
     content = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     key = hashlib.sha256("\0".join(known).encode() + content).hexdigest()[:32]
-    folder = _cache_folder()
+    folder = cache_folder()
     library = folder / f"native-{key}.so"
     if library.exists():
         return library
@@ -129,8 +124,8 @@ def _loaded() -> bool:
         _register(_library())
     except NoLibrary as problem:
         logger.warning(
-            "Experts run on XLA's slower grouped products: %s. Install a C++17 compiler (Debian: apt install g++) or "
-            "name one in CXX; LING_JAX_NATIVE=0 silences this.",
+            "Experts and attention run in XLA's slower forms: %s. Install a C++17 compiler (Debian: apt install g++) "
+            "or name one in CXX; LING_JAX_NATIVE=0 silences this.",
             problem,
         )
         return False
@@ -145,26 +140,32 @@ def available() -> bool:
         return _loaded()
 
 
-def or_else(name: str, native: Callable[..., jax.Array], fallback: Callable[..., jax.Array]) -> Callable[..., Any]:
+def or_else(name: str, native: Callable[..., Any], fallback: Callable[..., Any]) -> Callable[..., Any]:
     """A function that is `native` where the library is `available` and `fallback` elsewhere.
 
     It is a primitive, so that this is decided when a program is lowered for CPU: a program for TPU, whose conditionals
-    on the platform are traced with their CPU branch too, builds nothing. Arguments are arrays, keywords static.
+    on the platform are traced with their CPU branch too, builds nothing. Arguments are arrays, keywords static; results
+    are an array or a tuple of them.
     """
     primitive = Primitive(name)
+    primitive.multiple_results = True
 
-    def chosen(*args: jax.Array, **static: Any) -> jax.Array:
-        return (native if available() else fallback)(*args, **static)
+    def chosen(*args: jax.Array, **static: Any) -> list[jax.Array]:
+        return jax.tree.leaves((native if available() else fallback)(*args, **static))
 
-    def abstract(*avals: Any, **static: Any) -> ShapedArray:
+    def abstract(*avals: Any, **static: Any) -> list[ShapedArray]:
         arrays = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-        out = jax.eval_shape(functools.partial(fallback, **static), *arrays)
-        return ShapedArray(out.shape, out.dtype)
+        outs = jax.eval_shape(functools.partial(fallback, **static), *arrays)
+        return [ShapedArray(out.shape, out.dtype) for out in jax.tree.leaves(outs)]
+
+    def bind(*args: jax.Array, **static: Any) -> Any:
+        results = primitive.bind(*args, **static)
+        return tuple(results) if len(results) > 1 else results[0]
 
     primitive.def_impl(chosen)
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(chosen, multiple_results=False), platform="cpu")
-    return primitive.bind
+    mlir.register_lowering(primitive, mlir.lower_fun(chosen, multiple_results=True), platform="cpu")
+    return bind
 
 
 def product(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, *, out_dim: int) -> jax.Array:
@@ -178,3 +179,24 @@ def weight_gradient(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array) 
     """`kernels.grouped.grouped_weight_gradient`; both float32 or both bfloat16."""
     out = jax.ShapeDtypeStruct((group_sizes_E.size, g_RO.shape[1], x_RI.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("ling_grouped_weight_gradient", out)(g_RO, x_RI, group_sizes_E.astype(jnp.int32))
+
+
+def attention(
+    q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, *, scale: float, causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of `kernels.attention.attend`; q, k and v all float32 or all bfloat16. A query that sees no key has
+    an lse of -1e30."""
+    outs = jax.ShapeDtypeStruct(q_BTHC.shape, jnp.float32), jax.ShapeDtypeStruct(q_BTHC.shape[:3], jnp.float32)
+    call = jax.ffi.ffi_call("ling_attention", outs)
+    out, lse = call(q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, scale=np.float32(scale), causal=causal)
+    return out, lse
+
+
+def attention_gradients(
+    q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC, *, scale: float, causal: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`kernels.attention.attend_bwd`; g in q's dtype, `out` in either."""
+    outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q_BTHC, k_BSGC, v_BSGC)]
+    args = q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC
+    dq, dk, dv = jax.ffi.ffi_call("ling_attention_gradient", outs)(*args, scale=np.float32(scale), causal=causal)
+    return dq, dk, dv

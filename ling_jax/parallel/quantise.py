@@ -41,13 +41,14 @@ def watch_shard(w: jax.Array, names: tuple[str, ...], split: Split) -> jax.Array
 def _scales(w: jax.Array, names: tuple[str, ...], split: Split) -> tuple[jax.Array, jax.Array]:
     """Those of all blocks, and each element's of this device."""
     amax, axes_of = jnp.abs(w.astype(jnp.float32)), _stored(names, split)
-    units = {}
-    for dim in (-2, -1):
-        units[dim] = gcd(BLOCK, w.shape[dim]) if axis_size(*axes_of[dim]) > 1 else BLOCK
-        amax = block_max(amax, dim, units[dim])
+    # Units of a shard first, of both dims: what is gathered is no larger than scales are.
+    units = {dim: gcd(BLOCK, w.shape[dim]) if axis_size(*axes_of[dim]) > 1 else BLOCK for dim in (-2, -1)}
+    for dim, unit in units.items():
+        amax = block_max(amax, dim, unit)
+    for dim, unit in units.items():
         for axis in reversed(axes_of[dim]):
             amax = all_gather(amax, axis, dim)
-        amax = block_max(amax, dim, BLOCK // units[dim])
+        amax = block_max(amax, dim, BLOCK // unit)
     scales = mine = scales_of(amax, FLOOR)
     for dim in (-2, -1):
         mine = _mine(mine, dim, w.shape[dim], units[dim], axes_of[dim])
