@@ -90,12 +90,12 @@ def quantise_tiles(x: jax.Array, dim: int, implementation: str = "auto") -> Tile
 
     compiled = partial(kernel, interpret=False)
     if implementation == "xla":
-        found = xla(x)
+        codes, scales = xla(x)
     elif implementation == "pallas":
-        found = jax.lax.platform_dependent(x, cpu=partial(kernel, interpret=True), default=compiled)
+        codes, scales = jax.lax.platform_dependent(x, cpu=partial(kernel, interpret=True), default=compiled)
     else:
-        found = jax.lax.platform_dependent(x, tpu=compiled, default=xla)
-    return Tiles(*found, dim)
+        codes, scales = jax.lax.platform_dependent(x, tpu=compiled, default=xla)
+    return Tiles(codes, scales, dim)
 
 
 def deviation(x: jax.Array, y: jax.Array, stacked: int = 0) -> jax.Array:
