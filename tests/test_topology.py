@@ -141,7 +141,11 @@ def test_in_fp8_weights_travel_and_are_multiplied_as_codes(tpu):
     assert kernels(text) & {"gmm", "tgmm"} == set() == kernels(wide) & {"fp8_product"}
     assert "f8e4m3fn" in {dtype for dtype, _ in collectives(text)["all-gather"]}
     assert gathered_bytes(text) < 0.65 * gathered_bytes(wide)  # the embedding and the head stay in bfloat16
-    calls = [line for line in text.splitlines() if re.search(r"%fp8_(?:product|weight_gradient)[.\d]* = .*tpu_custom_call", line)]
+    calls = [
+        line
+        for line in text.splitlines()
+        if re.search(r"%fp8_(?:product|weight_gradient)[.\d]* = .*tpu_custom_call", line)
+    ]
     assert len(calls) >= 3 * 5 and all(line.count("f8e4m3fn[") >= 2 for line in calls)
     assert not re.findall(r"= (?:bf16|f32)\[[\d,]{8,}\]\S* convert\(\S*f8e4m3fn", text)
 
