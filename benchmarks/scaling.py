@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=command.dtype))
     rows, experts = config.data.global_batch_size, config.model.num_experts
     found = {
-        "rows": measure({f"{n} rows": resized(config, n, experts) for n in BATCHES}, command.rounds),
-        "experts": measure({f"{n} experts": resized(config, rows, n) for n in EXPERTS}, command.rounds),
+        "rows": measure({str(n): resized(config, n, experts) for n in BATCHES}, command.rounds),
+        "experts": measure({str(n): resized(config, rows, n) for n in EXPERTS}, command.rounds),
     }
     result: dict[str, Any] = {"benchmark": "scaling", "dtype": command.dtype, "us_per_token": found}
     for name, values in found.items():
@@ -85,7 +85,12 @@ def main(argv: Sequence[str]) -> None:
         first, last = list(values.values())[0], list(values.values())[-1]
         result[name] = {"last_over_first": last / first, "spread": high / low}
     cells = [("size", "microseconds a token")]
-    print(columns([*cells, *((n, f"{v:.0f}") for part in found.values() for n, v in part.items())], numbers=True))
+    print(
+        columns(
+            [*cells, *((f"{n} {name}", f"{v:.0f}") for name, part in found.items() for n, v in part.items())],
+            numbers=True,
+        )
+    )
     bars_figure(found, "microseconds a token", command.figure)
     print(json.dumps(result))
 

@@ -486,10 +486,11 @@ def bars_figure(parts: Mapping[str, Mapping[str, float]], ylabel: str, path: epa
     """Draws named values as bars from zero, one panel for each part, as a PNG."""
     figure = new_figure(3.2)
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
-    for axes, color, values in zip(panels, CYCLE, parts.values(), strict=False):
+    for axes, color, (name, values) in zip(panels, CYCLE, parts.items(), strict=False):
         axes.bar(list(values), list(values.values()), color=color, width=0.6)
         for place, value in enumerate(values.values()):
             axes.text(place, value, f"{value:.0f}", ha="center", va="bottom", color=INK, fontsize=9)
+        axes.set_xlabel(name, color=INK, fontsize=10)
         axes.set_ylabel(ylabel, color=INK, fontsize=10)
         axes.tick_params(colors=INK, labelsize=9)
         for side in ("top", "right"):
