@@ -53,7 +53,7 @@ class RunSaver:
     checkpointer: Checkpointer
     config: RunConfig
 
-    def save(self, state: TrainState, fallen: Sequence[str]) -> None:
+    def save(self, state: TrainState, fallen: Sequence[str] = ()) -> None:
         step = int(state.step)
         meta = {
             "config": dataclasses.asdict(self.config),

@@ -162,9 +162,9 @@ def flags(folder, name: str, **changes) -> list[str]:
 
 
 def test_a_module_that_loses_too_much_falls_back_and_stays_so_when_resumed(tmp_path):
-    limit = dict(train__fp8_min_cosine=0.9996)
+    limit = dict(train__fp8_min_cosine=0.99965)  # some of all modules pass it
     _, err = run("train.py", *flags(tmp_path, "whole", **limit))
-    assert "goes back to bfloat16 (of" in err and "train.fp8_min_cosine 0.9996" in err
+    assert "goes back to bfloat16 (of" in err and "train.fp8_min_cosine 0.99965" in err
     run("train.py", *flags(tmp_path, "parts", **limit, train__steps=6))
     assert read_meta(tmp_path / "runs/parts/checkpoints")["fp8_fallen"]
     run("train.py", *flags(tmp_path, "parts", **limit))

@@ -113,7 +113,7 @@ def test_in_fp8_the_same_products_read_and_send_half_the_bytes(mesh):
     scores = narrow.total(lambda key: "attention" in key.scope).flops["bfloat16"]  # eh_proj, head and scores stay
     in_fp8 = narrow.total().flops["float8_e4m3fn"]
     assert in_fp8 + scores + head.total_flops == pytest.approx(narrow.total().total_flops, rel=1e-4)
-    assert weights_sent(narrow) < 0.55 * weights_sent(wide)
+    assert weights_sent(narrow) < 0.6 * weights_sent(wide)  # eh_proj stays
     quantised = narrow.total(lambda key: "quantise_weights" in key.scope)
     assert sum(sent.bytes for sent in quantised.sent) < 0.05 * weights_sent(narrow)  # the greatest magnitudes
 
