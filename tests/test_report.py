@@ -202,3 +202,15 @@ def test_expert_load_figure_needs_the_key_it_draws(tmp_path):
     assert (tmp_path / "load.png").read_bytes().startswith(PNG)
     with pytest.raises(ValueError, match="'dense' logged no moe/load_max_over_mean"):
         expert_load_figure({"with bias": records, "dense": [{"step": 1}]}, tmp_path / "load.png")
+
+
+def test_gaps_and_bars_are_drawn_of_their_data(tmp_path):
+    def drawn(draw, *args) -> bytes:
+        draw(*args, tmp_path / "figure.png")
+        return (tmp_path / "figure.png").read_bytes()
+
+    base = [{"step": i, "train/loss": 5 - i / 100} for i in range(1, 101)]
+    near, far = ([{**r, "train/loss": r["train/loss"] * (1 + gap)} for r in base] for gap in (0.001, 0.01))
+    gaps = [drawn(figures.loss_gap_figure, {"base": base, "other": other}, "base") for other in (near, far)]
+    bars = [drawn(figures.bars_figure, {"rows": {"2": 3.0, "4": value}}, "us") for value in (1.0, 2.0)]
+    assert all(png.startswith(b"\x89PNG") for png in gaps + bars) and gaps[0] != gaps[1] and bars[0] != bars[1]
