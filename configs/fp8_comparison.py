@@ -1,6 +1,6 @@
 """A small Ling 2.0 with FP8's tile sizes (hidden and expert width 256), to see what FP8 costs in quality.
 
-Command:   python -m scripts.fp8_comparison: this run in float32, bfloat16 (two seeds), FP8 and with 8-bit AdamW.
+Command:   python -m scripts.fp8_comparison: this run in bfloat16, FP8 and with 8-bit AdamW (three seeds), and float32.
 Hardware:  2 CPU cores, 4 GB of memory; about 6 to 15 minutes a run.
 Text:      the .py files of the Python that runs it; a 4096-token BPE is trained on their training split.
 Promise:   FP8's validation loss is within 0.25% of bfloat16's, or within what another seed changes (docs/fp8.md).

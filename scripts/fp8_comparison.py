@@ -1,7 +1,8 @@
 """Trains one model in float32, bfloat16, FP8 and with 8-bit AdamW: python -m scripts.fp8_comparison [--steps 2000].
 
-Each run is an ordinary one of configs/fp8_comparison.py: what was stopped goes on where it was. A second seed in
-bfloat16 shows how much a difference means. Ends with a table (its last line is JSON) and a figure.
+Each run is an ordinary one of configs/fp8_comparison.py: what was stopped goes on where it was. Every variant is
+compared with bfloat16 of the same seeds; what bfloat16's other seeds change shows how much a difference means. Ends
+with a table (its last line is JSON) and a figure.
 """
 
 import dataclasses
@@ -10,7 +11,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -20,13 +22,19 @@ from ling_jax.train.figures import loss_gap_figure
 from ling_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-REFERENCE, SEED = "bfloat16", "bfloat16-seed-1"
-VARIANTS: dict[str, list[str]] = {
-    REFERENCE: [],
-    SEED: ["--train.seed", "1"],
-    "float32": ["--train.dtype", "float32"],
-    "fp8": ["--train.fp8"],
-    "8-bit-adamw": ["--optimizer.eight-bit"],
+REFERENCE = "bfloat16"
+
+
+class Variant(NamedTuple):
+    flags: tuple[str, ...]
+    seeds: int
+
+
+VARIANTS = {
+    REFERENCE: Variant((), 3),
+    "fp8": Variant(("--train.fp8",), 3),
+    "8-bit-adamw": Variant(("--optimizer.eight-bit",), 3),
+    "float32": Variant(("--train.dtype", "float32"), 1),
 }
 
 
@@ -42,49 +50,60 @@ class Command:
     """More flags of train.py, for every run."""
 
 
-def train(command: Command, name: str) -> None:
-    words = [sys.executable, "train.py", "fp8_comparison", "--run", name, "--runs-dir", str(command.runs_dir.resolve())]
-    words += ["--train.steps", str(command.steps), *VARIANTS[name], *command.settings]
+def run_name(variant: str, seed: int) -> str:
+    return f"{variant}-seed-{seed}"
+
+
+def train(command: Command, variant: str, seed: int) -> None:
+    words = [sys.executable, "train.py", "fp8_comparison", "--run", run_name(variant, seed)]
+    words += ["--runs-dir", str(command.runs_dir.resolve()), "--train.steps", str(command.steps)]
+    words += ["--train.seed", str(seed), *VARIANTS[variant].flags, *command.settings]
     subprocess.run(words, cwd=ROOT, check=True)
 
 
-def last(records: Sequence[Mapping[str, Any]], key: str) -> float:
-    return next(record[key] for record in reversed(records) if key in record)
+def losses(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Validation loss at the end, and means of the training loss: last tenth of the steps, and all of them."""
+    trained = [record["train/loss"] for record in records if "train/loss" in record]
+    validation = next(r["eval/nats_per_token"] for r in reversed(records) if "eval/nats_per_token" in r)
+    return {
+        "validation": validation,
+        "training, last tenth": fmean(trained[-(len(trained) // 10) :]),
+        "training": fmean(trained),
+    }
 
 
 def compare(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """By run: validation loss at the end, its gap to bfloat16's, and the mean gap of the training losses of the last
-    tenth of the steps."""
-    tail = len(runs[REFERENCE]) // 10
-
-    def trained(name: str) -> float:
-        return sum(record["train/loss"] for record in runs[name][-tail:]) / tail
-
-    reference = last(runs[REFERENCE], "eval/nats_per_token")
-    return {
-        name: {
-            "nats_per_token": last(records, "eval/nats_per_token"),
-            "gap": last(records, "eval/nats_per_token") / reference - 1,
-            "training_gap": trained(name) / trained(REFERENCE) - 1,
-        }
-        for name, records in runs.items()
-    }
+    """Relative gaps by run, to bfloat16 of the same seed (its other seeds: to its first), and each variant's mean over
+    its seeds."""
+    found = {name: losses(records) for name, records in runs.items()}
+    gaps = {}
+    for variant, (_, seeds) in VARIANTS.items():
+        for seed in range(seeds):
+            base = found[run_name(REFERENCE, 0 if variant == REFERENCE else seed)]
+            own = found[run_name(variant, seed)]
+            gaps[run_name(variant, seed)] = {key: own[key] / base[key] - 1 for key in base}
+        if variant != REFERENCE and seeds > 1:
+            own = [gaps[run_name(variant, seed)] for seed in range(seeds)]
+            gaps[f"{variant}, mean"] = {key: fmean(one[key] for one in own) for key in own[0]}
+    return gaps
 
 
 def main(argv: Sequence[str]) -> None:
     command = tyro.cli(Command, args=list(argv), prog="python -m scripts.fp8_comparison", description=__doc__)
-    for name in VARIANTS:
-        train(command, name)
-    runs = {name: read_metrics(command.runs_dir / name) for name in VARIANTS}
-    found = compare(runs)
-    rows = [("run", "validation, nats a token", "from bfloat16", "training, from bfloat16")]
-    rows += [
-        (name, f"{v['nats_per_token']:.4f}", f"{v['gap']:+.3%}", f"{v['training_gap']:+.3%}")
-        for name, v in found.items()
-    ]
+    names = [(variant, seed) for variant, (_, seeds) in VARIANTS.items() for seed in range(seeds)]
+    for variant, seed in names:
+        train(command, variant, seed)
+    runs = {run_name(*one): read_metrics(command.runs_dir / run_name(*one)) for one in names}
+    gaps = compare(runs)
+    keys = list(gaps[run_name(REFERENCE, 0)])
+    rows = [("from bfloat16", *keys)]
+    rows += [(name, *(f"{values[key]:+.3%}" for key in keys)) for name, values in gaps.items()]
     print(columns(rows, numbers=True))
-    loss_gap_figure(runs, REFERENCE, command.figure)
-    print(json.dumps({"steps": command.steps, **found}))
+    drawn = (run_name(REFERENCE, 0), run_name(REFERENCE, 1), "fp8-seed-0", "8-bit-adamw-seed-0", "float32-seed-0")
+    loss_gap_figure({name: runs[name] for name in drawn}, run_name(REFERENCE, 0), command.figure)
+    print(
+        json.dumps({"steps": command.steps, "losses": {name: losses(one) for name, one in runs.items()}, "gaps": gaps})
+    )
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def test_the_clocks_count_a_program_that_has_ended():
     before = Clocks.read()
     subprocess.run([sys.executable, "-ISc", "import time\nwhile time.process_time() < 0.2: pass"], check=True)
     after = Clocks.read()
-    assert after.mine - before.mine >= 0.19
-    assert after.busy - before.busy >= 0.15  # ticks of 0.01 s
+    assert after.mine - before.mine >= 0.15  # both in ticks of 0.01 s
+    assert after.busy - before.busy >= 0.15
 
 
 def test_a_part_can_be_chosen(stub, capsys):

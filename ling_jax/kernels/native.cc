@@ -332,26 +332,45 @@ Index threads_for(const ffi::ThreadPool& pool, const std::vector<Item>& groups, 
   return small ? 1 : std::max<Index>(1, pool.num_threads());
 }
 
+// y[:, first:last] = x w for `rows` rows of a group, the best way here.
+template <typename X, typename W>
+void product_item(const Shape& s, const X* x, const W* w, X* y, Index rows, Index first, Index last) {
+  if (s.transposed && rows <= kFew) return product_few(s, x, w, y, rows, first, last);
+#if defined(LING_AMX)
+  if constexpr (std::is_same_v<X, Bf16>) {
+    if (amx_allowed()) return product_amx(s, x, w, y, rows, first, last);
+  }
+#endif
+  product_tiles(s, x, w, y, rows, first, last);
+}
+
+// dw[:, first:last] = g^T x over an item's rows.
+template <typename X>
+void gradient_item(const X* g, const X* x, float* dw, const Item& t, Index outputs, Index inputs) {
+  if (t.rows == 0) {  // whole: only groups with rows are cut
+    std::memset(dw, 0, outputs * inputs * sizeof(float));
+    return;
+  }
+#if defined(LING_AMX)
+  if constexpr (std::is_same_v<X, Bf16>) {
+    if (amx_allowed()) return gradient_amx(g, x, dw, t.rows, outputs, inputs, t.first, t.last);
+  }
+#endif
+  gradient_tiles(g, x, dw, t.rows, outputs, inputs, t.first, t.last);
+}
+
 template <typename X, typename W>
 void product(ffi::ThreadPool& pool, const Shape& s, const X* x, const W* w, X* y, const std::vector<Item>& groups) {
   const Index threads = threads_for(pool, groups, s.inner * s.outer);
   const auto items = product_items(groups, threads);
   parallel(pool, threads, items.size(), [&](Index i) {
     const Item& t = items[i];
-    const X* from = x + t.row * s.inner;
     X* to = y + t.row * s.outer;
     if (t.group < 0) {
       std::memset(to, 0, t.rows * s.outer * sizeof(X));
       return;
     }
-    const W* weight = w + t.group * s.inner * s.outer;
-    if (s.transposed && t.rows <= kFew) return product_few(s, from, weight, to, t.rows, t.first, t.last);
-#if defined(LING_AMX)
-    if constexpr (std::is_same_v<X, Bf16>) {
-      if (amx_allowed()) return product_amx(s, from, weight, to, t.rows, t.first, t.last);
-    }
-#endif
-    product_tiles(s, from, weight, to, t.rows, t.first, t.last);
+    product_item(s, x + t.row * s.inner, w + t.group * s.inner * s.outer, to, t.rows, t.first, t.last);
   });
 }
 
@@ -362,19 +381,13 @@ void gradient(ffi::ThreadPool& pool, const X* g, const X* x, float* dw, Index ou
   const auto items = gradient_items(groups, threads);
   parallel(pool, threads, items.size(), [&](Index i) {
     const Item& t = items[i];
-    float* to = dw + t.group * outputs * inputs;
-    if (t.rows == 0) {  // whole: only groups with rows are cut
-      std::memset(to, 0, outputs * inputs * sizeof(float));
-      return;
-    }
-    const X *left = g + t.row * outputs, *right = x + t.row * inputs;
-#if defined(LING_AMX)
-    if constexpr (std::is_same_v<X, Bf16>) {
-      if (amx_allowed()) return gradient_amx(left, right, to, t.rows, outputs, inputs, t.first, t.last);
-    }
-#endif
-    gradient_tiles(left, right, to, t.rows, outputs, inputs, t.first, t.last);
+    gradient_item(g + t.row * outputs, x + t.row * inputs, dw + t.group * outputs * inputs, t, outputs, inputs);
   });
+}
+
+template <typename T>
+T* data(const ffi::AnyBuffer& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
 }
 
 // Calls f with a pointer of the buffer's type.
@@ -411,6 +424,7 @@ ffi::Error gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuff
 }  // namespace
 
 #include "native_attention.h"  // made of the tiles above
+#include "native_experts.h"    // made of the items above, and an exponential of attention's
 
 // All else is hidden: another library may hold another version of XLA's headers.
 extern "C" {
@@ -418,6 +432,8 @@ __attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedProduct(XLA_FFI
 __attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedWeightGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAttention(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAttentionGradient(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingExperts(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingExpertsGradient(XLA_FFI_CallFrame*);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedProduct, product_handler,
@@ -466,3 +482,39 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttentionGradient, attention_gradient_handler,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<bool>("causal"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExpertsGradient, experts_gradient_handler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());

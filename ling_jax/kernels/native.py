@@ -1,11 +1,11 @@
-"""Grouped products and attention in C++ for CPU: builds native.cc at first use with the system's compiler, loads and
-registers it.
+"""Experts, grouped products and attention in C++ for CPU: builds native.cc at first use with the system's compiler,
+loads and registers it.
 
 XLA:CPU has no grouped product, and a loop over groups pays for a copy and a library call each; native.cc reads rows
 and weights where they lie. XLA's attention writes all scores to memory. Without a compiler, or with LING_JAX_NATIVE=0,
 callers keep XLA's form: see `or_else`.
 
-Legend: R rows, E groups, I inputs, O outputs; of attention as in attention.py.
+Legend: R rows, E groups, I inputs, O outputs; of attention as in attention.py, of experts as in swiglu.py.
 """
 
 import ctypes
@@ -36,7 +36,9 @@ from ling_jax.config.cache import cache_folder, cpu_flags
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cc")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("native_vectors.h", "native_amx.h", "native_attention.h"))
+HEADERS = tuple(
+    SOURCE.with_name(name) for name in ("native_vectors.h", "native_amx.h", "native_attention.h", "native_experts.h")
+)
 # Sums of products may fuse: -std=c++17 alone forbids it.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 COMPILERS = ("c++", "g++", "clang++")
@@ -45,6 +47,8 @@ TARGETS = {
     "ling_grouped_weight_gradient": "LingGroupedWeightGradient",
     "ling_attention": "LingAttention",
     "ling_attention_gradient": "LingAttentionGradient",
+    "ling_experts": "LingExperts",
+    "ling_experts_gradient": "LingExpertsGradient",
 }
 DTYPES = (jnp.float32, jnp.bfloat16)
 BUILD_SECONDS = 300  # what a compiler may take before it counts as broken
@@ -200,3 +204,24 @@ def attention_gradients(
     args = q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC
     dq, dk, dv = jax.ffi.ffi_call("ling_attention_gradient", outs)(*args, scale=np.float32(scale), causal=causal)
     return dq, dk, dv
+
+
+def experts(x_ND, scale_NK, ids_NK, gate_EFD, up_EFD, down_EDF, *, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y [N, D], gate and up [rows, F]) of `kernels.swiglu.routed_swiglu`; x, and the weights alike, each float32 or
+    bfloat16. Gate and up are in an order of their own, for `experts_gradients`; the last of them are not written."""
+    (tokens, hidden), pairs, width = x_ND.shape, ids_NK.size, gate_EFD.shape[1]
+    shapes = (tokens, hidden), (rows, width), (rows, width), (pairs, hidden)
+    call = jax.ffi.ffi_call("ling_experts", [jax.ShapeDtypeStruct(shape, x_ND.dtype) for shape in shapes])
+    return tuple(call(x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_EFD, up_EFD, down_EDF)[:3])
+
+
+def experts_gradients(
+    x_ND, scale_NK, ids_NK, gate_EFD, up_EFD, down_EDF, gate_RF, up_RF, g_ND
+) -> tuple[jax.Array, ...]:
+    """Gradients of x (in its dtype), of scales, and of the three weights (float32); g in x's dtype."""
+    pairs, width, hidden = ids_NK.size, gate_EFD.shape[1], x_ND.shape[1]
+    outs = [jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), jax.ShapeDtypeStruct(scale_NK.shape, jnp.float32)]
+    outs += [jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in (gate_EFD, up_EFD, down_EDF)]
+    outs += [jax.ShapeDtypeStruct((pairs, columns), x_ND.dtype) for columns in (width, width, width, hidden)]
+    args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_EFD, up_EFD, down_EDF, gate_RF, up_RF, g_ND
+    return tuple(jax.ffi.ffi_call("ling_experts_gradient", outs)(*args)[:5])

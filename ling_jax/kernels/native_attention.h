@@ -406,11 +406,6 @@ Attention attention_of(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, float s
   return {queries[0], queries[1], keys[1], queries[2], keys[2], queries[3], scale, causal};
 }
 
-template <typename T>
-T* data(const ffi::AnyBuffer& buffer) {
-  return static_cast<T*>(buffer.untyped_data());
-}
-
 ffi::Error attention_handler(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                              ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, ffi::Result<ffi::AnyBuffer> out,
                              ffi::Result<ffi::AnyBuffer> lse, float scale, bool causal) {

@@ -111,7 +111,7 @@ inline void transpose(V (&rows)[kLanes]) {
 struct alignas(64) Line {
   char bytes[64];
 };
-enum Slot { kA, kB, kC, kSlots };
+enum Slot { kA, kB, kC, kRowsOf, kInner, kOther, kSlots };
 
 // At least `count` elements for this thread, kept from call to call.
 template <typename T>

@@ -15,6 +15,7 @@ from ling_jax.kernels.grouped import padded_rows
 class RowPlan(NamedTuple):
     """Where each (token, choice) pair goes among the sorted rows, and back."""
 
+    ids_NK: jax.Array  # int32, of which it is made; E or more for none
     row_of_NK: jax.Array  # int32; R for a pair of no group
     pair_of_R: jax.Array  # int32, n * K + k; N * K for a row that only pads
     group_sizes_E: jax.Array  # int32 rows of each expert, padding included
@@ -36,7 +37,7 @@ def plan_rows(ids_NK: jax.Array, num_experts: int, block: int) -> RowPlan:
     pair_of_R = (
         jnp.full(rows, pairs, jnp.int32).at[row_of_NK.reshape(-1)].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
     )
-    return RowPlan(row_of_NK, pair_of_R, group_sizes_E)
+    return RowPlan(ids_NK, row_of_NK, pair_of_R, group_sizes_E)
 
 
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels import blockwise
+from ling_jax.kernels import blockwise, native
 from ling_jax.kernels.blockwise import MasterWeight, quantise_tiles
 from ling_jax.kernels.fp8 import BLOCK
 from ling_jax.kernels.grouped import block_rows, grouped_product, grouped_weight_gradient
@@ -95,6 +95,64 @@ def row_gradients(dinner: Inner, weights: Weights, group_sizes_E: jax.Array, blo
         return terms[0] + terms[1]
 
 
+def _forward(x_ND, scale_NK, weights: Weights, plan: RowPlan, block: int) -> tuple[jax.Array, Inner]:
+    with jax.named_scope("dispatch"):
+        rows_RD = gather_rows(x_ND, plan)
+    y_RD, inner = swiglu(rows_RD, weights, plan.group_sizes_E, block)
+    with jax.named_scope("combine"):
+        return combine_rows(y_RD, scale_NK, plan), inner
+
+
+def _backward(
+    x_ND, scale_NK, weights: Weights, plan: RowPlan, inner: Inner, g_ND, block: int
+) -> tuple[jax.Array, jax.Array, Weights]:
+    """Of x, scales and weights. Rows are gathered again: kept, they would be the largest arrays of a layer."""
+    sizes_E = plan.group_sizes_E
+    with jax.named_scope("dispatch"):
+        rows_RD = gather_rows(x_ND, plan)
+    with jax.named_scope("combine"):
+        g_RD = gather_rows(g_ND, plan)
+        scale_R = take_rows(scale_NK.reshape(-1), plan.pair_of_R)
+    dweights, dscale_R, dinner = weight_gradients(rows_RD, weights, sizes_E, block, g_RD, scale_R, inner)
+    drows_RD = row_gradients(dinner, weights, sizes_E, block)
+    with jax.named_scope("dispatch"):
+        dx_ND = sum_choices(drows_RD, plan.row_of_NK).astype(g_ND.dtype)
+        return dx_ND, take_rows(dscale_R, plan.row_of_NK), dweights
+
+
+# Primitives take arrays: x, scales, three weights, the plan's four; and gate, up and g.
+
+
+def _forward_in_cpp(x_ND, scale_NK, gate, up, down, ids_NK, *plan, block):
+    return native.experts(x_ND, scale_NK, ids_NK, gate, up, down, rows=plan[1].size)
+
+
+def _forward_in_xla(x_ND, scale_NK, gate, up, down, *plan, block):
+    y_ND, inner = _forward(x_ND, scale_NK, (gate, up, down), RowPlan(*plan), block)
+    return y_ND, *inner
+
+
+def _backward_in_cpp(x_ND, scale_NK, gate, up, down, ids_NK, _row_of_NK, _pair_of_R, _sizes_E, *inner_and_g, block):
+    dx_ND, dscale_NK, *dweights = native.experts_gradients(x_ND, scale_NK, ids_NK, gate, up, down, *inner_and_g)
+    return dx_ND, dscale_NK, *(d.astype(w.dtype) for d, w in zip(dweights, (gate, up, down), strict=True))
+
+
+def _backward_in_xla(x_ND, scale_NK, gate, up, down, *rest, block):
+    *plan, gate_RF, up_RF, g_ND = rest
+    weights, inner = (gate, up, down), (gate_RF, up_RF)
+    dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, weights, RowPlan(*plan), inner, g_ND, block)
+    return dx_ND, dscale_NK, *dweights
+
+
+_cpu_forward = native.or_else("routed_swiglu", _forward_in_cpp, _forward_in_xla)
+_cpu_backward = native.or_else("routed_swiglu_gradients", _backward_in_cpp, _backward_in_xla)
+
+
+def _for_cpp(x_ND: jax.Array, weights: Weights) -> bool:
+    plain = all(isinstance(w, jax.Array) for w in weights) and len({w.dtype for w in weights}) == 1
+    return plain and all(a.dtype in native.DTYPES for a in (x_ND, weights[0]))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def routed_swiglu(x_ND: jax.Array, scale_NK: jax.Array, weights: Weights, plan: RowPlan, block: int) -> jax.Array:
     """sum_k scale_k expert_k(x), [N, D] in x's dtype, of the experts that `plan` gives each token; `scale_NK` float32,
@@ -103,26 +161,27 @@ def routed_swiglu(x_ND: jax.Array, scale_NK: jax.Array, weights: Weights, plan: 
 
 
 def _routed_fwd(x_ND, scale_NK, weights, plan, block):
-    with jax.named_scope("dispatch"):
-        rows_RD = gather_rows(x_ND, plan)
-    y_RD, inner = swiglu(rows_RD, weights, plan.group_sizes_E, block)
-    with jax.named_scope("combine"):
-        y_ND = combine_rows(y_RD, scale_NK, plan)
+    if _for_cpp(x_ND, weights):
+        forward = partial(_forward_in_xla, block=block)
+        args = x_ND, scale_NK, *weights, *plan
+        y_ND, *inner = jax.lax.platform_dependent(*args, cpu=partial(_cpu_forward, block=block), default=forward)
+    else:
+        y_ND, inner = _forward(x_ND, scale_NK, weights, plan, block)
     kept = tuple(w.hollow() if isinstance(w, MasterWeight) else w for w in weights)
-    return y_ND, (rows_RD, inner, scale_NK, kept, plan)
+    return y_ND, (x_ND, scale_NK, kept, plan, tuple(inner))
 
 
 def _routed_bwd(block, saved, g_ND):
-    rows_RD, inner, scale_NK, weights, plan = saved
-    with jax.named_scope("combine"):
-        g_RD = gather_rows(g_ND, plan)
-        scale_R = take_rows(scale_NK.reshape(-1), plan.pair_of_R)
-    sizes_E = plan.group_sizes_E
-    dweights, dscale_R, dinner = weight_gradients(rows_RD, weights, sizes_E, block, g_RD, scale_R, inner)
-    drows_RD = row_gradients(dinner, weights, sizes_E, block)
-    with jax.named_scope("dispatch"):
-        dx_ND = sum_choices(drows_RD, plan.row_of_NK).astype(g_ND.dtype)
-        return dx_ND, take_rows(dscale_R, plan.row_of_NK), dweights, None
+    x_ND, scale_NK, weights, plan, inner = saved
+    if _for_cpp(x_ND, weights):
+        backward = partial(_backward_in_xla, block=block)
+        args = x_ND, scale_NK, *weights, *plan, *inner, g_ND
+        dx_ND, dscale_NK, *dweights = jax.lax.platform_dependent(
+            *args, cpu=partial(_cpu_backward, block=block), default=backward
+        )
+    else:
+        dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, weights, plan, inner, g_ND, block)
+    return dx_ND, dscale_NK, tuple(dweights), None
 
 
 routed_swiglu.defvjp(_routed_fwd, _routed_bwd)
