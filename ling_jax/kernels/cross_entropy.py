@@ -34,10 +34,6 @@ def _scan_vocab(w_VD: jax.Array, step, carry):
     return carry, ys
 
 
-def _hit_Nc(targets_N, start, width):
-    return targets_N[:, None] == start + jnp.arange(width)[None, :]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 4))
 def target_logprobs(
     x_ND: jax.Array,
@@ -71,7 +67,9 @@ def _forward(x_ND, w_VD, whole_rows, targets_N, vocab_axis):
         logits_Nc = dot(x_ND, whole_rows(w_cD).astype(x_ND.dtype), ((1,), (1,)))
         new_top_N = jnp.maximum(top_N, logits_Nc.max(axis=1))
         total_N = total_N * jnp.exp(top_N - new_top_N) + jnp.exp(logits_Nc - new_top_N[:, None]).sum(axis=1)
-        picked_N += jnp.where(_hit_Nc(targets_N, start, w_cD.shape[0]), logits_Nc, 0).sum(axis=1)
+        at_N = targets_N - start
+        hit_N = (at_N >= 0) & (at_N < w_cD.shape[0])
+        picked_N += jnp.where(hit_N, jnp.take_along_axis(logits_Nc, jnp.where(hit_N, at_N, 0)[:, None], 1)[:, 0], 0)
         return (new_top_N, total_N, picked_N), None
 
     zeros_N = jnp.zeros(x_ND.shape[0], jnp.float32)
@@ -95,17 +93,18 @@ def _bwd(whole_rows, vocab_axis, saved, g_N):
     if vocab_axis is not None:
         g_N = jax.lax.psum(g_N, vocab_axis)  # every device's objective has its share of each logprob
 
-    def step(dx_ND, w_cD, start):
+    # Logits lie across: no product then contracts the first dim of a large operand, which CPUs are slow at.
+    def step(dx_DN, w_cD, start):
         whole_cD, shard_of = jax.vjp(whole_rows, w_cD)
         whole_cD = whole_cD.astype(x_ND.dtype)
-        logits_Nc = dot(x_ND, whole_cD, ((1,), (1,)))
-        hit_Nc = _hit_Nc(targets_N, start, w_cD.shape[0])
-        dlogits_Nc = ((hit_Nc - jnp.exp(logits_Nc - lse_N[:, None])) * g_N[:, None]).astype(x_ND.dtype)
-        dw_cD = dot(dlogits_Nc, x_ND, ((0,), (0,))).astype(w_VD.dtype)
-        return dx_ND + dot(dlogits_Nc, whole_cD, ((1,), (0,))), shard_of(dw_cD)[0]
+        logits_cN = dot(whole_cD, x_ND, ((1,), (1,)))
+        hit_cN = targets_N == start + jnp.arange(w_cD.shape[0])[:, None]
+        dlogits_cN = ((hit_cN - jnp.exp(logits_cN - lse_N)) * g_N).astype(x_ND.dtype)
+        dw_cD = dot(dlogits_cN, x_ND, ((1,), (0,))).astype(w_VD.dtype)
+        return dx_DN + dot(whole_cD, dlogits_cN, ((0,), (0,))), shard_of(dw_cD)[0]
 
-    dx_ND, dw_VD = _scan_vocab(w_VD, step, jnp.zeros(x_ND.shape, jnp.float32))
-    return dx_ND.astype(x_ND.dtype), dw_VD, None
+    dx_DN, dw_VD = _scan_vocab(w_VD, step, jnp.zeros(x_ND.shape[::-1], jnp.float32))
+    return dx_DN.T.astype(x_ND.dtype), dw_VD, None
 
 
 target_logprobs.defvjp(_fwd, _bwd)

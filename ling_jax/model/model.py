@@ -307,7 +307,7 @@ class Ling(nnx.Module):
                 index = used[kind] + repeat * counts[kind] + seen[kind]
                 layer_cache = None if cache is None else cache.layer(kind, index)
                 run = self._remat(partial(run_layer, kind))
-                out = run(_take(stacks[kind], seen[kind]), x_BTD, ids_BTK, layer_cache)
+                out = run(stacks[kind][seen[kind]], x_BTD, ids_BTK, layer_cache)
                 cache = None if cache is None else cache.with_layer(kind, out.cache)
                 x_BTD = out.hidden_BTD
                 outs.append(out._replace(hidden_BTD=None, cache=None))
@@ -342,10 +342,11 @@ def _in_place(params: Any, wholes: Any) -> Any:
     return _map_experts(lambda layer, stack: LayerWeight(stack, layer), params, wholes)
 
 
-def _rows(tree: Any, first: int, repeats: int, count: int) -> Any:
-    """Layers first .. first + repeats * count of a stack, as [repeats, count, ...]."""
+def _rows(tree: Any, first: int, repeats: int, count: int) -> list[Any]:
+    """`count` stacks of `repeats` layers: every count-th one from `first` on, from first + 1 on, ... A scan is given
+    what its body uses as it is: a weight that is indexed in the body is saved once more for the backward pass."""
     last = first + repeats * count
-    return jax.tree.map(lambda a: a[first:last].reshape(repeats, count, *a.shape[1:]), tree)
+    return [jax.tree.map(lambda a, i=i: a[first + i : last : count], tree) for i in range(count)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
