@@ -33,10 +33,24 @@ def _linear_fwd(x: jax.Array, w_OI: jax.Array):
 
 def _linear_bwd(saved, g):
     x, w_OI = saved
-    rows = tuple(range(x.ndim - 1))
     dx = dot(g, w_OI.astype(g.dtype), ((x.ndim - 1,), (0,))).astype(x.dtype)
-    dw_OI = dot(g, x, (rows, rows)).astype(w_OI.dtype)  # float32 sums reach float32 weights unrounded
-    return dx, dw_OI
+    return dx, _weight_gradient(g, x).astype(w_OI.dtype)  # float32 sums reach float32 weights unrounded
+
+
+def _weight_gradient(g, x):
+    """float32 [O, I]. XLA:CPU writes the first operand once more, transposed: it is to be the narrower one, and the
+    barrier keeps XLA from turning that round again."""
+    rows = tuple(range(x.ndim - 1))
+
+    def turned(g, x):
+        return jax.lax.optimization_barrier(dot(x, g, (rows, rows))).T
+
+    def straight(g, x):
+        return dot(g, x, (rows, rows))
+
+    if g.shape[-1] <= x.shape[-1]:
+        return straight(g, x)
+    return jax.lax.platform_dependent(g, x, cpu=turned, default=straight)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

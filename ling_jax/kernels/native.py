@@ -1,5 +1,5 @@
-"""Experts, grouped products and attention in C++ for CPU: builds native.cc at first use with the system's compiler,
-loads and registers it.
+"""Experts, grouped products, attention and AdamW in C++ for CPU: builds native.cc at first use with the system's
+compiler, loads and registers it.
 
 XLA:CPU has no grouped product, and a loop over groups pays for a copy and a library call each; native.cc reads rows
 and weights where they lie. XLA's attention writes all scores to memory. Without a compiler, or with LING_JAX_NATIVE=0,
@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cc")
 HEADERS = tuple(
-    SOURCE.with_name(name) for name in ("native_vectors.h", "native_amx.h", "native_attention.h", "native_experts.h")
+    SOURCE.with_name(name)
+    for name in ("native_vectors.h", "native_adamw.h", "native_amx.h", "native_attention.h", "native_experts.h")
 )
 # Sums of products may fuse: -std=c++17 alone forbids it.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -49,6 +50,7 @@ TARGETS = {
     "ling_attention_gradient": "LingAttentionGradient",
     "ling_experts": "LingExperts",
     "ling_experts_gradient": "LingExpertsGradient",
+    "ling_adamw": "LingAdamW",
 }
 DTYPES = (jnp.float32, jnp.bfloat16)
 BUILD_SECONDS = 300  # what a compiler may take before it counts as broken
@@ -225,3 +227,18 @@ def experts_gradients(
     outs += [jax.ShapeDtypeStruct((pairs, columns), x_ND.dtype) for columns in (width, width, width, hidden)]
     args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_EFD, up_EFD, down_EDF, gate_RF, up_RF, g_ND
     return tuple(jax.ffi.ffi_call("ling_experts_gradient", outs)(*args)[:5])
+
+
+def adamw(
+    weight: jax.Array, gradient: jax.Array, mean: jax.Array, square: jax.Array, scalars: jax.Array, **rule: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(weight, mean, square) after `train.optimizer.Update`, all float32; written where they lie if donated.
+
+    Args:
+      scalars: float32 [5]: what gradients are multiplied with, the learning rate, what the mean and the square are
+        divided by, and 0 to change nothing.
+      rule: b1, b2, eps, decay.
+    """
+    outs = [jax.ShapeDtypeStruct(weight.shape, jnp.float32)] * 3
+    call = jax.ffi.ffi_call("ling_adamw", outs, input_output_aliases={0: 0, 2: 1, 3: 2})
+    return tuple(call(weight, gradient, mean, square, scalars, **{name: np.float32(x) for name, x in rule.items()}))

@@ -1,6 +1,7 @@
 """Linear: a weight in HF's [out, in] orientation behind the `kernels.linear` seam."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,6 +65,11 @@ class Linear(nnx.Module):
         return linear(x, whole(self.weight, x.dtype, self.mesh))
 
 
+@partial(jax.checkpoint, prevent_cse=False)  # the backward pass keeps these two arrays, not five
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), no bias (spec 2.4)."""
 
@@ -80,4 +86,4 @@ class SwiGLU(nnx.Module):
         return self.down_proj.partial(self._inner(x))
 
     def _inner(self, x: jax.Array) -> jax.Array:
-        return jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return _gated(self.gate_proj(x), self.up_proj(x))

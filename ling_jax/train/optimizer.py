@@ -1,12 +1,16 @@
-"""AdamW and the learning-rate schedule, from optax."""
+"""AdamW and the learning-rate schedule, from optax; and how an update is applied, on CPU in one pass over memory."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ling_jax.config import OptimizerConfig, ScheduleConfig
+from ling_jax.kernels import native
 from ling_jax.train.adam8 import scale_by_adam_8bit
 
 
@@ -71,3 +75,80 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return inner.update(widen(updates), state, widen(params))
 
     return optax.GradientTransformation(lambda params: inner.init(widen(params)), update)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What applies an optimizer's update; where a step is not `ok`, everything stays as it was."""
+
+    optimizer: optax.GradientTransformation
+    config: OptimizerConfig
+    schedule: optax.Schedule
+    mask: dict  # as `make_optimizer` has it
+    one_device: bool
+
+    def __call__(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:
+        """Parameters and the optimizer's state after a step with `grads`, whose global norm is `norm`."""
+        args = params, state, grads, norm, ok
+        if not self._for_cpp(params, state):
+            return self.in_optax(*args)
+        arrays, tree = jax.tree.flatten(args)
+        apply = partial(_apply_on_cpu, update=self, tree=tree)
+        results = jax.lax.platform_dependent(
+            *arrays, cpu=apply, default=partial(_apply_in_optax, update=self, tree=tree)
+        )
+        return jax.tree.unflatten(jax.tree.structure((params, state)), results)
+
+    def _for_cpp(self, params: dict, state: Any) -> bool:
+        """XLA makes three passes of an update, with copies of both moments. XLA cannot split our call over a mesh."""
+        floats = [a.dtype for a in jax.tree.leaves((params, state)) if jnp.issubdtype(a.dtype, jnp.floating)]
+        return self.one_device and not self.config.eight_bit and all(dtype == jnp.float32 for dtype in floats)
+
+    def in_optax(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:
+        updates, new_state = self.optimizer.update(grads, state, params)
+        new = optax.apply_updates(params, updates), new_state
+        return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, (params, state))
+
+    def in_cpp(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:
+        """Kingma and Ba's Adam, algorithm 1 (arXiv 1412.6980), with decoupled weight decay (arXiv 1711.05101)."""
+        config, (clip, adam, decay, rate) = self.config, state
+        count = adam.count + 1
+        scalars = (
+            jnp.where(norm < config.clip_norm, 1.0, config.clip_norm / norm),
+            self.schedule(rate.count),
+            1 - config.b1**count,
+            1 - config.b2**count,
+            ok,
+        )
+        scalars = jnp.stack([jnp.asarray(s, jnp.float32) for s in scalars])
+
+        def leaf(weight, gradient, mean, square, decays):
+            gradient, strength = gradient.astype(jnp.float32), config.weight_decay if decays else 0.0
+            rule = dict(b1=config.b1, b2=config.b2, eps=config.eps, decay=strength)
+            return native.adamw(weight, gradient, mean, square, scalars, **rule)
+
+        done = jax.tree.map(leaf, params, grads, adam.mu, adam.nu, self.mask)
+        params, mu, nu = (jax.tree.map(lambda _, new, i=i: new[i], params, done) for i in range(3))
+        one = ok.astype(jnp.int32)
+        state = (
+            clip,
+            adam._replace(count=adam.count + one, mu=mu, nu=nu),
+            decay,
+            rate._replace(count=rate.count + one),
+        )
+        return params, state
+
+
+def _apply_in_cpp(*arrays: jax.Array, update: Update, tree: Any) -> list[jax.Array]:
+    return jax.tree.leaves(update.in_cpp(*jax.tree.unflatten(tree, arrays)))
+
+
+def _apply_in_optax(*arrays: jax.Array, update: Update, tree: Any) -> list[jax.Array]:
+    return jax.tree.leaves(update.in_optax(*jax.tree.unflatten(tree, arrays)))
+
+
+_on_cpu = native.or_else("adamw", _apply_in_cpp, _apply_in_optax)
+
+
+def _apply_on_cpu(*arrays: jax.Array, update: Update, tree: Any) -> list[jax.Array]:
+    return list(_on_cpu(*arrays, update=update, tree=tree))

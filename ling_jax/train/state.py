@@ -17,7 +17,7 @@ from ling_jax.parallel.context import zigzag_order
 from ling_jax.parallel.mesh import BATCH_AXES, make_mesh, manual
 from ling_jax.train.adam8 import Coded, block_dims, moment_sharding
 from ling_jax.train.fp8 import Dims, Path, module_of, quantise, weights_in_fp8
-from ling_jax.train.optimizer import decays, learning_rate, make_optimizer
+from ling_jax.train.optimizer import Update, decays, learning_rate, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -34,13 +34,17 @@ class Trainer(NamedTuple):
 
     config: RunConfig
     graph: nnx.GraphDef
-    optimizer: optax.GradientTransformation
+    update: Update
     schedule: optax.Schedule
     options: dict[str, Any]  # of Ling: dtypes, initial std, remat, mesh
     mesh: jax.sharding.Mesh
     param_specs: dict[str, Any]  # a PartitionSpec for each parameter
     fp8: Mapping[Path, Dims] = MappingProxyType({})  # the weights that are computed with in FP8
     fallen: tuple[str, ...] = ()  # modules that lost too much in it (`train.fp8_max_lost`)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return self.update.optimizer
 
     def new_state(self) -> TrainState:
         """`init`, each device making only its own shards."""
@@ -130,6 +134,8 @@ def make_trainer(config: RunConfig, devices: Sequence[Any] | None = None) -> Tra
     )
     schedule = learning_rate(config.schedule, train.steps)
     names = nnx.to_pure_dict(axes)
-    optimizer = make_optimizer(config.optimizer, schedule, decays(params, names), block_dims(params, names))
+    mask = decays(params, names)
+    optimizer = make_optimizer(config.optimizer, schedule, mask, block_dims(params, names))
+    update = Update(optimizer, config.optimizer, schedule, mask, mesh.size == 1)
     fp8 = weights_in_fp8(model, train.fp8_except) if train.fp8 else {}
-    return Trainer(config, graph, optimizer, schedule, options, mesh, param_specs(model), fp8)
+    return Trainer(config, graph, update, schedule, options, mesh, param_specs(model), fp8)

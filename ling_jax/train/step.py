@@ -123,13 +123,11 @@ def apply_gradients(
     norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
-        updates, optimizer = trainer.optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, optimizer = trainer.update(state.params, state.optimizer, grads, norm, ok)
     bias = state.bias
     if config.model.moe_router_enable_expert_bias and config.train.bias_update_rate > 0:
         bias = balance_biases(bias, sums.expert_counts_LE, config.train.bias_update_rate, config.model)
-    kept = (state.params, state.bias, state.optimizer)
-    params, bias, optimizer = jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, bias, optimizer), kept)
+    bias = jax.tree.map(lambda new, old: jnp.where(ok, new, old), bias, state.bias)
     failed = 1 - ok.astype(jnp.int32)
     in_a_row = jnp.where(ok, 0, state.skipped_in_a_row + 1)
     metrics = {
