@@ -25,6 +25,7 @@ class LayerWeight:
 
     stack_LEOI: jax.Array | FP8Weight
     layer: jax.Array  # int32 []
+    own_EOI: jax.Array | None = None  # to train: the same once more, which gradients go to; cut out where it is used
 
     @property
     def dtype(self) -> jnp.dtype:

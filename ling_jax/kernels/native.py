@@ -208,24 +208,27 @@ def attention_gradients(
     return dq, dk, dv
 
 
-def experts(x_ND, scale_NK, ids_NK, gate_EFD, up_EFD, down_EDF, *, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(y [N, D], gate and up [rows, F]) of `kernels.swiglu.routed_swiglu`; x, and the weights alike, each float32 or
-    bfloat16. Gate and up are in an order of their own, for `experts_gradients`; the last of them are not written."""
-    (tokens, hidden), pairs, width = x_ND.shape, ids_NK.size, gate_EFD.shape[1]
+def experts(
+    x_ND, scale_NK, ids_NK, gate_LEFD, up_LEFD, down_LEDF, layer, *, rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y [N, D], gate and up [rows, F]) of `kernels.swiglu.routed_swiglu` with one layer of a stack; x, and the weights
+    alike, each float32 or bfloat16. Gate and up are in an order of their own, for `experts_gradients`; the last of them
+    are not written."""
+    (tokens, hidden), pairs, width = x_ND.shape, ids_NK.size, gate_LEFD.shape[2]
     shapes = (tokens, hidden), (rows, width), (rows, width), (pairs, hidden)
     call = jax.ffi.ffi_call("ling_experts", [jax.ShapeDtypeStruct(shape, x_ND.dtype) for shape in shapes])
-    return tuple(call(x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_EFD, up_EFD, down_EDF)[:3])
+    return tuple(call(x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer)[:3])
 
 
 def experts_gradients(
-    x_ND, scale_NK, ids_NK, gate_EFD, up_EFD, down_EDF, gate_RF, up_RF, g_ND
+    x_ND, scale_NK, ids_NK, gate_LEFD, up_LEFD, down_LEDF, layer, gate_RF, up_RF, g_ND
 ) -> tuple[jax.Array, ...]:
-    """Gradients of x (in its dtype), of scales, and of the three weights (float32); g in x's dtype."""
-    pairs, width, hidden = ids_NK.size, gate_EFD.shape[1], x_ND.shape[1]
+    """Gradients of x (in its dtype), of scales, and of the layer's three weights (float32); g in x's dtype."""
+    pairs, (_, _, width, hidden) = ids_NK.size, gate_LEFD.shape
     outs = [jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), jax.ShapeDtypeStruct(scale_NK.shape, jnp.float32)]
-    outs += [jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in (gate_EFD, up_EFD, down_EDF)]
+    outs += [jax.ShapeDtypeStruct(w.shape[1:], jnp.float32) for w in (gate_LEFD, up_LEFD, down_LEDF)]
     outs += [jax.ShapeDtypeStruct((pairs, columns), x_ND.dtype) for columns in (width, width, width, hidden)]
-    args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_EFD, up_EFD, down_EDF, gate_RF, up_RF, g_ND
+    args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer, gate_RF, up_RF, g_ND
     return tuple(jax.ffi.ffi_call("ling_experts_gradient", outs)(*args)[:5])
 
 

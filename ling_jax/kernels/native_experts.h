@@ -186,21 +186,26 @@ void experts_backward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W
   sum_choices<X>(pool, threads, pairs, results, nullptr, dx, hidden);
 }
 
+// One layer's, where they lie in the stack of all: [L, E, ...].
 template <typename W>
-Weights<W> weights_of(const W* gate, ffi::AnyBuffer up, ffi::AnyBuffer down) {
-  return {gate, data<const W>(up), data<const W>(down), down.dimensions()[1], down.dimensions()[2]};
+Weights<W> weights_of(const W* gate, ffi::AnyBuffer up, ffi::AnyBuffer down, ffi::AnyBuffer layer) {
+  const auto dims = down.dimensions();  // L, E, D, F
+  const Index last = dims[0] - 1, at = std::clamp<Index>(*data<const std::int32_t>(layer), 0, last);
+  const Index skipped = at * dims[1] * dims[2] * dims[3];
+  return {gate + skipped, data<const W>(up) + skipped, data<const W>(down) + skipped, dims[2], dims[3]};
 }
 
 ffi::Error experts_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer ids,
-                           ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down,
+                           ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down, ffi::AnyBuffer layer,
                            ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> gate,
                            ffi::Result<ffi::AnyBuffer> up, ffi::Result<ffi::AnyBuffer> results) {
-  const Pairs pairs(ids, w_gate.dimensions()[0]);
+  const Pairs pairs(ids, w_gate.dimensions()[1]);
   return with_type(x, [&](auto* rows) {
     using X = std::remove_pointer_t<decltype(rows)>;
-    return with_type(w_gate, [&](auto* weights) {
-      experts_forward<X>(pool, pairs, weights_of<std::remove_pointer_t<decltype(weights)>>(weights, w_up, w_down), rows,
-                         data<const float>(scale), data<X>(*y), data<X>(*gate), data<X>(*up), data<X>(*results));
+    return with_type(w_gate, [&](auto* first) {
+      const Weights<std::remove_pointer_t<decltype(first)>> weights = weights_of(first, w_up, w_down, layer);
+      experts_forward<X>(pool, pairs, weights, rows, data<const float>(scale), data<X>(*y), data<X>(*gate),
+                         data<X>(*up), data<X>(*results));
       return ffi::Error::Success();
     });
   });
@@ -208,21 +213,21 @@ ffi::Error experts_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 
 ffi::Error experts_gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer ids,
                                     ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down,
-                                    ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::AnyBuffer g,
+                                    ffi::AnyBuffer layer, ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::AnyBuffer g,
                                     ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
                                     ffi::Result<ffi::AnyBuffer> dgate, ffi::Result<ffi::AnyBuffer> dup,
                                     ffi::Result<ffi::AnyBuffer> ddown, ffi::Result<ffi::AnyBuffer> inner_gated,
                                     ffi::Result<ffi::AnyBuffer> inner_gate, ffi::Result<ffi::AnyBuffer> inner_up,
                                     ffi::Result<ffi::AnyBuffer> results) {
-  const Pairs pairs(ids, w_gate.dimensions()[0]);
+  const Pairs pairs(ids, w_gate.dimensions()[1]);
   return with_type(x, [&](auto* rows) {
     using X = std::remove_pointer_t<decltype(rows)>;
-    return with_type(w_gate, [&](auto* weights) {
+    return with_type(w_gate, [&](auto* first) {
+      const Weights<std::remove_pointer_t<decltype(first)>> weights = weights_of(first, w_up, w_down, layer);
       const Inner<X> inner{data<X>(*inner_gated), data<X>(*inner_gate), data<X>(*inner_up)};
-      experts_backward<X>(pool, pairs, weights_of<std::remove_pointer_t<decltype(weights)>>(weights, w_up, w_down),
-                          rows, data<const float>(scale), data<const X>(gate), data<const X>(up), data<const X>(g),
-                          data<X>(*dx), data<float>(*dscale), data<float>(*dgate), data<float>(*dup), data<float>(*ddown),
-                          inner, data<X>(*results));
+      experts_backward<X>(pool, pairs, weights, rows, data<const float>(scale), data<const X>(gate),
+                          data<const X>(up), data<const X>(g), data<X>(*dx), data<float>(*dscale),
+                          data<float>(*dgate), data<float>(*dup), data<float>(*ddown), inner, data<X>(*results));
       return ffi::Error::Success();
     });
   });

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ling_jax.kernels import blockwise, native
 from ling_jax.kernels.blockwise import MasterWeight, quantise_tiles
 from ling_jax.kernels.fp8 import BLOCK
-from ling_jax.kernels.grouped import block_rows, grouped_product, grouped_weight_gradient
+from ling_jax.kernels.grouped import LayerWeight, block_rows, grouped_product, grouped_weight_gradient
 from ling_jax.kernels.rows import RowPlan, combine_rows, gather_rows, sum_choices, take_rows
 
 Weights = tuple[Any, ...]  # gate and up [E, F, D], down [E, D, F]; arrays, or `MasterWeight` to train in FP8
@@ -120,25 +120,29 @@ def _backward(
         return dx_ND, take_rows(dscale_R, plan.row_of_NK), dweights
 
 
-# Primitives take arrays: x, scales, three weights, the plan's four; and gate, up and g.
+# Primitives take arrays: x, scales, three weights, the same in their stacks and the layer; the plan; gate, up and g.
 
 
-def _forward_in_cpp(x_ND, scale_NK, gate, up, down, ids_NK, *plan, block):
-    return native.experts(x_ND, scale_NK, ids_NK, gate, up, down, rows=plan[1].size)
+def _forward_in_cpp(x_ND, scale_NK, _gate, _up, _down, *rest, block):
+    *stacks, layer, ids_NK, _, pair_of_R, _ = rest
+    with jax.named_scope("experts"):
+        return native.experts(x_ND, scale_NK, ids_NK, *stacks, layer, rows=pair_of_R.size)
 
 
-def _forward_in_xla(x_ND, scale_NK, gate, up, down, *plan, block):
-    y_ND, inner = _forward(x_ND, scale_NK, (gate, up, down), RowPlan(*plan), block)
+def _forward_in_xla(x_ND, scale_NK, gate, up, down, *rest, block):
+    y_ND, inner = _forward(x_ND, scale_NK, (gate, up, down), RowPlan(*rest[4:]), block)
     return y_ND, *inner
 
 
-def _backward_in_cpp(x_ND, scale_NK, gate, up, down, ids_NK, _row_of_NK, _pair_of_R, _sizes_E, *inner_and_g, block):
-    dx_ND, dscale_NK, *dweights = native.experts_gradients(x_ND, scale_NK, ids_NK, gate, up, down, *inner_and_g)
-    return dx_ND, dscale_NK, *(d.astype(w.dtype) for d, w in zip(dweights, (gate, up, down), strict=True))
+def _backward_in_cpp(x_ND, scale_NK, gate, up, down, *rest, block):
+    *stacks, layer, ids_NK, _, _, _, gate_RF, up_RF, g_ND = rest
+    with jax.named_scope("experts"):
+        found = native.experts_gradients(x_ND, scale_NK, ids_NK, *stacks, layer, gate_RF, up_RF, g_ND)
+    return *found[:2], *(d.astype(w.dtype) for d, w in zip(found[2:], (gate, up, down), strict=True))
 
 
 def _backward_in_xla(x_ND, scale_NK, gate, up, down, *rest, block):
-    *plan, gate_RF, up_RF, g_ND = rest
+    *plan, gate_RF, up_RF, g_ND = rest[4:]
     weights, inner = (gate, up, down), (gate_RF, up_RF)
     dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, weights, RowPlan(*plan), inner, g_ND, block)
     return dx_ND, dscale_NK, *dweights
@@ -148,40 +152,56 @@ _cpu_forward = native.or_else("routed_swiglu", _forward_in_cpp, _forward_in_xla)
 _cpu_backward = native.or_else("routed_swiglu_gradients", _backward_in_cpp, _backward_in_xla)
 
 
+def _own(weights: Weights) -> Weights:
+    return tuple(w.own_EOI if isinstance(w, LayerWeight) and w.own_EOI is not None else w for w in weights)
+
+
+def _stacks(weights: Weights) -> tuple[jax.Array, ...]:
+    """Three stacks of layers and the layer."""
+    if isinstance(weights[0], LayerWeight):
+        return *(w.stack_LEOI for w in weights), weights[0].layer
+    return *(w[None] for w in weights), jnp.zeros((), jnp.int32)
+
+
 def _for_cpp(x_ND: jax.Array, weights: Weights) -> bool:
-    plain = all(isinstance(w, jax.Array) for w in weights) and len({w.dtype for w in weights}) == 1
-    return plain and all(a.dtype in native.DTYPES for a in (x_ND, weights[0]))
+    own = _own(weights)
+    plain = all(isinstance(w, jax.Array) for w in own) and len({w.dtype for w in own}) == 1
+    return plain and all(a.dtype in native.DTYPES for a in (x_ND, own[0]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def routed_swiglu(x_ND: jax.Array, scale_NK: jax.Array, weights: Weights, plan: RowPlan, block: int) -> jax.Array:
     """sum_k scale_k expert_k(x), [N, D] in x's dtype, of the experts that `plan` gives each token; `scale_NK` float32,
-    the sum float32 (spec 2.5)."""
+    the sum float32 (spec 2.5). Of a `LayerWeight`, gradients go to its own array alone."""
     return _routed_fwd(x_ND, scale_NK, weights, plan, block)[0]
 
 
 def _routed_fwd(x_ND, scale_NK, weights, plan, block):
+    own = _own(weights)
     if _for_cpp(x_ND, weights):
-        forward = partial(_forward_in_xla, block=block)
-        args = x_ND, scale_NK, *weights, *plan
-        y_ND, *inner = jax.lax.platform_dependent(*args, cpu=partial(_cpu_forward, block=block), default=forward)
+        args = x_ND, scale_NK, *own, *_stacks(weights), *plan
+        y_ND, *inner = jax.lax.platform_dependent(
+            *args, cpu=partial(_cpu_forward, block=block), default=partial(_forward_in_xla, block=block)
+        )
     else:
-        y_ND, inner = _forward(x_ND, scale_NK, weights, plan, block)
+        y_ND, inner = _forward(x_ND, scale_NK, own, plan, block)
     kept = tuple(w.hollow() if isinstance(w, MasterWeight) else w for w in weights)
     return y_ND, (x_ND, scale_NK, kept, plan, tuple(inner))
 
 
 def _routed_bwd(block, saved, g_ND):
     x_ND, scale_NK, weights, plan, inner = saved
+    own = _own(weights)
     if _for_cpp(x_ND, weights):
-        backward = partial(_backward_in_xla, block=block)
-        args = x_ND, scale_NK, *weights, *plan, *inner, g_ND
+        args = x_ND, scale_NK, *own, *_stacks(weights), *plan, *inner, g_ND
         dx_ND, dscale_NK, *dweights = jax.lax.platform_dependent(
-            *args, cpu=partial(_cpu_backward, block=block), default=backward
+            *args, cpu=partial(_cpu_backward, block=block), default=partial(_backward_in_xla, block=block)
         )
     else:
-        dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, weights, plan, inner, g_ND, block)
-    return dx_ND, dscale_NK, tuple(dweights), None
+        dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, own, plan, inner, g_ND, block)
+    in_place = [isinstance(w, LayerWeight) for w in weights]
+    dweights = tuple(LayerWeight(None, None, d) if i else d for i, d in zip(in_place, dweights, strict=True))
+    return dx_ND, dscale_NK, dweights, None
 
 
 routed_swiglu.defvjp(_routed_fwd, _routed_bwd)

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from ling_jax.config import ONE_DEVICE, MeshConfig, ModelConfig, Segment, layer_kinds, layer_plan
 from ling_jax.config.text import columns
+from ling_jax.kernels.blockwise import MasterWeight
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.grouped import LayerWeight
 from ling_jax.kernels.precision import dot
@@ -291,9 +292,12 @@ class Ling(nnx.Module):
         if ids is not None:
             ids = ids.reshape(segment.repeats, -1, *ids.shape[1:]) if ids.shape[0] else None
 
-        def run_layer(kind, params, x_BTD, ids_BTK, layer_cache):
+        def run_layer(kind, params, x_BTD, ids_BTK, layer_cache, index):
             x_BTD = checkpoint_name(x_BTD, "layer_input")
-            params = params if cache is None else _in_place(params, wholes[kind])
+            if cache is not None:
+                params = _in_place(params, wholes[kind])
+            elif math.prod(self.mesh.shape) == 1:
+                params = _beside(params, wholes[kind], index)
             out = nnx.merge(graphs[kind], params)(x_BTD, context, ids_BTK, layer_cache)
             return out._replace(captured={k: v for k, v in out.captured.items() if k in capture})
 
@@ -307,7 +311,7 @@ class Ling(nnx.Module):
                 index = used[kind] + repeat * counts[kind] + seen[kind]
                 layer_cache = None if cache is None else cache.layer(kind, index)
                 run = self._remat(partial(run_layer, kind))
-                out = run(stacks[kind][seen[kind]], x_BTD, ids_BTK, layer_cache)
+                out = run(stacks[kind][seen[kind]], x_BTD, ids_BTK, layer_cache, index)
                 cache = None if cache is None else cache.with_layer(kind, out.cache)
                 x_BTD = out.hidden_BTD
                 outs.append(out._replace(hidden_BTD=None, cache=None))
@@ -329,7 +333,10 @@ def _map_experts(f: Callable[..., Any], params: Any, *others: Any) -> Any:
     def at(path: Any, value: Any, *same: Any) -> Any:
         return f(value, *same) if ".experts." in jax.tree_util.keystr(path, simple=True, separator=".") else value
 
-    return jax.tree_util.tree_map_with_path(at, params, *others, is_leaf=lambda x: isinstance(x, FP8Weight))
+    def whole(value: Any) -> bool:
+        return isinstance(value, FP8Weight | MasterWeight)
+
+    return jax.tree_util.tree_map_with_path(at, params, *others, is_leaf=whole)
 
 
 def _numbered(params: Any) -> Any:
@@ -340,6 +347,15 @@ def _numbered(params: Any) -> Any:
 def _in_place(params: Any, wholes: Any) -> Any:
     """One layer of what was `_numbered`, with its experts' weights where they lie."""
     return _map_experts(lambda layer, stack: LayerWeight(stack, layer), params, wholes)
+
+
+def _beside(params: Any, wholes: Any, layer: jax.Array) -> Any:
+    """One layer's weights to train, the experts' also where they lie: what only a kernel reads is not cut out."""
+
+    def both(own: Any, stack: Any) -> Any:
+        return LayerWeight(jax.lax.stop_gradient(stack), layer, own) if isinstance(own, jax.Array) else own
+
+    return _map_experts(both, params, wholes)
 
 
 def _rows(tree: Any, first: int, repeats: int, count: int) -> list[Any]:
