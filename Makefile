@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 # Huge pages, and no memory given back between steps: a 128 MB array costs 32,769 page faults without, 65 with them.
 # Only glibc reads this; elsewhere it does nothing.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
-MALLOC := $(MALLOC):glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=268435456
+MALLOC := $(MALLOC):glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=1
 
 .PHONY: help quickstart test lint lint-format lint-rules lint-types format
 

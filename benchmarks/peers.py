@@ -39,7 +39,7 @@ CONFIG = "bench_moe"
 BUSY = 0.1  # CPUs
 PROMPT_LEN, NEW_TOKENS = 128, 128
 # As in the Makefile: without huge pages a step spends its time in page faults, on both sides.
-MALLOC = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 100_000_000_000, "top_pad": 268_435_456}
+MALLOC = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 100_000_000_000, "top_pad": 268_435_456, "arena_max": 1}
 # The peer's ways to use bfloat16.
 PEER_DTYPES = {
     ("train", "float32"): ("float32",),

@@ -1,15 +1,18 @@
 """What a training token costs as the batch and the number of experts grow: python -m benchmarks.scaling [--dtype ...].
 
-The train step of bench_moe with 2 to 16 rows, and with 32 to 256 experts of which a token takes 8, in turns, so that a
-machine whose speed wanders slows all alike. Draws a picture; the last line is one JSON object.
+The train step of bench_moe with 2 to 16 rows, and with 32 to 256 experts of which a token takes 8: each size in a
+process of its own, so that none has another's memory, and in turns, so that a machine whose speed wanders slows all
+alike. Draws a picture; the last line is one JSON object.
 """
 
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +27,7 @@ from ling_jax.train.figures import bars_figure
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 
+SPAWN = multiprocessing.get_context("spawn")
 BATCHES, EXPERTS = (2, 4, 8, 16), (32, 64, 128, 256)
 
 
@@ -56,17 +60,32 @@ def timed_step(config: RunConfig) -> Callable[[], float]:
     return run
 
 
+def answer(line: Connection, config: RunConfig) -> None:
+    """Says when it is ready, then takes a step and tells its time for every True that comes."""
+    run = timed_step(config)
+    for _ in range(2):
+        run()
+    line.send(None)
+    while line.recv():
+        line.send(run())
+
+
 def measure(configs: dict[str, RunConfig], rounds: int) -> dict[str, float]:
     """Median microseconds per token of each."""
-    steps, times = {}, {}
+    lines: dict[str, Connection] = {}
     for name, config in configs.items():
-        steps[name], times[name] = timed_step(config), []
-        for _ in range(2):
-            steps[name]()
+        lines[name], other = SPAWN.Pipe()
+        SPAWN.Process(target=answer, args=(other, config), daemon=True).start()
+        other.close()
+        lines[name].recv()
         print(f"{name}: ready", file=sys.stderr)
+    times: dict[str, list[float]] = {name: [] for name in configs}
     for _ in range(rounds):
-        for name, run in steps.items():
-            times[name].append(run())
+        for name, line in lines.items():
+            line.send(True)
+            times[name].append(line.recv())
+    for line in lines.values():
+        line.send(False)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

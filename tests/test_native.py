@@ -262,5 +262,6 @@ def test_processes_may_build_at_once_and_leave_one_library(monkeypatch, caplog, 
 
 def test_wide_vectors_and_amx_tiles_give_exact_sums_where_they_are_emulated(tmp_path, library):
     code = f"native.FLAGS = (*native.FLAGS, '-O0', '-DLING_LANES=16', {EMULATED!r})\n"
-    code += f"from tests.test_native import check_all\ncheck_all({(SHAPES[2], *SHAPES[4:])!r})"
+    code += f"from tests.test_native import check_all\ncheck_all({(SHAPES[2], *SHAPES[4:])!r})\n"
+    code += "from tests import test_native_experts\ntest_native_experts.check_all(test_native_experts.SHAPES[1:2])"
     assert "WARNING" not in finish(start(code, tmp_path))
