@@ -35,10 +35,10 @@ def config() -> RunConfig:
         data=DataConfig(sequence_length=256, global_batch_size=16),
         schedule=ScheduleConfig(peak_lr=4e-3, warmup_steps=30, decay_fraction=0.7, decay="linear"),
         train=TrainConfig(
-            steps=600,
+            steps=1000,
             remat="none",
             init_std=0.02,
             bias_update_rate=1e-2,  # 1e-3 suits runs of a hundred thousand steps
-            eval_every=200,
+            eval_every=250,
         ),
     )

@@ -73,8 +73,8 @@ def losses(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def compare(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Relative gaps by run, to bfloat16 of the same seed (its other seeds: to its first), and each variant's mean over
-    its seeds."""
+    """Relative gaps by run, to bfloat16 of the same seed (its other seeds: to its first); each variant's mean over its
+    seeds; and what seeds alone change: the most between two of bfloat16's."""
     found = {name: losses(records) for name, records in runs.items()}
     gaps = {}
     for variant, (_, seeds) in VARIANTS.items():
@@ -85,6 +85,8 @@ def compare(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
         if variant != REFERENCE and seeds > 1:
             own = [gaps[run_name(variant, seed)] for seed in range(seeds)]
             gaps[f"{variant}, mean"] = {key: fmean(one[key] for one in own) for key in own[0]}
+    base = [found[run_name(REFERENCE, seed)] for seed in range(VARIANTS[REFERENCE].seeds)]
+    gaps["two seeds"] = {key: max(one[key] for one in base) / min(one[key] for one in base) - 1 for key in base[0]}
     return gaps
 
 
