@@ -217,7 +217,8 @@ def experts(
     (tokens, hidden), pairs, width = x_ND.shape, ids_NK.size, gate_LEFD.shape[2]
     shapes = (tokens, hidden), (rows, width), (rows, width), (pairs, hidden)
     call = jax.ffi.ffi_call("ling_experts", [jax.ShapeDtypeStruct(shape, x_ND.dtype) for shape in shapes])
-    return tuple(call(x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer)[:3])
+    y_ND, gate_RF, up_RF, _ = call(x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer)
+    return y_ND, gate_RF, up_RF
 
 
 def experts_gradients(
@@ -244,4 +245,5 @@ def adamw(
     """
     outs = [jax.ShapeDtypeStruct(weight.shape, jnp.float32)] * 3
     call = jax.ffi.ffi_call("ling_adamw", outs, input_output_aliases={0: 0, 2: 1, 3: 2})
-    return tuple(call(weight, gradient, mean, square, scalars, **{name: np.float32(x) for name, x in rule.items()}))
+    new = call(weight, gradient, mean, square, scalars, **{name: np.float32(x) for name, x in rule.items()})
+    return new[0], new[1], new[2]

@@ -124,9 +124,9 @@ def _backward(
 
 
 def _forward_in_cpp(x_ND, scale_NK, _gate, _up, _down, *rest, block):
-    *stacks, layer, ids_NK, _, pair_of_R, _ = rest
+    gate_LEFD, up_LEFD, down_LEDF, layer, ids_NK, _, pair_of_R, _ = rest
     with jax.named_scope("experts"):
-        return native.experts(x_ND, scale_NK, ids_NK, *stacks, layer, rows=pair_of_R.size)
+        return native.experts(x_ND, scale_NK, ids_NK, gate_LEFD, up_LEFD, down_LEDF, layer, rows=pair_of_R.size)
 
 
 def _forward_in_xla(x_ND, scale_NK, gate, up, down, *rest, block):
@@ -135,7 +135,8 @@ def _forward_in_xla(x_ND, scale_NK, gate, up, down, *rest, block):
 
 
 def _backward_in_cpp(x_ND, scale_NK, gate, up, down, *rest, block):
-    *stacks, layer, ids_NK, _, _, _, gate_RF, up_RF, g_ND = rest
+    gate_LEFD, up_LEFD, down_LEDF, layer, ids_NK, _, _, _, gate_RF, up_RF, g_ND = rest
+    stacks = gate_LEFD, up_LEFD, down_LEDF
     with jax.named_scope("experts"):
         found = native.experts_gradients(x_ND, scale_NK, ids_NK, *stacks, layer, gate_RF, up_RF, g_ND)
     return *found[:2], *(d.astype(w.dtype) for d, w in zip(found[2:], (gate, up, down), strict=True))
@@ -199,8 +200,9 @@ def _routed_bwd(block, saved, g_ND):
         )
     else:
         dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, own, plan, inner, g_ND, block)
-    in_place = [isinstance(w, LayerWeight) for w in weights]
-    dweights = tuple(LayerWeight(None, None, d) if i else d for i, d in zip(in_place, dweights, strict=True))
+    nothing: Any = None  # for what is only read
+    pairs = zip(weights, dweights, strict=True)
+    dweights = tuple(LayerWeight(nothing, nothing, d) if isinstance(w, LayerWeight) else d for w, d in pairs)
     return dx_ND, dscale_NK, dweights, None
 
 
