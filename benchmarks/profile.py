@@ -86,7 +86,7 @@ def by_scope(folder: Path, scopes: dict[str, str]) -> Counter[str]:
 def main(argv: Sequence[str]) -> None:
     command = tyro.cli(Command, args=list(argv), prog="python -m benchmarks.profile", description=__doc__)
     text, run, steps = (decoding if command.what == "decode" else training)(command)
-    found = re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = \S+ ([\w\-]+)\(.*?op_name=\"([^\"]*)\"", text, re.MULTILINE)
+    found = re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(.*?op_name=\"([^\"]*)\"", text, re.MULTILINE)
     scopes = {name: key_of(stack).scope for name, kind, stack in found if kind not in ("while", "call", "conditional")}
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder)
