@@ -421,6 +421,24 @@ ffi::Error gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuff
   });
 }
 
+// A binding can be neither copied nor moved: each step returns the next one's own.
+template <int kArgs, int kResults, typename Binding>
+auto take(Binding&& binding) {
+  if constexpr (kArgs > 0) {
+    return take<kArgs - 1, kResults>(std::move(binding).template Arg<ffi::AnyBuffer>());
+  } else if constexpr (kResults > 1) {
+    return take<0, kResults - 1>(std::move(binding).template Ret<ffi::AnyBuffer>());
+  } else {
+    return std::move(binding).template Ret<ffi::AnyBuffer>();
+  }
+}
+
+// XLA's threads, then so many arrays taken and given.
+template <int kArgs, int kResults>
+auto arrays() {
+  return take<kArgs, kResults>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>());
+}
+
 }  // namespace
 
 #include "native_adamw.h"
@@ -438,103 +456,17 @@ __attribute__((visibility("default"))) XLA_FFI_Error* LingExpertsGradient(XLA_FF
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAdamW(XLA_FFI_CallFrame*);
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedProduct, product_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::int64_t>("out_dim"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedWeightGradient, gradient_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
-
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedProduct, product_handler, (arrays<3, 1>().Attr<std::int64_t>("out_dim")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedWeightGradient, gradient_handler, (arrays<3, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttention, attention_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<bool>("causal"));
-
+                              (arrays<5, 2>().Attr<float>("scale").Attr<bool>("causal")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttentionGradient, attention_gradient_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("scale")
-                                  .Attr<bool>("causal"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExpertsGradient, experts_gradient_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
-
+                              (arrays<8, 3>().Attr<float>("scale").Attr<bool>("causal")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler, (arrays<7, 4>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExpertsGradient, experts_gradient_handler, (arrays<10, 9>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAdamW, adamw_handler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("b1")
-                                  .Attr<float>("b2")
-                                  .Attr<float>("eps")
-                                  .Attr<float>("decay"));
+                              (arrays<5, 3>()
+                                   .Attr<float>("b1")
+                                   .Attr<float>("b2")
+                                   .Attr<float>("eps")
+                                   .Attr<float>("decay")));
