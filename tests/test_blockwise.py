@@ -181,7 +181,7 @@ def test_routed_experts_equal_a_loop_over_them():
     def run(x, scale, weights, g):
         masters = tuple(MasterWeight(w, quantise_weight(w)) for w in weights)
         plan = plan_rows(jnp.asarray(ids), experts, 128)
-        y, pull = jax.vjp(lambda *args: routed_swiglu(*args, plan, 128), x, scale, masters)
+        y, pull = jax.vjp(lambda *args: routed_swiglu(*args, plan, 128)[0], x, scale, masters)
         return y, pull(g)
 
     g = normal(5, tokens, hidden)

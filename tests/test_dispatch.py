@@ -49,7 +49,7 @@ def inputs(tokens: int):
 
 def one_device(ids, x, scale, weights):
     block = block_rows(ids.size, E)
-    return routed_swiglu(x, scale, weights, plan_rows(jnp.asarray(ids), E, block), block)
+    return routed_swiglu(x, scale, weights, plan_rows(jnp.asarray(ids), E, block), block)[0]
 
 
 def spread(mesh: MeshConfig, ids):

@@ -25,7 +25,9 @@ class LayerWeight:
 
     stack_LEOI: jax.Array | FP8Weight
     layer: jax.Array  # int32 []
-    own_EOI: jax.Array | None = None  # to train: the same once more, which gradients go to; cut out where it is used
+    # To train: the stack once more, handed from layer to layer. Gradients go to it alone: on the way back each layer
+    # writes its part into one array where a scan would stack copies. Every layer must be run, once.
+    through_LEOI: jax.Array | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -34,6 +36,11 @@ class LayerWeight:
     def __getitem__(self, index: object) -> "LayerWeight":
         assert index is ..., "a product takes the whole layer"
         return self
+
+    def own(self) -> jax.Array:
+        """[E, O, I], cut out."""
+        assert isinstance(self.stack_LEOI, jax.Array)
+        return jax.lax.dynamic_index_in_dim(self.stack_LEOI, self.layer, keepdims=False)
 
     def among_all(self, group_sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
         """All layers' groups as one row of them, and their sizes: 0 but for this layer's."""

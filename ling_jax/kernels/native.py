@@ -50,6 +50,7 @@ TARGETS = {
     "ling_attention_gradient": "LingAttentionGradient",
     "ling_experts": "LingExperts",
     "ling_experts_gradient": "LingExpertsGradient",
+    "ling_empty": "LingEmpty",
     "ling_adamw": "LingAdamW",
 }
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -222,15 +223,22 @@ def experts(
 
 
 def experts_gradients(
-    x_ND, scale_NK, ids_NK, gate_LEFD, up_LEFD, down_LEDF, layer, gate_RF, up_RF, g_ND
+    x_ND, scale_NK, ids_NK, gate_LEFD, up_LEFD, down_LEDF, layer, gate_RF, up_RF, g_ND, *into: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Gradients of x (in its dtype), of scales, and of the layer's three weights (float32); g in x's dtype."""
+    """Gradients of x (in its dtype), of scales, and of the layer's three weights: written where that layer's part lies
+    `into` three stacks [L, ...], or ones [1, ...], float32. g in x's dtype."""
     pairs, (_, _, width, hidden) = ids_NK.size, gate_LEFD.shape
     outs = [jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), jax.ShapeDtypeStruct(scale_NK.shape, jnp.float32)]
-    outs += [jax.ShapeDtypeStruct(w.shape[1:], jnp.float32) for w in (gate_LEFD, up_LEFD, down_LEDF)]
+    outs += [jax.ShapeDtypeStruct(stack.shape, jnp.float32) for stack in into]
     outs += [jax.ShapeDtypeStruct((pairs, columns), x_ND.dtype) for columns in (width, width, width, hidden)]
     args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer, gate_RF, up_RF, g_ND
-    return tuple(jax.ffi.ffi_call("ling_experts_gradient", outs)(*args)[:5])
+    call = jax.ffi.ffi_call("ling_experts_gradient", outs, input_output_aliases={10: 2, 11: 3, 12: 4})
+    return tuple(call(*args, *into)[:5])
+
+
+def empty(like: jax.Array, *, number: int) -> jax.Array:
+    """Memory for an array, with whatever is in it; another for every number."""
+    return jax.ffi.ffi_call("ling_empty", jax.ShapeDtypeStruct(like.shape, like.dtype))(number=np.int64(number))
 
 
 def adamw(

@@ -115,7 +115,7 @@ void gather(const X* from, Index stride, Index lines, Index length, float scale,
 // `stride` apart. Returns how many keys that is.
 Index panel_scores(const View& view, const float* k, const float* q, Index width, Index n, float* s, Index stride) {
   const Index seen = view.seen(std::min(n + kColumns, view.rows) - 1);
-  multiply_panels<false>(k, width, q + n * width, width, s, stride, seen, kColumns, false);
+  multiply_panels<false>(k, width, q + n * width, width, s, stride, seen, kColumns, Put::kSet);
   for (Index i = view.seen(n); i < seen; ++i) {
     std::fill_n(s + i * stride, std::clamp<Index>(view.blind(i) - n, 0, kColumns), kMasked);
   }
@@ -169,7 +169,7 @@ void add_values(const View& view, const Forward& f, Index n) {
     for_tiles(rows, [&](Index m, Index height) {
       const auto tile = kTiles<true>[height - 1];
       tile(f.scores + m, kColumns, f.values + c * view.keys, view.seen(n + m + height - 1), sums + m * padded + c,
-           padded, kColumns, true);
+           padded, kColumns, Put::kAdd);
     });
   }
 }
@@ -280,7 +280,7 @@ void pair_weights(const Backward& b, const View& view) {
   for (Index n = 0; n < view.rows; n += kColumns) {
     const Index seen = panel_scores(view, b.keys, b.across, width, n, b.weights + n, b.stride);
     multiply_panels<false>(b.values, width, b.g_across + n * width, width, b.dscores + n, b.stride, seen, kColumns,
-                           false);
+                           Put::kSet);
     for (Index half = n; half < n + kColumns; half += kLanes) {
       const Vec lse = load(b.lse + half), delta = load(b.delta + half);
       for (Index i = 0; i < view.keys; ++i) {
@@ -301,7 +301,7 @@ void add_to_keys(const Backward& b, const View& view, const float* from, const f
       const Index first = view.blind(m);
       kTiles<false>[height - 1](from + m * b.stride + first, b.stride, panels + c * view.rows + first * kColumns,
                                 view.rows - first, dx + m * stride + c, stride, std::min<Index>(kColumns, width - c),
-                                true);
+                                Put::kAdd);
     });
   }
 }
@@ -311,7 +311,7 @@ void add_to_queries(const Backward& b, const View& view) {
   for (Index c = 0; c < b.padded; c += kColumns) {
     for_tiles(view.rows, [&](Index m, Index height) {
       kTiles<true>[height - 1](b.dscores + m, b.stride, b.key_panels + c * view.keys, view.seen(m + height - 1),
-                               b.dq + m * b.padded + c, b.padded, kColumns, true);
+                               b.dq + m * b.padded + c, b.padded, kColumns, Put::kAdd);
     });
   }
 }

@@ -186,12 +186,17 @@ void experts_backward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W
   sum_choices<X>(pool, threads, pairs, results, nullptr, dx, hidden);
 }
 
+// Where in a stack [L, ...] a layer's part begins; of a stack of one it is that one's.
+Index part_of(const ffi::AnyBuffer& stack, const ffi::AnyBuffer& layer) {
+  const Index layers = stack.dimensions()[0], part = stack.element_count() / std::max<Index>(1, layers);
+  return std::clamp<Index>(*data<const std::int32_t>(layer), 0, layers - 1) * part;
+}
+
 // One layer's, where they lie in the stack of all: [L, E, ...].
 template <typename W>
 Weights<W> weights_of(const W* gate, ffi::AnyBuffer up, ffi::AnyBuffer down, ffi::AnyBuffer layer) {
   const auto dims = down.dimensions();  // L, E, D, F
-  const Index last = dims[0] - 1, at = std::clamp<Index>(*data<const std::int32_t>(layer), 0, last);
-  const Index skipped = at * dims[1] * dims[2] * dims[3];
+  const Index skipped = part_of(down, layer);
   return {gate + skipped, data<const W>(up) + skipped, data<const W>(down) + skipped, dims[2], dims[3]};
 }
 
@@ -214,6 +219,7 @@ ffi::Error experts_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 ffi::Error experts_gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer ids,
                                     ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down,
                                     ffi::AnyBuffer layer, ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::AnyBuffer g,
+                                    ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer,  // dgate, dup, ddown as given
                                     ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
                                     ffi::Result<ffi::AnyBuffer> dgate, ffi::Result<ffi::AnyBuffer> dup,
                                     ffi::Result<ffi::AnyBuffer> ddown, ffi::Result<ffi::AnyBuffer> inner_gated,
@@ -227,10 +233,14 @@ ffi::Error experts_gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi:
       const Inner<X> inner{data<X>(*inner_gated), data<X>(*inner_gate), data<X>(*inner_up)};
       experts_backward<X>(pool, pairs, weights, rows, data<const float>(scale), data<const X>(gate),
                           data<const X>(up), data<const X>(g), data<X>(*dx), data<float>(*dscale),
-                          data<float>(*dgate), data<float>(*dup), data<float>(*ddown), inner, data<X>(*results));
+                          data<float>(*dgate) + part_of(*dgate, layer), data<float>(*dup) + part_of(*dup, layer),
+                          data<float>(*ddown) + part_of(*ddown, layer), inner, data<X>(*results));
       return ffi::Error::Success();
     });
   });
 }
+
+// Memory as it comes.
+ffi::Error empty_handler(ffi::ThreadPool, ffi::Result<ffi::AnyBuffer>, std::int64_t) { return ffi::Error::Success(); }
 
 }  // namespace

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -62,6 +62,20 @@ inline void store(Bf16* p, Vec v) {
 #endif
   std::memcpy(p, &h, sizeof h);
 }
+
+// Stores past the caches, for what is not read soon: half the traffic of a store, which reads the line first. `p` must
+// lie on a vector's boundary, and other threads see nothing of it before `end_stream`.
+#if defined(__AVX512F__) && LING_LANES == 16
+inline void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+inline void end_stream() { _mm_sfence(); }
+#elif defined(__AVX__) && LING_LANES == 8
+inline void stream(float* p, Vec v) { _mm256_stream_ps(p, (__m256)v); }
+inline void end_stream() { _mm_sfence(); }
+#else
+inline void stream(float* p, Vec v) { store(p, v); }
+inline void end_stream() {}
+#endif
+inline bool can_stream(const float* p) { return reinterpret_cast<std::uintptr_t>(p) % sizeof(Vec) == 0; }
 
 // The first `count` elements; zeros after them, which are never read.
 template <typename T>

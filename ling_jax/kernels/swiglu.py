@@ -6,7 +6,7 @@ pass needs no y, neither kept nor recomputed, and scales rows of width F instead
 Legend: N tokens, D hidden, K experts per token, E experts, F expert width, R rows sorted by expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -120,41 +120,67 @@ def _backward(
         return dx_ND, take_rows(dscale_R, plan.row_of_NK), dweights
 
 
-# Primitives take arrays: x, scales, three weights, the same in their stacks and the layer; the plan; gate, up and g.
+# Primitives take arrays: x, scales, three stacks of weights and the layer; the plan. The backward ones then gate, up
+# and g, and the stacks that the layer's gradients are written into, which they return; these may be of the one layer.
 
 
-def _forward_in_cpp(x_ND, scale_NK, _gate, _up, _down, *rest, block):
-    gate_LEFD, up_LEFD, down_LEDF, layer, ids_NK, _, pair_of_R, _ = rest
+def _cut_out(stacks: Sequence[jax.Array], layer: jax.Array) -> Weights:
+    return tuple(LayerWeight(stack, layer).own() for stack in stacks)
+
+
+def _put(into: Sequence[jax.Array], parts: Sequence[jax.Array], layer: jax.Array) -> Weights:
+    """`parts` in their places in stacks."""
+    pairs = zip(into, parts, strict=True)
+    return tuple(jax.lax.dynamic_update_index_in_dim(a, d.astype(a.dtype), layer, 0) for a, d in pairs)
+
+
+def _forward_in_cpp(x_ND, scale_NK, gate_LEFD, up_LEFD, down_LEDF, layer, ids_NK, _, pair_of_R, _sizes_E, block):
     with jax.named_scope("experts"):
         return native.experts(x_ND, scale_NK, ids_NK, gate_LEFD, up_LEFD, down_LEDF, layer, rows=pair_of_R.size)
 
 
-def _forward_in_xla(x_ND, scale_NK, gate, up, down, *rest, block):
-    y_ND, inner = _forward(x_ND, scale_NK, (gate, up, down), RowPlan(*rest[4:]), block)
+def _forward_in_xla(x_ND, scale_NK, gate_LEFD, up_LEFD, down_LEDF, layer, *plan, block):
+    weights = _cut_out((gate_LEFD, up_LEFD, down_LEDF), layer)
+    y_ND, inner = _forward(x_ND, scale_NK, weights, RowPlan(*plan), block)
     return y_ND, *inner
 
 
-def _backward_in_cpp(x_ND, scale_NK, gate, up, down, *rest, block):
-    gate_LEFD, up_LEFD, down_LEDF, layer, ids_NK, _, _, _, gate_RF, up_RF, g_ND = rest
+def _backward_in_cpp(x_ND, scale_NK, gate_LEFD, up_LEFD, down_LEDF, layer, ids_NK, *rest, block):
+    gate_RF, up_RF, g_ND, *into = rest[3:]
     stacks = gate_LEFD, up_LEFD, down_LEDF
+    wide = all(a.dtype == jnp.float32 for a in into)
+    to = into if wide else [jnp.zeros((1, *a.shape[1:]), jnp.float32) for a in into]
     with jax.named_scope("experts"):
-        found = native.experts_gradients(x_ND, scale_NK, ids_NK, *stacks, layer, gate_RF, up_RF, g_ND)
-    return *found[:2], *(d.astype(w.dtype) for d, w in zip(found[2:], (gate, up, down), strict=True))
+        dx_ND, dscale_NK, *new = native.experts_gradients(
+            x_ND, scale_NK, ids_NK, *stacks, layer, gate_RF, up_RF, g_ND, *to
+        )
+    return dx_ND, dscale_NK, *(new if wide else _put(into, [d[0] for d in new], layer))
 
 
-def _backward_in_xla(x_ND, scale_NK, gate, up, down, *rest, block):
-    *plan, gate_RF, up_RF, g_ND = rest[4:]
-    weights, inner = (gate, up, down), (gate_RF, up_RF)
-    dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, weights, RowPlan(*plan), inner, g_ND, block)
-    return dx_ND, dscale_NK, *dweights
+def _backward_in_xla(x_ND, scale_NK, gate_LEFD, up_LEFD, down_LEDF, layer, *rest, block):
+    plan, inner, g_ND, into = RowPlan(*rest[:4]), rest[4:6], rest[6], rest[7:]
+    weights = _cut_out((gate_LEFD, up_LEFD, down_LEDF), layer)
+    dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, weights, plan, inner, g_ND, block)
+    return dx_ND, dscale_NK, *_put(into, dweights, layer)
 
 
 _cpu_forward = native.or_else("routed_swiglu", _forward_in_cpp, _forward_in_xla)
 _cpu_backward = native.or_else("routed_swiglu_gradients", _backward_in_cpp, _backward_in_xla)
 
 
-def _own(weights: Weights) -> Weights:
-    return tuple(w.own_EOI if isinstance(w, LayerWeight) and w.own_EOI is not None else w for w in weights)
+def _zeros(like: jax.Array, *, number: int) -> jax.Array:
+    return jnp.zeros_like(like)
+
+
+_cpu_empty = native.or_else("empty", native.empty, _zeros)
+
+
+def _unwritten(like: Sequence[jax.Array]) -> list[jax.Array]:
+    """Arrays that are all to be written; on CPU nothing fills them before."""
+    return [
+        jax.lax.platform_dependent(a, cpu=partial(_cpu_empty, number=i), default=partial(_zeros, number=i))
+        for i, a in enumerate(like)
+    ]
 
 
 def _stacks(weights: Weights) -> tuple[jax.Array, ...]:
@@ -164,46 +190,55 @@ def _stacks(weights: Weights) -> tuple[jax.Array, ...]:
     return *(w[None] for w in weights), jnp.zeros((), jnp.int32)
 
 
-def _for_cpp(x_ND: jax.Array, weights: Weights) -> bool:
-    own = _own(weights)
-    plain = all(isinstance(w, jax.Array) for w in own) and len({w.dtype for w in own}) == 1
-    return plain and all(a.dtype in native.DTYPES for a in (x_ND, own[0]))
+@jax.custom_vjp
+def after_all(x: Any, through: Any) -> Any:
+    """`x`; `through` is what came through all layers. Gradients go the other way, into memory that nothing has filled:
+    every layer writes its part."""
+    return x
+
+
+def _after_all_bwd(through, g):
+    return g, jax.tree.unflatten(jax.tree.structure(through), _unwritten(jax.tree.leaves(through)))
+
+
+after_all.defvjp(lambda x, through: (x, through), _after_all_bwd)
+
+
+def _by_platform(in_cpp: Callable[..., Any], in_xla: Callable[..., Any], block: int, *args: jax.Array) -> Any:
+    known = args[0].dtype in native.DTYPES and args[2].dtype in native.DTYPES and len({w.dtype for w in args[2:5]}) == 1
+    cpu, default = partial(in_cpp if known else in_xla, block=block), partial(in_xla, block=block)
+    return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def routed_swiglu(x_ND: jax.Array, scale_NK: jax.Array, weights: Weights, plan: RowPlan, block: int) -> jax.Array:
+def routed_swiglu(
+    x_ND: jax.Array, scale_NK: jax.Array, weights: Weights, plan: RowPlan, block: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """sum_k scale_k expert_k(x), [N, D] in x's dtype, of the experts that `plan` gives each token; `scale_NK` float32,
-    the sum float32 (spec 2.5). Of a `LayerWeight`, gradients go to its own array alone."""
+    the sum float32 (spec 2.5). And what goes `through` weights that train in their stacks, for the next layer."""
     return _routed_fwd(x_ND, scale_NK, weights, plan, block)[0]
 
 
 def _routed_fwd(x_ND, scale_NK, weights, plan, block):
-    own = _own(weights)
-    if _for_cpp(x_ND, weights):
-        args = x_ND, scale_NK, *own, *_stacks(weights), *plan
-        y_ND, *inner = jax.lax.platform_dependent(
-            *args, cpu=partial(_cpu_forward, block=block), default=partial(_forward_in_xla, block=block)
-        )
-    else:
-        y_ND, inner = _forward(x_ND, scale_NK, own, plan, block)
-    kept = tuple(w.hollow() if isinstance(w, MasterWeight) else w for w in weights)
-    return y_ND, (x_ND, scale_NK, kept, plan, tuple(inner))
+    if any(isinstance(w, MasterWeight) or (isinstance(w, LayerWeight) and w.through_LEOI is None) for w in weights):
+        y_ND, inner = _forward(x_ND, scale_NK, weights, plan, block)
+        kept = tuple(w.hollow() if isinstance(w, MasterWeight) else w for w in weights)
+        return (y_ND, ()), (x_ND, scale_NK, kept, plan, inner)
+    stacks = _stacks(weights)
+    through: Any = tuple(w.through_LEOI for w in weights if isinstance(w, LayerWeight))
+    y_ND, *inner = _by_platform(_cpu_forward, _forward_in_xla, block, x_ND, scale_NK, *stacks, *plan)
+    return (y_ND, through), (x_ND, scale_NK, stacks, plan, tuple(inner))
 
 
-def _routed_bwd(block, saved, g_ND):
-    x_ND, scale_NK, weights, plan, inner = saved
-    own = _own(weights)
-    if _for_cpp(x_ND, weights):
-        args = x_ND, scale_NK, *own, *_stacks(weights), *plan, *inner, g_ND
-        dx_ND, dscale_NK, *dweights = jax.lax.platform_dependent(
-            *args, cpu=partial(_cpu_backward, block=block), default=partial(_backward_in_xla, block=block)
-        )
-    else:
-        dx_ND, dscale_NK, dweights = _backward(x_ND, scale_NK, own, plan, inner, g_ND, block)
+def _routed_bwd(block, saved, g):
+    (x_ND, scale_NK, weights, plan, inner), (g_ND, into) = saved, g
+    if any(isinstance(w, MasterWeight) for w in weights):
+        return *_backward(x_ND, scale_NK, weights, plan, inner, g_ND, block), None
+    to = into or _unwritten([w[:1] for w in weights[:3]])
+    args = x_ND, scale_NK, *weights, *plan, *inner, g_ND, *to
+    dx_ND, dscale_NK, *new = _by_platform(_cpu_backward, _backward_in_xla, block, *args)
     nothing: Any = None  # for what is only read
-    pairs = zip(weights, dweights, strict=True)
-    dweights = tuple(LayerWeight(nothing, nothing, d) if isinstance(w, LayerWeight) else d for w, d in pairs)
-    return dx_ND, dscale_NK, dweights, None
+    return dx_ND, dscale_NK, tuple(LayerWeight(nothing, nothing, d) if into else d[0] for d in new), None
 
 
 routed_swiglu.defvjp(_routed_fwd, _routed_bwd)

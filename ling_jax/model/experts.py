@@ -4,6 +4,7 @@ Legend: N tokens, D hidden, E experts, K experts per token, F expert width, R ro
 each expert's padded to whole blocks).
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -38,7 +39,8 @@ class Experts(nnx.Module):
 
     def __call__(self, x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """sum_k weight_k expert_k(x) for every token, [N, D] in x's dtype (this device's part of it under tensor
-        parallelism), and the int32 number of token-expert pairs that were dropped. Id `num_experts` is none."""
+        parallelism), and the int32 number of token-expert pairs that were dropped. Id `num_experts` is none. Of
+        weights that train in their stacks, what goes through is afterwards what to give the next layer."""
         params = [projection.weight for projection in (self.gate_proj, self.up_proj, self.down_proj)]
         dtypes = dict(wire_dtype=x_ND.dtype, reduce_dtype=self.mesh.reduce_dtype)
         shards = tuple(param[...] for param in params)
@@ -49,5 +51,7 @@ class Experts(nnx.Module):
         with jax.named_scope("plan"):
             plan = plan_rows(ids_NK, self.num_experts, block)
         weights = tuple(make(shard) for make, shard in zip(whole, shards, strict=True))
-        y_ND = routed_swiglu(x_ND, weights_NK, weights, plan, block)
+        y_ND, through = routed_swiglu(x_ND, weights_NK, weights, plan, block)
+        for param, stack in zip(params, through, strict=False):  # none unless weights train in their stacks
+            param.set_value(dataclasses.replace(param.get_value(), through_LEOI=stack))
         return y_ND, jnp.zeros((), jnp.int32)

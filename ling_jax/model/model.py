@@ -23,6 +23,7 @@ from ling_jax.kernels.blockwise import MasterWeight
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.grouped import LayerWeight
 from ling_jax.kernels.precision import dot
+from ling_jax.kernels.swiglu import after_all
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
 from ling_jax.model.linear import Init, Linear
@@ -272,37 +273,44 @@ class Ling(nnx.Module):
         """Runs every segment of the plan; returns its output, the layers' outputs in order, the cache."""
         used: Counter[str] = Counter()
         moe_used = 0
+        alone = cache is None and math.prod(self.mesh.shape) == 1
+        through = {kind: _through(layers) if alone else [] for kind, layers in self.layers.items()}
         per_layer: list[LayerOutput] = []
         for segment in layer_plan(self.config):
             moe_count = sum(kind.endswith("_moe") for kind in segment.pattern) * segment.repeats
             ids = None if routing_ids is None else routing_ids[moe_used : moe_used + moe_count]
-            x_BTD, outs, cache = self._run_segment(segment, used, x_BTD, context, ids, cache, capture)
+            carry = x_BTD, cache, through
+            (x_BTD, cache, through), outs = self._run_segment(segment, used, carry, context, ids, capture)
             per_layer += outs
             used.update({kind: n * segment.repeats for kind, n in Counter(segment.pattern).items()})
             moe_used += moe_count
-        return x_BTD, per_layer, cache
+        return after_all(x_BTD, through), per_layer, cache
 
-    def _run_segment(self, segment: Segment, used, x_BTD, context, ids, cache, capture):
+    def _run_segment(self, segment: Segment, used, carry, context, ids, capture):
+        """The carry (x_BTD, cache, through) after a segment, and its layers' outputs. `through`: by kind, what goes
+        through experts' weights that train in their stacks (`LayerWeight`)."""
         counts = Counter(segment.pattern)
+        x_BTD, cache, through = carry
         graphs, wholes, stacks = {}, {}, {}
         for kind, count in counts.items():
             graphs[kind], wholes[kind] = nnx.split(self.layers[kind])
-            params = wholes[kind] if cache is None else _numbered(wholes[kind])
+            params = _numbered(wholes[kind]) if cache is not None or through[kind] else wholes[kind]
             stacks[kind] = _rows(params, used[kind], segment.repeats, count)
         if ids is not None:
             ids = ids.reshape(segment.repeats, -1, *ids.shape[1:]) if ids.shape[0] else None
 
-        def run_layer(kind, params, x_BTD, ids_BTK, layer_cache, index):
+        def run_layer(kind, params, x_BTD, ids_BTK, layer_cache, through):
             x_BTD = checkpoint_name(x_BTD, "layer_input")
-            if cache is not None:
-                params = _in_place(params, wholes[kind])
-            elif math.prod(self.mesh.shape) == 1:
-                params = _beside(params, wholes[kind], index)
-            out = nnx.merge(graphs[kind], params)(x_BTD, context, ids_BTK, layer_cache)
-            return out._replace(captured={k: v for k, v in out.captured.items() if k in capture})
+            if cache is not None or through:
+                params = _in_place(params, wholes[kind], through)
+            layer = nnx.merge(graphs[kind], params)
+            out = layer(x_BTD, context, ids_BTK, layer_cache)
+            out = out._replace(captured={k: v for k, v in out.captured.items() if k in capture})
+            return out, _through(layer) if through else through
 
         def body(carry, xs):
-            (x_BTD, cache), (stacks, ids, repeat) = carry, xs
+            (x_BTD, cache, through), (stacks, ids, repeat) = carry, xs
+            through = dict(through)
             seen: Counter[str] = Counter()
             outs: list[LayerOutput] = []
             for kind in segment.pattern:
@@ -311,51 +319,62 @@ class Ling(nnx.Module):
                 index = used[kind] + repeat * counts[kind] + seen[kind]
                 layer_cache = None if cache is None else cache.layer(kind, index)
                 run = self._remat(partial(run_layer, kind))
-                out = run(stacks[kind][seen[kind]], x_BTD, ids_BTK, layer_cache, index)
+                out, through[kind] = run(stacks[kind][seen[kind]], x_BTD, ids_BTK, layer_cache, through[kind])
                 cache = None if cache is None else cache.with_layer(kind, out.cache)
                 x_BTD = out.hidden_BTD
                 outs.append(out._replace(hidden_BTD=None, cache=None))
                 seen[kind] += 1
-            return (x_BTD, cache), outs
+            return (x_BTD, cache, through), outs
 
         xs = (stacks, ids, jnp.arange(segment.repeats))
-        (x_BTD, cache), outs = jax.lax.scan(body, (x_BTD, cache), xs, unroll=segment.repeats if self.unroll else 1)
-        return x_BTD, [_take(out, i) for i in range(segment.repeats) for out in outs], cache
+        carry, outs = jax.lax.scan(body, carry, xs, unroll=segment.repeats if self.unroll else 1)
+        return carry, [_take(out, i) for i in range(segment.repeats) for out in outs]
 
 
 def _take(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda a: a[index], tree)
 
 
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, FP8Weight | MasterWeight | LayerWeight)
+
+
+def _of_experts(path: Any) -> bool:
+    return ".experts." in jax.tree_util.keystr(path, simple=True, separator=".")
+
+
 def _map_experts(f: Callable[..., Any], params: Any, *others: Any) -> Any:
     """`params` with f of each weight of the routed experts."""
 
     def at(path: Any, value: Any, *same: Any) -> Any:
-        return f(value, *same) if ".experts." in jax.tree_util.keystr(path, simple=True, separator=".") else value
+        return f(value, *same) if _of_experts(path) else value
 
-    def whole(value: Any) -> bool:
-        return isinstance(value, FP8Weight | MasterWeight)
-
-    return jax.tree_util.tree_map_with_path(at, params, *others, is_leaf=whole)
+    return jax.tree_util.tree_map_with_path(at, params, *others, is_leaf=_is_weight)
 
 
 def _numbered(params: Any) -> Any:
-    """To decode: the experts' weights replaced by their layers' numbers, so that a scan copies none."""
+    """The experts' weights replaced by their layers' numbers, so that a scan copies none."""
     return _map_experts(lambda w: jnp.arange(w.shape[0], dtype=jnp.int32), params)
 
 
-def _in_place(params: Any, wholes: Any) -> Any:
-    """One layer of what was `_numbered`, with its experts' weights where they lie."""
-    return _map_experts(lambda layer, stack: LayerWeight(stack, layer), params, wholes)
+def _in_place(params: Any, wholes: Any, through: Sequence[jax.Array]) -> Any:
+    """One layer of what was `_numbered`, with its experts' weights where they lie; to train, with what goes through."""
+    rest = iter(through)
+
+    def at(layer: jax.Array, stack: Any) -> LayerWeight:
+        return LayerWeight(jax.lax.stop_gradient(stack), layer, next(rest)) if through else LayerWeight(stack, layer)
+
+    return _map_experts(at, params, wholes)
 
 
-def _beside(params: Any, wholes: Any, layer: jax.Array) -> Any:
-    """One layer's weights to train, the experts' also where they lie: what only a kernel reads is not cut out."""
-
-    def both(own: Any, stack: Any) -> Any:
-        return LayerWeight(jax.lax.stop_gradient(stack), layer, own) if isinstance(own, jax.Array) else own
-
-    return _map_experts(both, params, wholes)
+def _through(layer: nnx.Module) -> list[jax.Array]:
+    """What goes through the experts' weights of a layer, in the order of its parameters; of a stack of layers, what the
+    first is given. Nothing unless all are arrays: some may train in FP8."""
+    params = jax.tree_util.tree_leaves_with_path(nnx.state(layer, nnx.Param), is_leaf=_is_weight)
+    values = [value for path, value in params if _of_experts(path)]
+    found = [value.through_LEOI if isinstance(value, LayerWeight) else value for value in values]
+    arrays = [value for value in found if isinstance(value, jax.Array)]
+    return arrays if len(arrays) == len(found) else []
 
 
 def _rows(tree: Any, first: int, repeats: int, count: int) -> list[Any]:
