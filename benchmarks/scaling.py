@@ -2,7 +2,8 @@
 
 The train step of bench_moe with 2 to 16 rows, and with 32 to 256 experts of which a token takes 8: each size in a
 process of its own, so that none has another's memory, and in turns, so that a machine whose speed wanders slows all
-alike. Draws a picture; the last line is one JSON object.
+alike. The optimizer works on weights, not on tokens: --part gradients leaves it out. Draws a picture; the last line is
+one JSON object.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from ling_jax.cli import named_config, run_main
 from ling_jax.config import RunConfig
 from ling_jax.config.text import columns
 from ling_jax.train.figures import bars_figure
-from ling_jax.train.state import make_trainer
-from ling_jax.train.step import make_train_step
+from ling_jax.train.state import TrainState, make_trainer
+from ling_jax.train.step import accumulate_gradients, in_microbatches, make_train_step
 
 SPAWN = multiprocessing.get_context("spawn")
 BATCHES, EXPERTS = (2, 4, 8, 16), (32, 64, 128, 256)
@@ -35,6 +36,8 @@ BATCHES, EXPERTS = (2, 4, 8, 16), (32, 64, 128, 256)
 class Command:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and products."""
+    part: Literal["step", "gradients"] = "step"
+    """The whole step, or forward and backward alone."""
     rounds: int = 5
     """Steps of each size to time, after two to warm up."""
     figure: Path = Path("docs/scaling.png")
@@ -46,23 +49,30 @@ def resized(config: RunConfig, rows: int, experts: int) -> RunConfig:
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, num_experts=experts))
 
 
-def timed_step(config: RunConfig) -> Callable[[], float]:
-    """What runs one step and returns its microseconds per token."""
+def timed_step(config: RunConfig, part: str) -> Callable[[], float]:
+    """What runs one step, or a part of it, and returns its microseconds per token."""
     trainer = make_trainer(config)
     held, batch, step = [trainer.new_state()], random_batch(config), make_train_step(trainer)
 
+    @jax.jit
+    def gradients(state: TrainState, batch: Any) -> Any:
+        return accumulate_gradients(trainer, state.params, state.bias, in_microbatches(batch, 1))
+
     def run() -> float:
         started = time.perf_counter()
-        held[0], metrics = step(held[0], batch)
-        jax.block_until_ready((held[0], metrics))
+        if part == "gradients":
+            jax.block_until_ready(gradients(held[0], batch))
+        else:
+            held[0], metrics = step(held[0], batch)
+            jax.block_until_ready((held[0], metrics))
         return 1e6 * (time.perf_counter() - started) / batch["tokens"].size
 
     return run
 
 
-def answer(line: Connection, config: RunConfig) -> None:
+def answer(line: Connection, config: RunConfig, part: str) -> None:
     """Says when it is ready, then takes a step and tells its time for every True that comes."""
-    run = timed_step(config)
+    run = timed_step(config, part)
     for _ in range(2):
         run()
     line.send(None)
@@ -70,12 +80,12 @@ def answer(line: Connection, config: RunConfig) -> None:
         line.send(run())
 
 
-def measure(configs: dict[str, RunConfig], rounds: int) -> dict[str, float]:
+def measure(configs: dict[str, RunConfig], part: str, rounds: int) -> dict[str, float]:
     """Median microseconds per token of each."""
     lines: dict[str, Connection] = {}
     for name, config in configs.items():
         lines[name], other = SPAWN.Pipe()
-        SPAWN.Process(target=answer, args=(other, config), daemon=True).start()
+        SPAWN.Process(target=answer, args=(other, config, part), daemon=True).start()
         other.close()
         lines[name].recv()
         print(f"{name}: ready", file=sys.stderr)
@@ -95,10 +105,15 @@ def main(argv: Sequence[str]) -> None:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=command.dtype))
     rows, experts = config.data.global_batch_size, config.model.num_experts
     found = {
-        "rows": measure({str(n): resized(config, n, experts) for n in BATCHES}, command.rounds),
-        "experts": measure({str(n): resized(config, rows, n) for n in EXPERTS}, command.rounds),
+        "rows": measure({str(n): resized(config, n, experts) for n in BATCHES}, command.part, command.rounds),
+        "experts": measure({str(n): resized(config, rows, n) for n in EXPERTS}, command.part, command.rounds),
     }
-    result: dict[str, Any] = {"benchmark": "scaling", "dtype": command.dtype, "us_per_token": found}
+    result: dict[str, Any] = {
+        "benchmark": "scaling",
+        "part": command.part,
+        "dtype": command.dtype,
+        "us_per_token": found,
+    }
     for name, values in found.items():
         low, high = min(values.values()), max(values.values())
         first, last = list(values.values())[0], list(values.values())[-1]
