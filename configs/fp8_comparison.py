@@ -3,7 +3,7 @@
 Command:   python -m scripts.fp8_comparison: this run in bfloat16, FP8 (five seeds each), with 8-bit AdamW, in float32.
 Hardware:  2 CPU cores, 4 GB of memory; about 6 to 15 minutes a run.
 Text:      the .py files of the Python that runs it; a 4096-token BPE is trained on their training split.
-Promise:   none yet: whether FP8 costs more than another seed changes is open (docs/fp8.md).
+Promise:   FP8's mean gap to bfloat16 over five seeds is at most 0.25% of validation loss (docs/fp8.md: +0.03%).
 """
 
 from ling_jax.config import DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
