@@ -487,7 +487,8 @@ def bars_figure(parts: Mapping[str, Mapping[str, float]], ylabel: str, path: epa
     figure = new_figure(3.2)
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, color, (name, values) in zip(panels, CYCLE, parts.items(), strict=False):
-        axes.bar(list(values), list(values.values()), color=color, width=0.6)
+        axes.bar(range(len(values)), list(values.values()), color=color, width=0.6)
+        axes.set_xticks(range(len(values)), list(values))
         for place, value in enumerate(values.values()):
             axes.text(place, value, f"{value:.0f}", ha="center", va="bottom", color=INK, fontsize=9)
         axes.set_xlabel(name, color=INK, fontsize=10)
