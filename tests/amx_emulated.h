@@ -7,7 +7,7 @@
 #include <cstring>
 
 #pragma GCC push_options
-#pragma GCC optimize("O2")  // the rest of the tests' build is not optimised
+#pragma GCC optimize("O2")  // the rest of the tests' build is hardly optimised
 
 namespace amx_emulated {
 

@@ -3,6 +3,7 @@
 Legend: R rows, E groups, I inputs, O outputs.
 """
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -260,8 +261,42 @@ def test_processes_may_build_at_once_and_leave_one_library(monkeypatch, caplog, 
         assert native._library() == library and not caplog.records  # found, not built
 
 
-def test_wide_vectors_and_amx_tiles_give_exact_sums_where_they_are_emulated(tmp_path, library):
-    code = f"native.FLAGS = (*native.FLAGS, '-O0', '-DLING_LANES=16', {EMULATED!r})\n"
-    code += f"from tests.test_native import check_all\ncheck_all({(SHAPES[2], *SHAPES[4:])!r})\n"
-    code += "from tests import test_native_experts\ntest_native_experts.check_all(test_native_experts.SHAPES[1:2])"
+# Vectors of other widths than this machine's own, which the compiler makes of narrower ones or of fewer lanes.
+
+
+def has_amx() -> bool:
+    """Whether this machine's library multiplies in AMX tiles: its compiler and Linux both allow it."""
+    command = *native._compiler(), native._machine_flag(), "-dM", "-E", "-xc++", "/dev/null"
+    # arch_prctl, as native_amx.h asks
+    return "__AMX_BF16__" in native._output(*command) and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+
+
+WIDTHS = {
+    "4 lanes": ("-DLING_LANES=4",),
+    "8 lanes": ("-DLING_LANES=8",),
+    "16 lanes": ("-DLING_LANES=16", "-DLING_NO_AMX"),
+    "16 lanes and AMX": ("-DLING_LANES=16",),
+}
+CHECKS = """
+from tests import test_native, test_native_attention, test_native_experts
+test_native.check_all(test_native.SHAPES[2::3])
+test_native_attention.check_few()
+test_native_experts.check_all(test_native_experts.SHAPES[1:2], test_native_experts.DTYPES[:2])
+test_native_experts.check_adamw()
+"""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_vectors_of_every_width_give_what_the_formulas_give(width, tmp_path, library):
+    """AMX's tiles are emulated on machines without them."""
+    flags = *WIDTHS[width], *((EMULATED,) if "AMX" in width and not has_amx() else ())
+    code = f"native.FLAGS = (*native.FLAGS, '-Og', *{flags!r})\n" + CHECKS
     assert "WARNING" not in finish(start(code, tmp_path))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_vectors_of_every_width_compile_for_a_processor_with_amx(width, library):
+    command = [*native._compiler(), *native.FLAGS, "-march=sapphirerapids", "-fsyntax-only"]
+    if subprocess.run([*command, "-xc++", "/dev/null"], capture_output=True).returncode:
+        pytest.skip("this compiler does not know such a processor")
+    native._output(*command, *WIDTHS[width], f"-I{jax.ffi.include_dir()}", str(native.SOURCE))

@@ -91,10 +91,10 @@ def check(shape, dtypes, ids) -> None:
         assert_gradient_close(one, other, tolerance)
 
 
-def check_all(shapes=SHAPES) -> None:
+def check_all(shapes=SHAPES, all_dtypes=DTYPES) -> None:
     rng = np.random.default_rng(0)
     for shape in shapes:
-        for dtypes in DTYPES:
+        for dtypes in all_dtypes:
             for kind in KINDS:
                 check(shape, dtypes, routing(kind, shape, rng))
 
@@ -181,6 +181,27 @@ def test_no_layers_weights_are_saved_or_cut_out_of_their_stack(remat):
 
 
 # AdamW.
+
+
+def check_adamw() -> None:
+    """Against the formulas in float64: less than a vector, and more than one part of the work with a rest."""
+    rule, rng = dict(b1=0.9, b2=0.95, eps=1e-8, decay=0.1), np.random.default_rng(0)
+    clip, rate, mean_correction, square_correction = 0.7, 1e-3, 0.5, 0.1
+    for count in (5, 70_001):
+        before = [np.float32(a) for a in (*rng.normal(size=(3, count)), rng.uniform(size=count))]
+        weight, gradient, mean, square = np.float64(before)
+        mean = 0.1 * clip * gradient + 0.9 * mean
+        square = 0.05 * (clip * gradient) ** 2 + 0.95 * square
+        step = mean / mean_correction / (np.sqrt(square / square_correction) + 1e-8) + 0.1 * weight
+        for ok, want in ((1, (weight - rate * step, mean, square)), (0, (before[0], *before[2:]))):
+            scalars = np.array([clip, rate, mean_correction, square_correction, ok], np.float32)
+            got = jax.jit(partial(native.adamw, **rule))(*before, scalars)
+            for one, other in zip(got, want, strict=True):
+                assert_gradient_close(one, other, 1e-6)
+
+
+def test_adamw_gives_its_formulas():
+    check_adamw()
 
 
 def updates(trainer, gradients, apply):

@@ -273,17 +273,55 @@ void gradient_tiles(const X* g, const X* x, float* dw, Index rows, Index outputs
 
 // ---- work for all threads ----
 
-// Calls work(i) once for each i < count, on this thread and on those of XLA's pool that come in time. What a late one
-// touches is only the counters: this thread may itself be one of the pool's, and must never wait for a free one.
+// The rule: a result depends on inputs and, where items are cut for so many threads, on their number; never on which
+// thread takes a part. Two compiled copies of `a * b + c * d` may fuse differently and then differ in the last bit, so
+// the work of every kernel is compiled once and called by its address. `parallel` sees to that, and all kernels go
+// through it: nothing else hands work to other threads.
+
+using Call = void (*)(const void* work, Index part);
+
 template <typename F>
-void parallel(ffi::ThreadPool& pool, Index threads, Index count, const F& work) {
+void call(const void* work, Index part) {
+  (*static_cast<const F*>(work))(part);
+}
+
+#if defined(LING_TURNS)  // by the tests, which say who takes the parts
+}  // namespace
+
+// Who: this thread (0), another (1), the two in turn (2). How much work was for one thread, for more, in what parts.
+struct Turns {
+  std::int64_t who, alone, shared, parts;
+};
+extern "C" {
+__attribute__((visibility("default"))) Turns ling_turns;
+}
+
+namespace {
+
+void share(ffi::ThreadPool&, Index threads, Index count, Call call, const void* work) {
+  const bool alone = std::min(threads, count) <= 1;
+  ++(alone ? ling_turns.alone : ling_turns.shared);
+  ling_turns.parts += alone ? 0 : count;
+  const auto take = [=, who = alone ? 0 : ling_turns.who](Index thread) {
+    for (Index i = 0; i < count; ++i) {
+      if ((who == 2 ? i % 2 : who) == thread) call(work, i);
+    }
+  };
+  std::thread other(take, 1);
+  take(0);
+  other.join();
+}
+#else
+// Calls call(work, i) once for each i < count, on this thread and on those of XLA's pool that come in time. What a late
+// one touches is only the counters: this thread may itself be one of the pool's, and must never wait for a free one.
+void share(ffi::ThreadPool& pool, Index threads, Index count, Call call, const void* work) {
   struct Counters {
     std::atomic<Index> next{0}, done{0};
   };
   auto counters = std::make_shared<Counters>();
-  auto run = [counters, count, &work] {
+  const auto run = [=] {
     for (Index i; (i = counters->next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      work(i);
+      call(work, i);
       counters->done.fetch_add(1, std::memory_order_release);
     }
   };
@@ -295,6 +333,15 @@ void parallel(ffi::ThreadPool& pool, Index threads, Index count, const F& work) 
   for (int spins = 0; counters->done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins > 1000) std::this_thread::yield();
   }
+}
+#endif
+
+// Calls work(i) once for each i < count, on so many threads at most.
+template <typename F>
+void parallel(ffi::ThreadPool& pool, Index threads, Index count, const F& work) {
+  Call any = call<F>;
+  asm volatile("" : "+r"(any));  // the compiler must not know which function this is: it would inline or clone it
+  share(pool, threads, count, any, &work);
 }
 
 struct Item {

@@ -4,19 +4,19 @@
 
 #include "native_vectors.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__) && !defined(LING_AMX_EMULATED)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define LING_AMX 1
+#if LING_LANES != 16 || defined(LING_NO_AMX)  // its vectors are a tile's rows; the tests want 16 lanes without it too
 #elif defined(LING_AMX_EMULATED)  // by the tests: the same tiles in plain code
 #include LING_AMX_EMULATED
+#define LING_AMX 1
+#elif defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #define LING_AMX 1
 #endif
 
 #if defined(LING_AMX)
 namespace {
 
-static_assert(kLanes == 16);
 constexpr Index kStep = 32;              // contracted elements of one tile product: 16 pairs
 constexpr Index kTile = 16 * kStep;      // elements of a tile
 constexpr Index kPackBytes = 256 * 1024;  // bytes of b at a time
