@@ -22,7 +22,7 @@ import tyro
 from etils import epath
 
 from configs.ling_mini_2_0 import config as ling_mini
-from ling_jax.checkpoint import NewArray, make_checkpoint, open_array
+from ling_jax.checkpoint import arrays_to_write, make_checkpoint
 from ling_jax.cli import run_main
 from ling_jax.convert.mapping import layout
 from ling_jax.convert.tensorfile import DTYPES, TensorFile, TensorFileWriter
@@ -30,6 +30,7 @@ from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.to_jax import to_jax
 from ling_jax.convert.transfer import pieces, tensors_in
 from ling_jax.convert.weights import INDEX, HFFolder, StoredWeights
+from ling_jax.files.arrays import Layout
 
 SHARDS = 12
 SAMPLE_SECONDS = 0.005
@@ -98,17 +99,16 @@ def bare_arrays(source: str, made: str, target: Path) -> Callable[[], None]:
     checkpoint `made`: no checks, no checksums, no journal, one thread."""
     weights, sizes = HFFolder(Path(source)), StoredWeights(made)
     arrays = {
-        path: NewArray(stack.full_shape, weights.dtype(path), sizes.chunk(path))
-        for path, stack in weights.stacks.items()
+        path: Layout(stack.full_shape, weights.dtype(path), sizes.chunk(path)) for path, stack in weights.stacks.items()
     }
 
     def work() -> None:
         make_checkpoint(epath.Path(target), arrays, {})
+        opened = arrays_to_write(epath.Path(target), arrays)
         for path, new in arrays.items():
-            array = open_array(epath.Path(target), path)
             for piece in pieces(path, weights.stacks[path], new.chunk, new.dtype.itemsize, 128):
                 for part in piece.parts:
-                    array[part].write(weights.read(path, part)).result()
+                    opened[path][part].write(weights.read(path, part)).result()
 
     return work
 

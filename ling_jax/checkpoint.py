@@ -3,20 +3,21 @@
 A folder `checkpoints/` holds one folder per saved step, named by its number, each complete by itself:
 
     500/state/params.embed/...     one Zarr array per leaf, uncompressed, named by its keys
-    500/meta/meta.json             the caller's JSON: resolved config, data state, versions
+    500/state/checksums.json       of every file of every array (`files.arrays`): reading compares them
+    500/meta/meta.json             the caller's JSON: resolved config, data state, versions; with its own checksum
 
 A step's folder bears its number only once complete; other names (`500.orbax-checkpoint-tmp`, `deleting`) are work in
 progress, or leftovers that the next `Checkpointer` removes: only one run at a time may write into a folder.
 """
 
-import contextlib
+import dataclasses
 import json
 import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,10 +25,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental.array_serialization.serialization import get_tensorstore_spec
+from orbax.checkpoint import future
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from ling_jax.config import CheckpointConfig
+from ling_jax.files import arrays as stored
+from ling_jax.files.arrays import ArrayFolder, Layout, Path
+from ling_jax.files.whole import read_sealed, sealed
 from ling_jax.parallel.processes import barrier
 
 log = logging.getLogger(__name__)
@@ -35,7 +39,7 @@ log = logging.getLogger(__name__)
 STATE, META, META_FILE = "state", "meta", "meta.json"  # of a step's folder
 UNFINISHED = "meta-unfinished"  # META of a folder whose arrays are still being written
 DELETING = "deleting"  # old steps move here first: a half-deleted one must not look like a step
-CHUNK_BYTES = 256 << 20  # of a file at most: all of it is read, even for a small shard
+HAS_CHECKSUMS = "has_checksums"  # of META: without checksums.json the arrays are damaged, not old
 MAX_LINES = 20  # of a list of mismatches
 KEY = re.compile(r"[\w-]+")  # no "." and "/": the first joins keys on disk, the second in messages
 
@@ -52,6 +56,41 @@ def _demote_orbax(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_demote_orbax)  # orbax logs through absl
 
 
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing or changed; `good` is the last step beside it that is whole, or None."""
+
+    def __init__(self, text: str, good: int | None):
+        super().__init__(text)
+        self.good = good
+
+
+class _ArraysHandler(ocp.AsyncCheckpointHandler):
+    """Orbax's part in saving: it calls this within its atomic step."""
+
+    async def async_save(self, directory: epath.Path, args: "_SaveArrays") -> list[Any]:
+        arrays = stored.on_host(args.arrays)
+
+        async def write() -> None:
+            stored.write_arrays(directory, arrays)
+
+        return [future.CommitFutureAwaitingContractedSignals(write(), name="arrays")]
+
+    def save(self, directory: epath.Path, args: "_SaveArrays") -> None:
+        stored.write_arrays(directory, stored.on_host(args.arrays))
+
+    def restore(self, directory: epath.Path, args: Any = None) -> Any:
+        raise NotImplementedError("read_arrays reads them")
+
+    def finalize(self, directory: epath.Path) -> None:
+        stored.merge_checksums(directory)
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveArrays(ocp.args.CheckpointArgs):
+    arrays: Mapping[Path, Any]
+
+
 class Checkpointer:
     """The steps of one run, in `directory` (local or gs://; made if missing, cleared of leftovers).
 
@@ -65,8 +104,9 @@ class Checkpointer:
         barrier("leftovers are gone")
         keep = [LatestN(config.keep_last)] + ([EveryNSteps(config.keep_every)] if config.keep_every else [])
         # Plain files without zstd: measured 2 to 3 times as fast to save as orbax's default, and 1.14 times as large.
+        # Orbax's own arrays have no checksums.
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add(STATE, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+        handlers.add(STATE, _SaveArrays, _ArraysHandler())
         handlers.add(META, ocp.args.JsonSave, ocp.JsonCheckpointHandler(META_FILE))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(keep), todelete_subdir=DELETING
@@ -84,12 +124,13 @@ class Checkpointer:
             raise ValueError(f"step {step} is not after step {latest}, the latest in {self._directory}: resume there")
         state = _checked(state)
         try:
-            meta = json.loads(json.dumps(meta, allow_nan=False))  # a copy, since it is written later
+            meta = sealed(
+                {**json.loads(json.dumps(meta, allow_nan=False)), HAS_CHECKSUMS: True}
+            )  # a copy: written later
         except (TypeError, ValueError) as error:
             raise ValueError(f"the metadata of step {step} is not plain JSON: {error}") from error
         self._check_space(step, sum(x.nbytes for x in jax.tree.leaves(state)))
-        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
-        items = {STATE: ocp.args.PyTreeSave(state, save_args=chunks), META: ocp.args.JsonSave(meta)}
+        items = {STATE: _SaveArrays(flatten_dict(state)), META: ocp.args.JsonSave(meta)}
         self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -116,7 +157,7 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """The complete steps on disk, ascending."""
-        return _steps(self._directory)
+        return saved_steps(self._directory)
 
     def latest_step(self) -> int | None:
         return max(self.all_steps(), default=None)
@@ -150,7 +191,8 @@ class Checkpointer:
         step, self._saving = self._saving, None
         self._remove_leftovers()
         self._manager.reload()  # it has struck the steps that it was to remove off its list already
-        hint = f"check that the folder is writable and has room, and resume (saved steps {self.all_steps()} are intact)"
+        steps = f"saved steps {self.all_steps()} are intact"
+        hint = f"check that the folder is writable and has room, and resume ({steps})"
         return ValueError(f"saving step {step} in {self._directory} failed: {hint}. {str(error).splitlines()[0]}")
 
     def _remove_leftovers(self) -> None:
@@ -172,21 +214,94 @@ def find_checkpoint(path: str | epath.Path) -> epath.Path:
     if _is_step(path):
         return path
     for folder in (path, path / "checkpoints"):
-        if steps := _steps(folder):
+        if steps := saved_steps(folder):
             return folder / str(steps[-1])
     hint = "give a run folder with a saved step, its checkpoints/ folder, or one step's folder"
     raise ValueError(f"no checkpoint in {path}{'' if path.exists() else ', which does not exist'}: {hint}")
 
 
+def _sealed_meta(meta: Tree) -> dict[str, Any]:
+    """A copy for meta.json; ValueError or TypeError for what is not plain JSON."""
+    return sealed({**json.loads(json.dumps(meta, allow_nan=False)), HAS_CHECKSUMS: True})
+
+
 def read_meta(path: str | epath.Path) -> dict[str, Any]:
     """The JSON saved with a checkpoint (`path` as for `find_checkpoint`)."""
-    return json.loads((find_checkpoint(path) / META / META_FILE).read_text())
+    meta = _read_whole_meta(find_checkpoint(path))
+    meta.pop(HAS_CHECKSUMS, None)
+    return meta
+
+
+def _read_whole_meta(folder: epath.Path) -> dict[str, Any]:
+    try:
+        return read_sealed(folder / META / META_FILE)
+    except ValueError as error:
+        raise _damage(folder, lambda path: True, str(error)) from error
+
+
+def open_arrays(path: str | epath.Path, only: Callable[[Path], bool] = lambda path: True) -> ArrayFolder:
+    """The arrays of a checkpoint (`path` as for `find_checkpoint`), to be read in parts and checked as they are read.
+
+    Args:
+      only: which arrays the caller may read: where one of them is damaged, the step to go back to has all of them.
+    Raises:
+      DamagedCheckpoint: here and on reading, naming the array, its file and step, and the last good step beside it.
+    """
+    folder = find_checkpoint(path)
+    meta = _read_whole_meta(folder)
+
+    def damaged(array: Path, file: str, why: str) -> DamagedCheckpoint:
+        place = folder / STATE / ".".join(array) / file
+        return _damage(folder, only, f"{'/'.join(array)}: {place} {why}" if array else why)
+
+    found = ArrayFolder(folder / STATE, damaged, fill="hf" in meta)
+    if meta.get(HAS_CHECKSUMS) and not found.has_checksums:
+        raise damaged((), "", f"{folder / STATE / stored.CHECKSUMS} is missing")
+    if not found.has_checksums and str(folder) not in _told:
+        _told.add(str(folder))
+        log.warning("%s has no checksums, an older version saved it: what is read of it is not checked", folder)
+    return found
+
+
+_told: set[str] = set()  # checkpoints without checksums
+
+
+def _damage(folder: epath.Path, only: Callable[[Path], bool], what: str) -> DamagedCheckpoint:
+    """The error for damage in a step's folder, after a search for the last good step beside it."""
+    good = _last_good(folder, only)
+    hint = "restore it from a copy" if good is None else f"the last good step is {good}, {folder.parent / str(good)}"
+    return DamagedCheckpoint(f"checkpoint {folder} is damaged: {what}; {hint}", good)
+
+
+def _last_good(damaged: epath.Path, only: Callable[[Path], bool]) -> int | None:
+    """The latest other step whose arrays, where `only` says so, are all as they were saved; reads them all."""
+    for step in reversed(saved_steps(damaged.parent)):
+        folder = damaged.parent / str(step)
+        if folder == damaged:
+            continue
+        log.warning("%s is damaged: looking whether %s is whole", damaged, folder)
+        if _is_whole(folder, only):
+            return step
+    return None
+
+
+def _is_whole(folder: epath.Path, only: Callable[[Path], bool]) -> bool:
+    try:
+        meta = read_sealed(folder / META / META_FILE)
+        found = ArrayFolder(folder / STATE, lambda *what: ValueError(what))
+        found.read(filter(only, found.layouts), lambda path: found.array(path).check())
+    except (ValueError, OSError):
+        return False
+    return found.has_checksums or not meta.get(HAS_CHECKSUMS)
 
 
 def read_shapes(path: str | epath.Path) -> dict[str, Any]:
     """The saved tree, of `jax.ShapeDtypeStruct`, without reading the arrays."""
-    tree = ocp.PyTreeCheckpointHandler().metadata(find_checkpoint(path) / STATE).tree
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    return _shapes(open_arrays(path))
+
+
+def _shapes(found: ArrayFolder) -> dict[str, Any]:
+    return unflatten_dict({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in found.layouts.items()})
 
 
 def read_arrays(path: str | epath.Path, like: Tree | None = None, whole: bool = False) -> dict[str, Any]:
@@ -194,72 +309,61 @@ def read_arrays(path: str | epath.Path, like: Tree | None = None, whole: bool = 
 
     `like` is a nested dict of `jax.ShapeDtypeStruct`, such as "params" and "bias" alone (None: all that was saved);
     a leaf becomes a jax.Array where it has a sharding, a numpy array where it has none. ValueError, before reading,
-    listing all of `like` that differs from what was saved (and, if `whole`, all that was saved beyond `like`).
+    listing all of `like` that differs from what was saved (and, if `whole`, all that was saved beyond `like`);
+    DamagedCheckpoint for bytes that are missing or changed.
     """
     folder = find_checkpoint(path)
-    saved = read_shapes(folder)
+    wanted: set[Path] | None = None if like is None else set(flatten_dict(like))
+    found = open_arrays(folder, lambda path: wanted is None or path in wanted)
+    saved = _shapes(found)
     like = saved if like is None else like
     _compare(folder, saved, like, whole)
-    tree = unflatten_dict(flatten_dict(like))  # without the empty dicts that `like` may have
-    args = ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(_placed, tree), partial_restore=True)
-    arrays = ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=args)
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(arrays))
+    leaves: dict[Path, Any] = flatten_dict(like)  # without the empty dicts that `like` may have
+    arrays = found.read(leaves, lambda path: _read_leaf(found, path, leaves[path]))
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(unflatten_dict(arrays)))
 
 
-def open_array(folder: epath.Path, path: Sequence[str]) -> ts.TensorStore:
-    """The array at `path` in one step's folder, to be read (or, as `make_checkpoint` left it, written) in parts."""
-    spec = get_tensorstore_spec(str(folder / STATE / ".".join(path)), ocdbt=False)
-    return ts.open(spec).result()
+def _read_leaf(found: ArrayFolder, path: Path, like: jax.ShapeDtypeStruct) -> Any:
+    array = found.array(path)
+    if like.sharding is None:
+        return array.read()
+    return placed(like.shape, like.sharding, array.read)
 
 
-class NewArray(NamedTuple):
-    """An array that `make_checkpoint` makes room for; `chunk` is the part of it that one file holds."""
+def placed(shape: Any, sharding: Any, read: Callable[[stored.Index], np.ndarray]) -> jax.Array:
+    """An array whose shards on this process's devices are `read`, each once though several devices may hold it."""
+    parts: dict[str, np.ndarray] = {}
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    chunk: tuple[int, ...]
+    def part(index: Any) -> np.ndarray:
+        bounds = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
+        if str(bounds) not in parts:
+            parts[str(bounds)] = read(bounds)
+        return parts[str(bounds)]
 
-
-def make_checkpoint(folder: epath.Path, arrays: Mapping[tuple[str, ...], NewArray], meta: Tree) -> None:
-    """Makes a folder whose arrays are zero until they are written with `open_array`: for states larger than memory.
-    `folder` must not exist. It is one step's checkpoint, for whoever reads it, after `finish_checkpoint` only."""
-    making = folder.parent / f"{folder.name}.making"
-    if making.exists():
-        making.rmtree()
-    with contextlib.closing(Checkpointer(str(making), CheckpointConfig())) as checkpointer:
-        small = {path: np.zeros((1,) * len(new.shape), new.dtype) for path, new in arrays.items()}
-        checkpointer.save(0, unflatten_dict(small), meta)
-    for path, new in arrays.items():
-        place = making / "0" / STATE / ".".join(path)
-        place.rmtree()
-        spec = get_tensorstore_spec(str(place), ocdbt=False)
-        chunked = {"compressor": None, "chunks": list(new.chunk)}
-        ts.open(spec | {"metadata": chunked}, create=True, dtype=new.dtype.name, shape=new.shape).result()
-    (making / "0" / META).rename(making / "0" / UNFINISHED)
-    (making / "0").rename(folder)
-    making.rmtree()
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
-def finish_checkpoint(folder: epath.Path) -> None:
-    """What `make_checkpoint` made has all its values now."""
+def make_checkpoint(folder: epath.Path, arrays: Mapping[Path, Layout], meta: Tree) -> None:
+    """Fills `folder` with arrays to be written with `arrays_to_write`: for states larger than memory. It is one step's
+    checkpoint, for whoever reads it, after `finish_checkpoint` only. What a killed attempt left there is removed."""
+    for name in (STATE, UNFINISHED):
+        if (folder / name).exists():
+            (folder / name).rmtree()
+    stored.create_arrays(folder / STATE, arrays)
+    (folder / UNFINISHED).mkdir(parents=True)
+    (folder / UNFINISHED / META_FILE).write_text(json.dumps(_sealed_meta(meta)))
+
+
+def arrays_to_write(folder: epath.Path, arrays: Mapping[Path, Layout]) -> dict[Path, ts.TensorStore]:
+    """The arrays that `make_checkpoint` made."""
+    return stored.create_arrays(folder / STATE, arrays)
+
+
+def finish_checkpoint(folder: epath.Path, arrays: Mapping[Path, Layout]) -> None:
+    """Completes what `make_checkpoint` made: it has all its values now."""
     if not (folder / META).exists():
+        stored.seal(folder / STATE, arrays)
         (folder / UNFINISHED).rename(folder / META)
-
-
-def chunk_of(shape: Sequence[int], itemsize: int, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
-    """The largest block of at most `limit` bytes that lies together in C order."""
-    chunk = [1] * len(shape)
-    for dim in reversed(range(len(shape))):
-        chunk[dim] = max(1, min(shape[dim], limit // itemsize))
-        itemsize *= chunk[dim]
-        if chunk[dim] < shape[dim]:
-            break
-    return tuple(chunk)
-
-
-def _placed(x: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
-    kind = np.ndarray if x.sharding is None else jax.Array
-    return ocp.ArrayRestoreArgs(restore_type=kind, sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
 
 def _compare(folder: epath.Path, saved: Tree, wanted: Tree, whole: bool) -> None:
@@ -288,9 +392,11 @@ def _checked(state: Tree) -> Tree:
     return unflatten_dict(leaves)
 
 
-def _steps(folder: epath.Path) -> list[int]:
+def saved_steps(folder: epath.Path) -> list[int]:
+    """The steps that were saved in a folder, ascending; one that has lost a piece since is among them."""
     paths = folder.iterdir() if folder.is_dir() else []
-    return sorted(int(path.name) for path in paths if path.name.isdigit() and _is_step(path))
+    done = ocp.path.step.is_path_finalized
+    return sorted(int(path.name) for path in paths if path.name.isdigit() and path.is_dir() and done(path))
 
 
 def _leftovers(folder: epath.Path) -> list[epath.Path]:
@@ -300,7 +406,9 @@ def _leftovers(folder: epath.Path) -> list[epath.Path]:
 
 
 def _is_step(path: epath.Path) -> bool:
-    return (path / STATE).is_dir() and (path / META / META_FILE).exists() and ocp.path.step.is_path_finalized(path)
+    """Whether a folder is one step's, though a piece of it may be missing."""
+    pieces = (path / STATE).is_dir() or (path / META).is_dir()
+    return pieces and not (path / UNFINISHED).exists() and ocp.path.step.is_path_finalized(path)
 
 
 def _absolute(path: str | epath.Path) -> epath.Path:

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -17,7 +18,7 @@ import tyro
 from rich.logging import RichHandler
 
 from ling_jax.config import RunConfig
-from ling_jax.config.cache import cache_folder, cpu_flags
+from ling_jax.files.cache import cache_folder, can_write, cpu_flags
 from ling_jax.parallel.processes import worker_id
 from ling_jax.train.metrics import CONSOLE
 
@@ -40,6 +41,8 @@ class TrainCommand:
     """Start at step 0; refuses a folder that holds a run, unless --move-aside."""
     move_aside: bool = False
     """With --fresh: rename the folder of an earlier run instead of refusing."""
+    from_step: int | None = None
+    """Resume from this saved step instead of the latest; later ones are moved aside, and their metrics cut."""
     init_from: str | None = None
     """A HF folder or checkpoint whose weights a new run starts from."""
     print_config: bool = False
@@ -108,32 +111,61 @@ def keep_compiled() -> None:
         return
     machine = hashlib.sha256(f"{cpu_flags()} {jax.__version__}".encode()).hexdigest()[:16]
     folder = cache_folder() / "xla" / machine
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        log.info("compiled programs are not kept: %s", error)
+    if not can_write(folder):
+        log.info("%s cannot be written: compiled programs are not kept; XDG_CACHE_HOME names another place", folder)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+
+
+def settle_jax() -> None:
+    """Sets back the switches of JAX that a user has on for other work: what a command computes, and whether it runs,
+    follows from its own settings."""
+    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_default_prng_impl", "threefry2x32")
+    jax.config.update("jax_threefry_partitionable", True)
+
+
+def _missing_platform(error: BaseException) -> str | None:
+    """What to say if `error` is JAX's own, for a platform in JAX_PLATFORMS that is not here."""
+    asked, frames = os.environ.get("JAX_PLATFORMS"), traceback.extract_tb(error.__traceback__)
+    if not asked or not frames or not frames[-1].filename.endswith("xla_bridge.py"):
+        return None
+    reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+    return (
+        f"JAX_PLATFORMS = {asked!r}, but JAX finds no such device here{reason}: unset it, or install JAX for that "
+        "device, such as jax[cuda13] or jax[tpu]"
+    )
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command; a user's mistake or a refusing system (ValueError, OSError) is one line and exit code 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     set_up_logging()
+    settle_jax()
     keep_compiled()
     code = 1
     try:
         code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+        code = 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         if os.environ.get("LING_JAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except Exception:
-        if worker_id() is None:
+    except Exception as error:
+        if missing := _missing_platform(error):
+            print(f"error: {missing}", file=sys.stderr)
+            code = 2
+        elif worker_id() is None:
             raise
-        traceback.print_exc()
+        else:
+            traceback.print_exc()
     if code and worker_id() is not None:  # JAX's own exit waits for the other processes, which wait for this one
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -14,16 +14,18 @@ import jax
 from etils import epath
 from flax.serialization import from_state_dict, to_state_dict
 
-from ling_jax.checkpoint import Checkpointer
+from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, saved_steps
 from ling_jax.cli import TrainCommand
-from ling_jax.config import ModelConfig, RunConfig, architecture_diff, count_params
+from ling_jax.config import ModelConfig, RunConfig, architecture_diff, count_params, settings_diff
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.transfer import carry
-from ling_jax.convert.weights import HF, TOKENIZER, model_config_of, open_weights
+from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, model_config_of, open_weights
 from ling_jax.data.baselines import baselines
 from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import read_corpus
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files.one_writer import OneWriter
+from ling_jax.files.whole import read_json
 from ling_jax.generate.engine import generate
 from ling_jax.generate.serving import serving_model
 from ling_jax.model.model import device_bytes, split_model
@@ -33,7 +35,7 @@ from ling_jax.train.loop import DivergedError, StopRequest, train
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import write_report
 from ling_jax.train.state import Trainer, TrainState, make_trainer
-from ling_jax.train.validate import prepare_held_out
+from ling_jax.train.validate import HeldOut, prepare_held_out
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class RunSaver:
 
     checkpointer: Checkpointer
     config: RunConfig
+    tokenizer: str = ""  # its fingerprint
 
     def save(self, state: TrainState, fallen: Sequence[str] = ()) -> None:
         step = int(state.step)
@@ -59,6 +62,7 @@ class RunSaver:
             "config": dataclasses.asdict(self.config),
             "data": {"next_step": step},
             "fp8_fallen": list(fallen),
+            "tokenizer": self.tokenizer,
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
         }
         self.checkpointer.save(step, to_state_dict(state), meta)
@@ -66,9 +70,9 @@ class RunSaver:
     def wait(self) -> None:
         self.checkpointer.wait()
 
-    def fallen(self) -> list[str]:
-        """Modules that had left FP8 when the latest state was saved."""
-        return self.checkpointer.read_meta(None).get("fp8_fallen", []) if self.checkpointer.all_steps() else []
+    def meta(self) -> dict[str, Any]:
+        """What was saved with the latest state; empty before the first."""
+        return self.checkpointer.read_meta(None) if self.checkpointer.all_steps() else {}
 
     def restore(self, trainer: Trainer) -> TrainState:
         """The latest state, each device reading its own shards, whatever mesh it was saved from."""
@@ -94,37 +98,74 @@ def _aside(path: epath.Path) -> epath.Path:
     return path.parent / f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.{time.time_ns() % 10**6:06d}"
 
 
-def _make_room(run_dir: epath.Path, command: TrainCommand) -> None:
-    """For --fresh: moves an earlier run aside, or refuses to touch it."""
-    if not command.fresh or not (run_dir / CONFIG_FILE).exists():
-        return
-    if not command.move_aside:
-        raise ValueError(
-            f"{run_dir} holds a run and --fresh was given: add --move-aside to rename its folder first, choose "
-            "another --run, or drop --fresh to resume it"
-        )
-    aside = _aside(run_dir)
-    run_dir.rename(aside)
-    log.info("moved the earlier run to %s", aside)
+@contextlib.contextmanager
+def _claimed(run_dir: epath.Path, command: TrainCommand) -> Iterator[None]:
+    """The run's folder is this process's alone; with --fresh it is a new one, with --from-step one without later steps.
+
+    Raises:
+      ValueError: if another process is at the run, or --fresh and --from-step ask for what cannot be.
+    """
+    with OneWriter(run_dir) as writer:
+        steps = saved_steps(run_dir / CHECKPOINTS)
+        replaced = command.fresh and (bool(steps) or (run_dir / CONFIG_FILE).exists())
+        if replaced and not command.move_aside:
+            raise ValueError(
+                f"{run_dir} holds a run and --fresh was given: add --move-aside to rename its folder first, choose "
+                "another --run, or drop --fresh to resume it"
+            )
+        if not replaced:
+            if command.from_step is not None:
+                _step_back(run_dir, command.from_step, steps)
+            yield
+            return
+        aside = _aside(run_dir)
+        writer.move(aside)
+        log.info("moved the earlier run to %s", aside)
+    with OneWriter(run_dir):
+        yield
 
 
-def _check_earlier_run(run_dir: epath.Path, config: RunConfig, latest_step: int | None) -> None:
-    """Refuses to resume another architecture, listing the differences; without a checkpoint, moves aside the
-    tokenizer that an earlier attempt left."""
-    file = run_dir / CONFIG_FILE
-    if latest_step is None:
+def _step_back(run_dir: epath.Path, step: int, steps: list[int]) -> None:
+    """Moves the checkpoints after `step` aside."""
+    if step not in steps:
+        raise ValueError(f"--from-step {step}: {run_dir / CHECKPOINTS} has the steps {steps or 'none'}")
+    aside = _aside(run_dir / CHECKPOINTS)
+    for later in (s for s in steps if s > step):
+        aside.mkdir(parents=True, exist_ok=True)
+        (run_dir / CHECKPOINTS / str(later)).rename(aside / str(later))
+        log.info("moved step %d to %s", later, aside)
+
+
+def _check_earlier_run(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any]) -> None:
+    """Refuses to resume another architecture, listing the differences, and says which other settings differ; without a
+    checkpoint, moves aside the tokenizer that an earlier attempt left."""
+    if not meta:
         if (run_dir / TOKENIZER).exists():  # of other text or another vocabulary, perhaps; never deleted
             (run_dir / TOKENIZER).rename(_aside(run_dir / TOKENIZER))
         return
-    saved = RunConfig.from_json(file.read_text())
+    saved, step = RunConfig.from_json(json.dumps(meta["config"])), meta["data"]["next_step"]
     diff = architecture_diff(saved.model, config.model)
     if diff:
         raise ValueError(
             f"{run_dir} holds a run of another architecture: " + "; ".join(diff) + " (saved -> wanted). "
             "Choose another --run, or start over with --fresh --move-aside"
         )
-    if saved != config:
-        log.warning("some settings differ from those %s was saved with; the new ones are used", run_dir)
+    if changed := settings_diff(saved, config):
+        log.warning("settings that differ from those of step %d (old -> new): %s", step, "; ".join(changed))
+    if (over := config.train.steps) <= step:
+        log.info("already at step %d, %s --train.steps %d", step, "past" if over < step else "which is", over)
+
+
+def _read_config(run_dir: epath.Path) -> RunConfig | None:
+    """The settings that the run was last started with; None for a new run."""
+    file = run_dir / CONFIG_FILE
+    if not file.exists():
+        return None
+    try:
+        return RunConfig.from_json(json.dumps(read_json(file)))
+    except (ValueError, TypeError) as error:
+        hint = f"every step in {run_dir / CHECKPOINTS} has the settings too: remove the file, and it is written anew"
+        raise ValueError(f"{error if str(file) in str(error) else f'{file}: {error}'}; {hint}") from error
 
 
 def _write_config(run_dir: epath.Path, config: RunConfig) -> None:
@@ -153,20 +194,24 @@ def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) 
     """The configuration with all fields of the config.json that the run's weights came with: an export keeps them."""
     if init_from is not None:
         origin = model_config_of(init_from)
-    elif (run_dir / CONFIG_FILE).exists():
-        origin = RunConfig.from_json((run_dir / CONFIG_FILE).read_text()).model
+    elif (last := _read_config(run_dir)) is not None:
+        origin = last.model
+    elif saved_steps(run_dir / CHECKPOINTS):
+        origin = model_config_of(str(run_dir / CHECKPOINTS))
     else:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, hf_json=origin.hf_json))
 
 
-def _prepare(run_dir: epath.Path, config: RunConfig, latest_step: int | None) -> Data:
-    """The run's data; process 0 also writes the run's folder, which the others compare with theirs."""
+def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any]) -> Data:
+    """The run's data; process 0 also writes the run's folder, which the others compare with theirs. `meta` is of the
+    latest checkpoint."""
     if jax.process_index() == 0:
-        _check_earlier_run(run_dir, config, latest_step)
+        _check_earlier_run(run_dir, config, meta)
     else:
         _check_shared(run_dir, config)
-    data = open_data(config.data, config.model.vocab_size, str(run_dir / TOKENIZER))
+    folder, trained_with = str(run_dir / TOKENIZER), meta.get("tokenizer") or None
+    data = open_data(config.data, config.model.vocab_size, folder, trained_with)
     _check_special_ids(data.tokenizer, config.model)
     if jax.process_index() == 0:
         _write_generation_config(run_dir / TOKENIZER, data.tokenizer)
@@ -182,11 +227,22 @@ def _check_shared(run_dir: epath.Path, config: RunConfig) -> None:
             f"process {process} does not see {file}, which process 0 has written: put --runs-dir on a file system that "
             "all hosts share, or on gs://"
         )
-    if RunConfig.from_json(file.read_text()) != config:
+    if _read_config(run_dir) != config:
         raise ValueError(
             f"the settings of process {process} differ from those of process 0, in {file}: start all processes with "
             "one command, and see that --runs-dir is on a file system that they share"
         )
+
+
+@contextlib.contextmanager
+def _way_out() -> Iterator[None]:
+    """Adds to what is said of the run's own damaged checkpoint how to go on."""
+    try:
+        yield
+    except DamagedCheckpoint as error:
+        if error.good is None:
+            raise
+        raise ValueError(f"{error}. To go on from there: the same command with --from-step {error.good}") from error
 
 
 def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> TrainState:
@@ -194,7 +250,8 @@ def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> Tr
     step = saver.checkpointer.latest_step()
     if step is not None:
         log.info("resuming from step %d", step)
-        return saver.restore(trainer)
+        with _way_out():
+            return saver.restore(trainer)
     if init_from is None:
         return trainer.new_state()
     diff = architecture_diff(model_config_of(init_from), trainer.config.model)
@@ -249,31 +306,30 @@ def run_training(name: str, command: TrainCommand) -> int:
     Raises:
       ValueError: for whatever is wrong with the settings, the data or the folder, before any compilation.
     """
-    started, config = time.perf_counter(), command.config
     run_dir = _path(command.runs_dir) / (command.run or name)
-    trainer = make_trainer(config)
-    lead = jax.process_index() == 0
-    if lead:
-        _make_room(run_dir, command)
-    barrier("room is made")
-    config = _with_origin(config, run_dir, command.init_from)
-    saver = RunSaver(Checkpointer(str(run_dir / "checkpoints"), config.checkpoint), config)
+    trainer = make_trainer(command.config)
+    with _claimed(run_dir, command) if jax.process_index() == 0 else contextlib.nullcontext():
+        barrier("room is made")
+        return _train(run_dir, command, trainer)
+
+
+def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
+    started, lead = time.perf_counter(), jax.process_index() == 0
+    config = _with_origin(command.config, run_dir, command.init_from)
+    saver = RunSaver(Checkpointer(str(run_dir / CHECKPOINTS), config.checkpoint), config)
     with StopRequest().listening() as stop, contextlib.closing(saver.checkpointer):
-        data = lead_first("the data is open", lambda: _prepare(run_dir, config, saver.checkpointer.latest_step()))
+        with _way_out():
+            meta = saver.meta()
+        data = lead_first("the data is open", lambda: _prepare(run_dir, config, meta))
         check_same("the text", data.fingerprint())
-        if lead and command.init_from is not None and saver.checkpointer.latest_step() is None:
+        saver.tokenizer = data.tokenizer.fingerprint
+        if lead and command.init_from is not None and not meta:
             carry(open_weights(command.init_from).companions(), run_dir / HF)
-        trainer = trainer.without_fp8(saver.fallen())
+        trainer = trainer.without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, command.init_from)
         step = int(state.step)
         _log_start(config, step)
-        length = config.data.sequence_length
-        held_out = {
-            source: prepare_held_out(data.tokenizer, [d.text for d in documents], length)
-            for source, documents in data.heldout.items()
-        }
-        here = rows_here(trainer.mesh, config.data.global_batch_size).tolist()
-        batches = train_batches(data.rows, config.data, step, here)
+        batches, held_out = _texts(trainer, data, step)
         with MetricsWriter(run_dir, step or None) if lead else contextlib.nullcontext() as writer:
             try:
                 state = train(trainer, state, batches, held_out, saver, writer, str(run_dir), stop)
@@ -289,6 +345,17 @@ def run_training(name: str, command: TrainCommand) -> int:
         _report(trainer, int(state.step), data, run_dir, time.perf_counter() - started, sample)
     barrier("the report is written")
     return 0
+
+
+def _texts(trainer: Trainer, data: Data, step: int) -> tuple[Iterator[dict[str, Any]], dict[str, HeldOut]]:
+    """The batches from the step after `step` on, and the held-out text of each source."""
+    config = trainer.config.data
+    held_out = {
+        source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length)
+        for source, documents in data.heldout.items()
+    }
+    here = rows_here(trainer.mesh, config.global_batch_size).tolist()
+    return train_batches(data.rows, config, step, here), held_out
 
 
 def _log_start(config: RunConfig, step: int) -> None:

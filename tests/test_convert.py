@@ -21,7 +21,7 @@ from test_load import CONFIG, INDEX, SHARDS, edit_json, edit_tensors, write_fold
 from tiny_run import REPO, run
 
 from ling_jax import load_pretrained
-from ling_jax.checkpoint import open_array, read_shapes
+from ling_jax.checkpoint import read_shapes
 from ling_jax.config import ModelConfig, count_params, layer_kinds
 from ling_jax.convert import transfer
 from ling_jax.convert.fp8 import FP8, dequantise, quantise
@@ -32,6 +32,8 @@ from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.to_jax import to_jax
 from ling_jax.convert.verify import verify
 from ling_jax.convert.weights import StoredWeights, narrow, open_weights
+from ling_jax.files.arrays import create_arrays, seal
+from ling_jax.files.one_writer import HOLDER, OneWriter
 from ling_jax.model.model import abstract_model, split_model
 from tests.helpers import assert_trees_equal, small, tiny
 
@@ -137,8 +139,9 @@ def test_a_change_of_one_tensor_of_ours_changes_that_tensor_of_hf_alone(source, 
     [(path, at)] = [
         (path, index) for path, stack in weights.stacks.items() for index, n in np.ndenumerate(stack.names) if n == name
     ]
-    array = open_array(epath.Path(tmp_path / "ours"), path)
-    array[(*at, 0, 0)].write(np.float32(7)).result()
+    state, layouts = epath.Path(tmp_path / "ours" / "state"), weights.arrays.layouts
+    create_arrays(state, layouts)[path][(*at, 0, 0)].write(np.float32(7)).result()
+    seal(state, layouts)
     to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
     before, after = tensors_of(source), tensors_of(tmp_path / "back")
     assert [n for n in before if before[n] != after[n]] == [name]
@@ -411,15 +414,20 @@ def test_nothing_is_overwritten(source, tmp_path):
 
 
 def test_another_process_at_the_same_target_is_refused(source, tmp_path):
-    (tmp_path / "x.partial").mkdir()
+    partial = tmp_path / "x.partial"
+    partial.mkdir()
+    (partial / "notes.txt").write_text("not of a conversion")
     with pytest.raises(ValueError, match="x.partial is an unfinished conversion of other files or with other settings"):
         to_hf(str(source), str(tmp_path / "x"))
-    journal = transfer.Journal(tmp_path / "x.partial", "mine", fresh=True)
-    with pytest.raises(ValueError, match="another process is at work in"):
+    with (
+        OneWriter(epath.Path(partial)),
+        pytest.raises(ValueError, match="x.partial is in use: process .* writes there"),
+    ):
         to_hf(str(source), str(tmp_path / "x"))
-    journal.close()
-    with pytest.raises(ValueError, match="x.partial is an unfinished conversion of other files or with other settings"):
-        to_hf(str(source), str(tmp_path / "x"))
+    assert [file.name for file in partial.iterdir()] == ["notes.txt"]
+    (partial / "notes.txt").unlink()
+    to_hf(str(source), str(tmp_path / "x"))
+    assert not partial.exists() and HOLDER not in [file.name for file in (tmp_path / "x").iterdir()]
 
 
 # Kills and full disks.

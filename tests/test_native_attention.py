@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ling_jax.config import MeshConfig
-from ling_jax.config.cache import cache_folder
+from ling_jax.files.cache import cache_folder
 from ling_jax.kernels import native
 from ling_jax.kernels.attention import MASKED, attend, attend_bwd, attention
 from ling_jax.parallel.mesh import make_mesh, manual
@@ -128,6 +128,13 @@ def check(shape: Shape, dtype: str, causal: bool, mean: float, spread: float = 1
         largest = max(np.abs(want[name]).max(initial=0), 0.1)
         assert_close(getattr(got, name) / largest, want[name] / largest, 1e-5 * max(1, spread / 2))
     return got
+
+
+def check_few() -> None:
+    """What differs with vectors' width."""
+    for causal in (True, False):
+        check(Shape(2, 150, 150, 2, 2, 40), "bfloat16", causal, 40)
+        check(Shape(1, 70, 70, 1, 3, 12), "float32", causal, 40)
 
 
 LENGTHS = st.one_of(st.sampled_from((1, 2, 17, 64, 65, 128, 129, 200)), st.integers(1, 200))
@@ -272,16 +279,3 @@ def test_without_the_library_and_for_other_dtypes_attention_is_xlas(monkeypatch)
     args = (q, k, v, *(documents(np.random.default_rng(0), 2, 20, 9),) * 2)
     for a, b in zip(*(run(args, g, 0.5, True, name) for name in ("native", "xla")), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-NARROW = """
-from tests.test_native_attention import Shape, check
-for causal in (True, False):
-    check(Shape(2, 150, 150, 2, 2, 40), "bfloat16", causal, 40)
-    check(Shape(1, 70, 70, 1, 3, 12), "float32", causal, 40)
-"""
-
-
-def test_narrow_vectors_give_the_same_sums(tmp_path, library):
-    flags = "native.FLAGS = (*native.FLAGS, '-O0', '-DLING_LANES=4')\n"
-    assert "WARNING" not in finish(start(flags + NARROW, tmp_path))

@@ -14,12 +14,15 @@ import jax
 import numpy as np
 import pytest
 from test_checkpoint import mount_prefix
-from tiny_run import REPO, SPARSE, STEPS, numbers, run, start, train_args
+from tiny_run import REPO, SHARED, SPARSE, STEPS, numbers, run, start, train_args
 
 from ling_jax.checkpoint import read_arrays, read_meta
 from ling_jax.train.metrics import read_metrics
+from scripts.same_bits import KINDS, compare
 
-OFTEN = dict(**SPARSE, train__eval_every=3, checkpoint__every=4)  # most moments are in or near a save or a validation
+# Most moments are in or near a save or a validation. At sizes that one thread does alone, kills could not show that two
+# threads give other bits.
+OFTEN = dict(**SPARSE, **SHARED, train__eval_every=3, checkpoint__every=4)
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
@@ -84,6 +87,16 @@ def test_after_ten_sigkills_a_run_ends_with_the_numbers_of_one_that_was_left_alo
     assert sum("eval/bits_per_byte" in record for record in read_metrics(killed)) == STEPS // 3
     assert latest_step(killed) == latest_step(whole) == STEPS
     jax.tree.map(np.testing.assert_array_equal, read_arrays(killed), read_arrays(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_equal_commands_give_equal_bits_killed_or_not(tmp_path, kind):
+    """As `python -m scripts.same_bits`, shorter, and smaller but for what two threads share."""
+    args = train_args(tmp_path, "", **SPARSE, **SHARED, train__eval_every=0, checkpoint__every=5)
+    del args[1:3]  # the run's name
+    found = compare(tmp_path / "runs", [*args, *KINDS[kind]], steps=30, whole=2, kills=1)
+    assert found == {"whole1": [], "killed": []}
 
 
 # Runs on a small disk at argv[1], with argv[2] bytes and argv[3] files left: trains until it is full, looks, makes

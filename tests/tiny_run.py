@@ -22,6 +22,12 @@ SIZES = {
 # One layer, where the model is not the subject: most of a tiny run's time is the compiler's.
 DENSE = dict(model__num_hidden_layers=1, model__first_k_dense_replace=1)
 SPARSE = dict(model__num_hidden_layers=1, model__first_k_dense_replace=0)
+# Sizes from which every C++ kernel of a step shares its work between two threads: below them one thread does all, and
+# nothing that two threads could do wrong would show. The thresholds: attention's products (4 x 128 x 128 x 2 x 16), an
+# expert layer's (1,024 rows x 3 x 64 x 72), AdamW's elements (16 x 64 x 72), in native.cc and its headers.
+SHARED = dict(
+    model__hidden_size=64, model__moe_intermediate_size=72, model__num_experts=16, data__sequence_length=128,
+)  # fmt: skip
 # What two runs of the same numbers may differ in.
 CLOCK_KEYS = {"train/tokens_per_second", "train/mfu", "train/data_wait_s", "mem/peak_bytes"}
 

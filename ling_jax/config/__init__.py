@@ -25,6 +25,7 @@ from ling_jax.config.run import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
+    settings_diff,
 )
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "count_params",
     "layer_kinds",
     "layer_plan",
+    "settings_diff",
     "train_flops_per_token",
 ]

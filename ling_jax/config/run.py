@@ -268,6 +268,21 @@ class RunConfig:
         return _from_dict(cls, json.loads(text))
 
 
+def settings_diff(old: RunConfig, new: RunConfig) -> list[str]:
+    """Every setting that differs, as "train.steps: 100 -> 200", but for the model's original config.json."""
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    names = [name for name in before | after if name != "model.hf_json"]
+    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, tuple) and any(isinstance(entry, dict) for entry in value):
+        value = {str(i): entry for i, entry in enumerate(value)}
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, entry in value.items() for k, v in _flat(entry, f"{name}.{key}".lstrip(".")).items()}
+
+
 def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     """Rebuilds nested dataclasses from `dataclasses.asdict`; an unknown key is an error."""
     nested = {

@@ -7,19 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ling_jax.checkpoint import placed
 from ling_jax.config import ONE_DEVICE, MeshConfig
 from ling_jax.convert.weights import Weights, open_weights, whole
+from ling_jax.kernels.precision import under_own_switches
 from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
 from ling_jax.parallel.mesh import make_mesh
 
 READERS = 4  # arrays read at a time
 
 
+@under_own_switches
 def load_pretrained(path: str | Path, *, dtype: Any = None, mesh: MeshConfig | None = None) -> Ling:
     """Loads a model from a HF folder (bf16, float32 or FP8 safetensors, one file or sharded) or our checkpoint.
 
@@ -70,12 +72,4 @@ def _shardings(model: Ling, mesh: MeshConfig | None) -> dict[tuple[str, ...], An
 def _read_array(weights: Weights, path: tuple[str, ...], shape: Any, dtype: Any, sharding: Any) -> jax.Array:
     if sharding is None:
         return jnp.asarray(weights.values(path, whole(shape), dtype))
-    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one reading
-
-    def part(index: Any) -> np.ndarray:
-        if str(index) not in parts:
-            bounds = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
-            parts[str(index)] = weights.values(path, bounds, dtype)
-        return parts[str(index)]
-
-    return jax.make_array_from_callback(shape, sharding, part)
+    return placed(shape, sharding, lambda part: weights.values(path, part, dtype))

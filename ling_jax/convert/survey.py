@@ -13,7 +13,7 @@ from ling_jax.config.text import columns
 from ling_jax.convert.mapping import Path
 from ling_jax.convert.tensorfile import NAMES
 from ling_jax.convert.transfer import ByteProgress, Record, pieces, tensors_in
-from ling_jax.convert.weights import Weights, narrow, open_weights
+from ling_jax.convert.weights import StoredWeights, Weights, narrow, open_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Survey:
         facts = {
             "folder": str(self.weights.folder),
             "parameters": f"{counts.total:,}, of which {counts.active:,} are active per token; MTP {counts.mtp:,}",
+            "saved checksums": self._saved_checksums(),
             "layers": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
         }
         rows: list[tuple[str, ...]] = [
@@ -44,6 +45,13 @@ class Survey:
         rows.append(("all", f"{len(self.records):,}", "", "", f"{total / 1e6:,.1f}", "", ""))
         settings = columns([(name, str(value)) for name, value in fields.items()])
         return "\n\n".join([columns(list(facts.items())), settings, columns(rows)])
+
+    def _saved_checksums(self) -> str:
+        """What is known of the files' own checksums: a changed file would have ended the reading of the weights."""
+        if not isinstance(self.weights, StoredWeights) or not self.weights.arrays.has_checksums:
+            return "none"
+        told = "those of the weights compared, and right" if self.checked else "not compared"
+        return f"XXH3-64 of {self.weights.arrays.count_files():,} files, {told}"
 
     def _rows(self, path: Path, each: bool) -> Iterator[tuple[str, ...]]:
         names = [name for name in map(str, self.weights.stacks[path].names.flat) if name in self.records]

@@ -15,8 +15,9 @@ from ling_jax.convert.audit import Audit
 from ling_jax.convert.fp8 import FP8, quantise
 from ling_jax.convert.mapping import SCALE, Path, Stack, scales_of
 from ling_jax.convert.tensorfile import NAMES, TensorFileWriter
+from ling_jax.convert.tokenizer import tokenizer_of
 from ling_jax.convert.transfer import Piece, Record, Work, carry, new_place, pieces, stamps, tensors_in
-from ling_jax.convert.weights import BF16, F32, INDEX, HFFolder, StoredWeights, Weights, narrow, open_weights
+from ling_jax.convert.weights import BF16, F32, INDEX, TOKENIZER, HFFolder, StoredWeights, Weights, narrow, open_weights
 
 Format = Literal["keep", "bf16", "fp32", "fp8"]
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -49,6 +50,8 @@ def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str =
         TARGET.partial, and the same command goes on there.
     """
     limit, weights, place = _bytes_of(max_shard_size), open_weights(source), new_place(target)
+    if any(folder.name == TOKENIZER and (folder / "tokenizer.json").exists() for folder in weights.companions()):
+        tokenizer_of(source)  # a run's goes along: it must be the right one
     tensors = _tensors(weights, form)
     shards = _shards(tensors, limit)
     todo = [
@@ -58,7 +61,7 @@ def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str =
     ]
     fingerprint = [str(weights.folder), form, limit, stamps(_stamped(weights))]
     itemsizes = {path: weights.dtype(path).itemsize for path in weights.stacks}
-    work = Work(place, fingerprint, todo, itemsizes, lambda folder: folder.mkdir(parents=True))
+    work = Work(place, fingerprint, todo, itemsizes, lambda folder: None)
     with work, contextlib.ExitStack() as stack:
         writers = {}
         for file, names in shards.items():

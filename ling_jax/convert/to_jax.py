@@ -8,13 +8,14 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from ling_jax.checkpoint import NewArray, chunk_of, finish_checkpoint, make_checkpoint, open_array
+from ling_jax.checkpoint import arrays_to_write, finish_checkpoint, make_checkpoint
 from ling_jax.config import DataConfig, RunConfig
 from ling_jax.convert.audit import Audit
 from ling_jax.convert.mapping import Path, Stack
 from ling_jax.convert.tensorfile import NAMES
 from ling_jax.convert.transfer import PIECE_BYTES, Piece, Record, Work, carry, new_place, pieces, stamps, tensors_in
 from ling_jax.convert.weights import BF16, F32, HF, HFFolder, Index, Weights, narrow, open_weights
+from ling_jax.files.arrays import Layout, chunk_of
 
 DTYPES = {"bfloat16": BF16, "float32": F32}
 
@@ -51,7 +52,7 @@ def to_jax(source: str, target: str, dtype: Literal["keep", "bfloat16", "float32
         make_checkpoint(epath.Path(folder), arrays, _meta(weights, arrays, kept))
 
     with Work(place, fingerprint, todo, itemsizes, prepare) as work:
-        targets = {path: open_array(epath.Path(work.folder), path) for path in arrays}
+        targets = arrays_to_write(epath.Path(work.folder), arrays)
 
         def copy(piece: Piece) -> dict[str, Record]:
             records: dict[str, Record] = {}
@@ -68,16 +69,16 @@ def to_jax(source: str, target: str, dtype: Literal["keep", "bfloat16", "float32
             source, target, dtype, weights.config, work.records, list(weights.dtypes), work.seconds(), carried
         )
         audit.check()
-        finish_checkpoint(epath.Path(work.folder))
+        finish_checkpoint(epath.Path(work.folder), arrays)
         work.finish(audit.to_json())
     return audit
 
 
-def _array(stack: Stack, dtype: np.dtype) -> NewArray:
-    return NewArray(stack.full_shape, dtype, chunk_of(stack.full_shape, dtype.itemsize, PIECE_BYTES))
+def _array(stack: Stack, dtype: np.dtype) -> Layout:
+    return Layout(stack.full_shape, dtype, chunk_of(stack.full_shape, dtype.itemsize, PIECE_BYTES))
 
 
-def _meta(weights: HFFolder, arrays: Mapping[Path, NewArray], kept: bool) -> dict[str, Any]:
+def _meta(weights: HFFolder, arrays: Mapping[Path, Layout], kept: bool) -> dict[str, Any]:
     """The checkpoint's metadata: the configuration, and what an export needs to give back every byte."""
     others: dict[str, str | None] = {}
     for path, new in arrays.items() if kept else ():

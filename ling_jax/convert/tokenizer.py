@@ -1,12 +1,13 @@
 """The tokenizer and generation settings that lie beside a checkpoint."""
 
-import json
 from typing import Any
 
 from etils import epath
 
+from ling_jax.checkpoint import read_meta
 from ling_jax.convert.weights import HF, TOKENIZER
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files.whole import read_json
 
 
 def _beside(path: str, name: str) -> epath.Path | None:
@@ -18,14 +19,25 @@ def _beside(path: str, name: str) -> epath.Path | None:
 
 
 def tokenizer_of(path: str) -> Tokenizer:
-    """The tokenizer of a HF folder, a run, its `checkpoints/` or one step of it."""
+    """The tokenizer of a HF folder, a run, its `checkpoints/` or one step of it.
+
+    Raises:
+      ValueError: if there is none, or a run's is not the one that its checkpoint was trained with.
+    """
     file = _beside(path, "tokenizer.json")
     if file is None:
         raise ValueError(f"no tokenizer.json in or beside {path}: copy the model's own there")
-    return Tokenizer.load(str(file))
+    tokenizer = Tokenizer.load(str(file))
+    trained_with = read_meta(path).get("tokenizer") if file.parent.name == TOKENIZER else None
+    if trained_with and tokenizer.fingerprint != trained_with:
+        raise ValueError(
+            f"{file} is not the tokenizer that {path} was trained with (fingerprint {tokenizer.fingerprint}, in the "
+            f"checkpoint {trained_with}): its ids mean other text. Put the run's own tokenizer.json back"
+        )
+    return tokenizer
 
 
 def generation_config_of(path: str) -> dict[str, Any]:
     """The generation_config.json beside a checkpoint; empty without one."""
     file = _beside(path, "generation_config.json")
-    return {} if file is None else json.loads(file.read_text())
+    return {} if file is None else read_json(file)

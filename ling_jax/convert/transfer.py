@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ from etils import epath
 from ling_jax.convert.mapping import Path, Stack
 from ling_jax.convert.tensorfile import DTYPES, NAMES
 from ling_jax.convert.weights import INDEX, PICKLES, Index, some
+from ling_jax.files.one_writer import HOLDER, OneWriter
 from ling_jax.train.metrics import CONSOLE
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ JOURNAL = "conversion.jsonl"  # of an unfinished target
 AUDIT_FILE = "conversion_audit.json"  # of a finished one
 PARTIAL = ".partial"  # after a target's name until it is finished
 NOT_CARRIED = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLES)  # weights of any kind
-MADE_ANEW = ("config.json", INDEX, AUDIT_FILE, "README.md")
+MADE_ANEW = ("config.json", INDEX, AUDIT_FILE, "README.md", HOLDER)
 THREADS = 2  # pieces at a time, each held in memory once or twice
 PIECE_BYTES = 128 << 20  # of a piece at most, where its files allow that
 LOG_SECONDS = 10.0  # between two lines where there is no terminal
@@ -118,37 +118,42 @@ def count_not_finite(flat: np.ndarray) -> int:
 
 
 class Journal:
-    """Which pieces are on the disk for good, so that an interrupted conversion goes on. One process at a time. `fresh`:
-    the folder was made just now.
+    """Which pieces are on the disk for good, so that an interrupted conversion goes on. `fresh` until `begin`.
 
     Raises:
-      ValueError: if another process is at it, or it tells of another conversion than `fingerprint`.
+      ValueError: if it tells of another conversion than `fingerprint`.
     """
 
-    def __init__(self, folder: pathlib.Path, fingerprint: Any, fresh: bool):
+    def __init__(self, folder: pathlib.Path, fingerprint: Any):
         self.records: dict[str, Record] = {}
         self._done: set[str] = set()
+        if not (folder / JOURNAL).exists() and any(file.name != HOLDER for file in folder.iterdir()):
+            raise self._of_another(folder)
         self._file = (folder / JOURNAL).open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is at work in {folder}: wait for it, or end it") from None
         self._file.seek(0)
         text = self._file.read()
         lines = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last one
         self._file.truncate(len(text[: text.rfind("\n") + 1].encode()))
-        header = json.dumps(fingerprint)
-        if fresh:
-            self._write(header)
-        elif lines[:1] != [header]:
-            raise ValueError(
-                f"{folder} is an unfinished conversion of other files or with other settings: remove it, or run the "
-                "command that began it"
-            )
+        self._header, self.fresh = json.dumps(fingerprint), not lines
+        if lines and lines[0] != self._header:
+            self._file.close()
+            raise self._of_another(folder)
         for line in lines[1:]:
             entry = json.loads(line)
             self._done.add(entry["piece"])
             self.records |= {name: Record(**values) for name, values in entry["records"].items()}
+
+    @staticmethod
+    def _of_another(folder: pathlib.Path) -> ValueError:
+        return ValueError(
+            f"{folder} is an unfinished conversion of other files or with other settings: remove it, or run the "
+            "command that began it"
+        )
+
+    def begin(self) -> None:
+        """The folder is prepared."""
+        self._write(self._header)
+        self.fresh = False
 
     def has(self, piece: Piece) -> bool:
         return piece.key in self._done
@@ -175,7 +180,7 @@ class Work:
       place: the target, which does not exist.
       fingerprint: JSON that tells this conversion from others: an unfinished one of another kind is not gone on with.
       itemsizes: of each array that is copied, in bytes.
-      prepare: makes the folder, where an earlier attempt has not.
+      prepare: fills the folder, which is there, before the first piece; again, if it was killed in the middle.
     Raises:
       ValueError: for a disk with too little room, on making it; on entering, if another process is at it, or the folder
         is of another conversion; on leaving, for an error of the disk.
@@ -196,17 +201,24 @@ class Work:
         self._check_space(sum(self._sizes.values()))
 
     def __enter__(self) -> "Work":
-        fresh = not self.folder.exists()
-        if fresh:
-            try:
+        try:
+            self._writer = OneWriter(epath.Path(self.folder)).__enter__()
+        except OSError as error:
+            raise self._failed(error) from error
+        try:
+            new_place(str(self._place))  # or a process that has just ended has made it
+            self._journal = Journal(self.folder, self._fingerprint)
+            if self._journal.fresh:
                 self._prepare(self.folder)
-            except (OSError, ValueError) as error:
-                raise self._failed(error) from error
-        self._journal = Journal(self.folder, self._fingerprint, fresh)
+                self._journal.begin()
+        except BaseException as error:
+            self._writer.__exit__()
+            raise self._failed(error) from error if isinstance(error, OSError) else error
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._journal.close()
+        self._writer.__exit__()
         if isinstance(error, OSError) or "No space left" in str(error):
             raise self._failed(error) from error
 
@@ -245,7 +257,7 @@ class Work:
             log.warning("%d numbers are NaN or infinite: %s", sum(bad.values()), some(list(bad)))
         (self.folder / AUDIT_FILE).write_text(audit + "\n")
         _sync(self.folder)
-        self.folder.rename(self._place)
+        self._writer.move(epath.Path(self._place))
         _sync(self._place.parent, inside=False)
         (self._place / JOURNAL).unlink()  # only now: without it nobody could tell what an unfinished folder is
 

@@ -14,17 +14,18 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tensorstore as ts
 
-from ling_jax.checkpoint import META, find_checkpoint, open_array, read_meta, read_shapes
+from ling_jax.checkpoint import META, find_checkpoint, open_arrays, read_meta
 from ling_jax.config import ModelConfig, RunConfig
 from ling_jax.convert.fp8 import BLOCK, FP8, dequantise
 from ling_jax.convert.mapping import SCALE, Path, Stack, layout, scales_of
 from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFile
+from ling_jax.files.whole import read_json
 
 INDEX = "model.safetensors.index.json"
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"  # of a run's folder
 HF = "hf"  # of a checkpoint's metadata: what only a HF folder knows; of its folder: files that came with the weights
+WEIGHTS = ("params", "bias", "scales")  # of a checkpoint's arrays: the model's
 SHOWN = 10  # names listed in an error
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -130,7 +131,7 @@ class HFFolder(Weights):
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        json_config = _read_json(folder / "config.json")
+        json_config = read_json(folder / "config.json")
         self.config = _hf_config(folder, json_config)
         quantised = _is_quantised(folder, json_config)
         if quantised:
@@ -231,20 +232,8 @@ def _open_file(folder: pathlib.Path, name: str) -> TensorFile:
     return TensorFile(path)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; download it again")
-    return value
-
-
 def _read_weight_map(index: pathlib.Path) -> dict[str, str]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to file names; download it again")
     return weight_map
@@ -302,8 +291,8 @@ class StoredWeights(Weights):
         hf = meta.get(HF, {})
         self.kept = hf.get("kept", False)  # whether every tensor is as it came from a HF folder
         self.block = tuple(hf.get("block", BLOCK))
-        saved = _flat(read_shapes(self.folder))
-        self._arrays: dict[Path, ts.TensorStore] = {}  # opened so far
+        self.arrays = open_arrays(self.folder, lambda path: path[0] in WEIGHTS)
+        saved = self.arrays.layouts
         self.stacks = {}
         for path_, stack in layout(self.config).items():
             self.stacks[path_] = stack
@@ -330,16 +319,10 @@ class StoredWeights(Weights):
         return [self.folder / HF, *of_run]
 
     def chunk(self, path: Path) -> tuple[int, ...]:
-        shape = self._array(path).chunk_layout.read_chunk.shape or ()
-        return tuple(chunk or size for chunk, size in zip(shape, self.stacks[path].full_shape, strict=True))
+        return self.arrays.layouts[path].chunk
 
     def read(self, path: Path, index: Index) -> np.ndarray:
-        return self._array(path)[index].read().result()
-
-    def _array(self, path: Path) -> ts.TensorStore:
-        if path not in self._arrays:
-            self._arrays[path] = open_array(self.folder, path)
-        return self._arrays[path]
+        return self.arrays.array(path).read(index)
 
     def _check_arrays(self, saved: Mapping[Path, Any]) -> None:
         problems = []
@@ -352,13 +335,6 @@ class StoredWeights(Weights):
                 problems.append(f"{'/'.join(path)} is {saved[path].dtype}")
         if problems:
             raise ValueError(f"checkpoint {self.folder} does not match its configuration: {some(problems)}")
-
-
-def _flat(tree: Mapping[str, Any], start: Path = ()) -> dict[Path, Any]:
-    flat: dict[Path, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, (*start, key)) if isinstance(value, Mapping) else {(*start, key): value}
-    return flat
 
 
 def _is_hf(folder: pathlib.Path) -> bool:
@@ -377,5 +353,5 @@ def model_config_of(path: str | pathlib.Path) -> ModelConfig:
     """The architecture of a HF folder or checkpoint, without looking at its weights."""
     folder = pathlib.Path(path).expanduser()
     if _is_hf(folder):
-        return _hf_config(folder, _read_json(folder / "config.json"))
+        return _hf_config(folder, read_json(folder / "config.json"))
     return RunConfig.from_json(json.dumps(read_meta(find_checkpoint(str(path)))["config"])).model

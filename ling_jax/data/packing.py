@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from etils import epath
 
 from ling_jax.data.sources import Document, stable_order
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files.one_writer import HOLDER, OneWriter
 
 log = logging.getLogger(__name__)
 
@@ -79,22 +81,37 @@ def pad(values: np.ndarray, length: int, name: str) -> np.ndarray:
     return padded
 
 
-def build_stream(documents: Sequence[Document], tokenizer: Tokenizer, name: str, seed: int, cache_dir: str) -> Stream:
-    """Tokenizes a source's documents in a seeded order, or maps the result of an earlier run into memory.
+def build_stream(
+    documents: Sequence[Document], tokenizer: Tokenizer, name: str, seed: int, cache: str | Path
+) -> Stream:
+    """Tokenizes a source's documents in a seeded order, or maps the result of an earlier run, in `cache`, into memory.
 
     The cache is keyed by the texts, their order and the tokenizer; a killed run leaves no broken file behind.
     """
     ordered = [documents[i] for i in stable_order(len(documents), seed, f"documents of {name}")]
-    key = _cache_key(ordered, tokenizer)
-    folder = Path(cache_dir).expanduser()
+    key, folder = _cache_key(ordered, tokenizer), Path(cache)
     starts_file, tokens_file = folder / f"{key}.starts.npy", folder / f"{key}.tokens.npy"
-    if not tokens_file.exists():  # written last: where it exists, both do
+    if (found := _kept(tokens_file, starts_file)) is not None:
+        return found
+    with OneWriter(epath.Path(folder), f"{key}.{HOLDER}", wait=True):
+        if (found := _kept(tokens_file, starts_file)) is not None:  # another process has just made it
+            return found
         log.info("%s: tokenizing %d documents into %s", name, len(ordered), tokens_file)
         stream = _tokenize(ordered, tokenizer)
-        folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(starts_file, lambda file: np.save(file, stream.starts_D))
         _write_atomically(tokens_file, lambda file: np.save(file, stream.tokens_S))
     return Stream(np.load(tokens_file, mmap_mode="r"), np.load(starts_file))
+
+
+def _kept(tokens_file: Path, starts_file: Path) -> Stream | None:
+    """The stream that an earlier run left, if it did and both files are whole."""
+    if not tokens_file.exists():  # written last: where it exists, both do
+        return None
+    try:
+        return Stream(np.load(tokens_file, mmap_mode="r"), np.load(starts_file))
+    except (ValueError, OSError, EOFError) as error:
+        log.warning("%s is damaged (%s): it is made anew", tokens_file, error)
+        return None
 
 
 def _cache_key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:

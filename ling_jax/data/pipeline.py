@@ -8,9 +8,11 @@ Legend: B rows of a global batch, T tokens per row, N windows.
 
 import hashlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -21,6 +23,7 @@ from ling_jax.config import DataConfig
 from ling_jax.data.packing import IGNORE, Rows, build_stream, pad
 from ling_jax.data.sources import Corpus, Document, read_corpus, size, source_names, stable_order
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files.cache import can_write
 
 log = logging.getLogger(__name__)
 
@@ -51,21 +54,24 @@ class Data:
         return int.from_bytes(digest.digest()[:4]) >> 1
 
 
-def open_data(config: DataConfig, vocab_size: int, tokenizer_dir: str) -> Data:
+def open_data(config: DataConfig, vocab_size: int, tokenizer_dir: str, trained_with: str | None = None) -> Data:
     """Reads the corpus, finds or trains the tokenizer (kept in `tokenizer_dir`), and packs the training split.
 
+    Args:
+      trained_with: the fingerprint of the tokenizer that the run's checkpoint was trained with.
     Raises:
-      ValueError: for a source or tokenizer that can't be used; naming it, before any long work.
+      ValueError: for a source, tokenizer or cache that can't be used; naming it, before any long work.
     """
+    cache = _cache(config.cache_dir, epath.Path(tokenizer_dir).expanduser().parent)
     corpus = read_corpus(config)
     for name in corpus.train:
         train, heldout = corpus.train[name], corpus.heldout[name]
         log.info("%s: %d documents, %.2f MB to train on; %d documents, %.3f MB held out",
                  name, len(train), size(train) / 1e6, len(heldout), size(heldout) / 1e6)  # fmt: skip
-    tokenizer = _open_tokenizer(config, corpus, vocab_size, tokenizer_dir)
+    tokenizer = _open_tokenizer(config, corpus, vocab_size, tokenizer_dir, trained_with)
     rows = {}
     for name, documents in corpus.train.items():
-        stream = build_stream(documents, tokenizer, name, config.seed, config.cache_dir)
+        stream = build_stream(documents, tokenizer, name, config.seed, cache)
         rows[name] = Rows(stream, config.sequence_length)
         count = len(stream.tokens_S)
         log.info("%s: %d tokens in %d rows, %.2f bytes per token",
@@ -73,12 +79,30 @@ def open_data(config: DataConfig, vocab_size: int, tokenizer_dir: str) -> Data:
     return Data(tokenizer, rows, corpus.heldout)
 
 
-def _open_tokenizer(config: DataConfig, corpus: Corpus, vocab_size: int, tokenizer_dir: str) -> Tokenizer:
+def _cache(wanted: str, run_dir: epath.Path) -> Path:
+    """The folder for tokens: the one that is `wanted`, or one in the run's folder if that cannot be written."""
+    hint = "set --data.cache-dir to a folder of this machine that can be written"
+    if "://" in wanted:
+        raise ValueError(f"data.cache_dir = {wanted!r} must be local, since tokens are mapped into memory: {hint}")
+    folder = Path(os.path.expanduser(wanted))
+    if can_write(folder):
+        return folder
+    own = Path(run_dir) / "cache"
+    if "://" in str(run_dir) or not can_write(own):
+        raise ValueError(f"data.cache_dir = {wanted!r} cannot be written: {hint}")
+    log.info("%s cannot be written: tokens are kept in %s; --data.cache-dir names another place", folder, own)
+    return own
+
+
+def _open_tokenizer(
+    config: DataConfig, corpus: Corpus, vocab_size: int, tokenizer_dir: str, trained_with: str | None
+) -> Tokenizer:
     """The tokenizer of the config, else the one saved by this run, else a new one; saved in `tokenizer_dir`."""
     saved = None
     if (epath.Path(tokenizer_dir).expanduser() / "tokenizer.json").exists():
         saved = Tokenizer.load(tokenizer_dir)
         saved.check_fits(vocab_size)
+        _check_unchanged(saved, trained_with, tokenizer_dir)
     if config.tokenizer is None and saved is not None:
         return saved
     if config.tokenizer is not None:
@@ -91,8 +115,18 @@ def _open_tokenizer(config: DataConfig, corpus: Corpus, vocab_size: int, tokeniz
             )
     else:
         tokenizer = Tokenizer.train(_tokenizer_sample(corpus, config.seed), vocab_size)
+    _check_unchanged(tokenizer, trained_with, tokenizer_dir)
     tokenizer.save(tokenizer_dir)
     return tokenizer
+
+
+def _check_unchanged(tokenizer: Tokenizer, trained_with: str | None, tokenizer_dir: str) -> None:
+    if trained_with is not None and tokenizer.fingerprint != trained_with:
+        raise ValueError(
+            f"the tokenizer in {tokenizer_dir} is not the one that this run's checkpoint was trained with (fingerprint "
+            f"{tokenizer.fingerprint}, in the checkpoint {trained_with}): its ids mean other text. Put the run's own "
+            "tokenizer.json back, or start a new run with another --run"
+        )
 
 
 def _tokenizer_sample(corpus: Corpus, seed: int) -> Iterator[str]:

@@ -3,6 +3,7 @@
 Every text round-trips: the alphabet holds all 256 bytes and nothing is normalised.
 """
 
+import functools
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from etils import epath
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from ling_jax.data import chat
+from ling_jax.files.whole import checksum
 
 BOS = "<|startoftext|>"
 EOD = "<|endoftext|>"  # ends a document; also the padding of HF's files
@@ -33,6 +35,12 @@ PRE_TOKENIZER_PATTERN = "|".join(
         r"\s+(?!\S)",
         r"\s+",
     )
+)
+
+# Letters of several scripts, cases, digits, punctuation, white space of all kinds, a special token's text.
+PROBE = (
+    "Ling's 1234 TeXts,\tnaïve Straße 你好 привет\r\n\n"
+    "  if x_1 != 'a':  return {\"k\": [0.5e-3]}  # 🙂 <|endoftext|> \u00a0end"
 )
 
 
@@ -189,6 +197,15 @@ class Tokenizer:
     def scoring_prefix(self) -> list[int]:
         """One token to score a text after, so that its first token is scored too."""
         return self.prefix_ids or [self.eod_id]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that follow from what the tokenizer does: its ids, its merges, how it cuts a probe and
+        what it puts before a document. The way in which a version of the library spells tokenizer.json is no part."""
+        model = json.loads(self.to_json())["model"]
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or ()]
+        facts = [sorted(self._core.get_vocab(with_added_tokens=True).items()), merges, self.encode(PROBE)]
+        return checksum(json.dumps([*facts, self.prefix_ids, self.eod_id]).encode())
 
     def check_fits(self, vocab_size: int) -> None:
         """Raises ValueError if an id would lie outside a model's embedding of `vocab_size` rows."""

@@ -19,6 +19,7 @@ from ling_jax.config import ONE_DEVICE, ModelConfig, layer_kinds
 from ling_jax.generate.rows import Place, Rows, decode, empty_rows, place, prefill
 from ling_jax.generate.sampling import Kinds, Sampling, empty_options, with_option
 from ling_jax.generate.serving import row_specs, serve
+from ling_jax.kernels.precision import under_own_switches
 from ling_jax.model.model import Ling
 from ling_jax.parallel.mesh import make_mesh
 
@@ -124,6 +125,7 @@ class Engine:
       fp8: keep the matrices of attention and FFNs as FP8 blocks, with a copy of their own.
     """
 
+    @under_own_switches
     def __init__(
         self,
         model: Ling,
@@ -159,6 +161,7 @@ class Engine:
         self.held = [np.zeros(0, np.int32)] * rows  # tokens whose keys and values are in each row
         self.tickets = 0
 
+    @under_own_switches
     def submit(self, request: Request, answer: Answer | None = None) -> int:
         """Queues a request and returns its ticket; `answer` is what `withdraw` gave for it, to go on with."""
         check_request(self.config, request, self.slots, self.stops)
@@ -193,6 +196,7 @@ class Engine:
         """Whether a request is waiting or running."""
         return bool(self.queue) or any(self.running)
 
+    @under_own_switches
     def step(self, steps: int = 32) -> list[Update]:
         """Gives free rows to waiting requests, then draws up to `steps` tokens for every row, fewer if a row ends while
         requests wait."""
@@ -335,6 +339,7 @@ def _stream(model: Ling, requests: list[Request], slots: int, stops: int, every:
         yield [new.get(ticket, []) for ticket in tickets]
 
 
+@under_own_switches
 def generate(
     model: Ling,
     prompts: Sequence[Sequence[int]],

@@ -8,6 +8,7 @@ callers keep XLA's form: see `or_else`.
 Legend: R rows, E groups, I inputs, O outputs; of attention as in attention.py, of experts as in swiglu.py.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -31,7 +32,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from ling_jax.config.cache import cache_folder, cpu_flags
+from ling_jax.files.cache import cache_folder, can_write, cpu_flags
 
 logger = logging.getLogger(__name__)
 
@@ -99,21 +100,29 @@ def _library() -> Path:
     known = [_output(*compiler, "--version"), cpu_flags(), jax.__version__, platform.machine(), *command]
     content = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     key = hashlib.sha256("\0".join(known).encode() + content).hexdigest()[:32]
-    folder = cache_folder()
-    library = folder / f"native-{key}.so"
-    if library.exists():
-        return library
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / library.name
-            started = time.perf_counter()
+    name = f"native-{key}.so"
+    if (kept := cache_folder() / name).exists():
+        return kept
+    started = time.perf_counter()
+    if can_write(kept.parent):
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            built = Path(scratch) / name
             _output(*command, "-o", str(built))
-            built.replace(library)
-    except OSError as error:
-        raise NoLibrary(f"cannot write {folder}: {error}") from error
-    logger.info("built %s in %.1f s", library, time.perf_counter() - started)
-    return library
+            built.replace(kept)
+    else:
+        kept = Path(_own_folder()) / name
+        logger.info("%s cannot be written: the C++ kernels are built at every start; XDG_CACHE_HOME names another "
+                    "place", cache_folder())  # fmt: skip
+        _output(*command, "-o", str(kept))
+    logger.info("built %s in %.1f s", kept, time.perf_counter() - started)
+    return kept
+
+
+def _own_folder() -> str:
+    """A folder that nobody else can write to, until this process ends."""
+    folder = tempfile.mkdtemp(prefix="ling_jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _register(library: Path) -> None:

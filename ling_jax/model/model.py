@@ -22,7 +22,7 @@ from ling_jax.config.text import columns
 from ling_jax.kernels.blockwise import MasterWeight
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.grouped import LayerWeight
-from ling_jax.kernels.precision import dot
+from ling_jax.kernels.precision import dot, under_own_switches
 from ling_jax.kernels.swiglu import after_all
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
@@ -161,6 +161,7 @@ class Ling(nnx.Module):
         logits = dot(hidden, whole_rows(w_VD).astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
         return all_gather(logits, "tensor", axis=-1)
 
+    @under_own_switches
     def __call__(
         self,
         tokens_BT: jax.Array,
@@ -174,6 +175,7 @@ class Ling(nnx.Module):
         graph, params, bias = split_model(self)
         return _apply(graph, tuple(capture), params, bias, tokens_BT, positions_BT, segment_ids_BT, routing_ids)
 
+    @under_own_switches
     def hidden(
         self,
         tokens_BT: jax.Array,

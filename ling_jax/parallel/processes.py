@@ -19,6 +19,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 from collections import Counter
@@ -186,6 +187,19 @@ class AnyProcess:
         return before is not None and bool(before)
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals on which a run saves and ends: a scheduler's, Ctrl-C, and a terminal that has closed."""
+    return (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def leave_terminal() -> None:
+    """Sends what is printed from now on nowhere, if it went to a terminal: one that has closed gives errors."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # a closed terminal no longer says that it is one
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 # The worker.
 
 
@@ -272,12 +286,15 @@ class _Worker:
         command = [sys.executable, *sys.orig_argv[1:]]
         process = await asyncio.create_subprocess_exec(*command, env=environment, pass_fds=[theirs])
         os.close(theirs)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, cls._pass_on, process, number)
+        for number in stop_signals():
+            if signal.getsignal(number) != signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, cls._pass_on, process, number)
         return cls(process, ours)
 
     @staticmethod
     def _pass_on(process: asyncio.subprocess.Process, number: int) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
 

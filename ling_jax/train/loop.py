@@ -13,7 +13,7 @@ import numpy as np
 
 from ling_jax.config import train_flops_per_token
 from ling_jax.parallel.mesh import place_batch, rows_here
-from ling_jax.parallel.processes import AnyProcess, CompiledTogether
+from ling_jax.parallel.processes import AnyProcess, CompiledTogether, leave_terminal, stop_signals
 from ling_jax.train.fp8 import beyond, loss_metrics, losses
 from ling_jax.train.hardware import peak_flops, peak_memory_bytes
 from ling_jax.train.metrics import MetricsWriter, Progress
@@ -44,13 +44,17 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """SIGTERM and SIGINT set `received` inside; one that comes more than a second later acts as it did before (a
-        scheduler's signal may reach a process twice, by itself and through its parent)."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        """SIGTERM, SIGINT and SIGHUP set `received` inside; one that comes more than a second later acts as it did
+        before (a scheduler's signal may reach a process twice, by itself and through its parent). A signal that was
+        ignored, as nohup has it, stays so."""
+        found = {number: signal.getsignal(number) for number in stop_signals()}
+        before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
         first = 0.0
 
         def handle(number, frame):
             nonlocal first
+            if number == signal.SIGHUP:
+                leave_terminal()
             if self.received is None:
                 self.received, first = signal.Signals(number), time.monotonic()
                 log.warning("%s: finishing this step, then saving", self.received.name)

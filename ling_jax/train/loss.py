@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.cross_entropy import target_logprobs
+from ling_jax.kernels.precision import under_own_switches
 from ling_jax.model.model import Ling
 from ling_jax.parallel.context import shift_left
 from ling_jax.parallel.mesh import axis_size
@@ -92,6 +93,7 @@ def total_loss(sums: Sums, counts: Counts, config: ModelConfig, z_loss_coefficie
     return loss
 
 
+@under_own_switches
 def token_logprobs(
     model: Ling,
     tokens_BT: jax.Array,

@@ -2,13 +2,24 @@
 
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """~/.cache/ling_jax, or where XDG_CACHE_HOME says."""
+    """~/.cache/ling_jax, or where XDG_CACHE_HOME says; it may be one that cannot be made."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ling_jax"
+    return (Path(root) if root else Path(os.path.expanduser("~/.cache"))) / "ling_jax"
+
+
+def can_write(folder: Path) -> bool:
+    """Makes a folder; whether files can be written to it. Services and containers often have no home."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def cpu_flags() -> str:
