@@ -23,7 +23,10 @@ def pytest_configure():
 
 
 # The files that take longest, longest first: so both processes of pytest-xdist end at about the same time.
-LONGEST = ("processes", "parallel", "smoke", "resume", "plan", "golden", "topology", "model", "dispatch", "errors")
+LONGEST = (
+    "one_writer", "processes", "parallel", "smoke", "surroundings", "resume", "same_bits", "damage", "plan", "golden",
+    "topology", "model", "dispatch", "errors",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):

@@ -110,7 +110,7 @@ def _writable(folder: epath.Path, path: Path, layout: Layout, create: bool) -> t
         return ts.open(spec, create=True, open=True, context=_context()).result()
     spec["metadata"] |= {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None}
     spec["metadata"] |= {"dtype": _zarr_dtype(layout.dtype)}
-    return ts.open(spec | {"assume_metadata": True}, open=True, context=_context()).result()
+    return ts.open(spec, open=True, assume_metadata=True, context=_context()).result()
 
 
 def _zarr_dtype(dtype: np.dtype) -> str:
