@@ -10,7 +10,9 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is the compiler's, and a program that runs once need not be fast: the seeded weights of a run
 # take 2 seconds to compile for 10. Only LLVM's part is left out, so TPU programs are as ever.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# And XLA ends a process whose devices have waited 40 seconds for one another, which on a busy machine they may.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level=0 {PATIENT}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -209,7 +209,8 @@ def test_of_twenty_pairs_one_trains_each_time_as_if_it_were_alone(tmp_path):
         refused = [logs[f"{name}-{i}"] for i, end in enumerate(ends) if end == 2]
         if refused:  # else the first had ended when the second began
             assert sorted(ends) == ([-9, 0, 2] if len(ends) == 3 else [0, 2]), (ends, trained, refused)
-        assert sum("training from step 0" in log for log in trained) == 1
+        if len(ends) == 2:  # the third goes on from whatever was saved before the kill
+            assert sum("training from step 0" in log for log in trained) == 1
         assert all("is in use: process" in log and len(log.splitlines()) == 1 for log in refused), refused
         assert numbers(read_metrics(tmp_path / "runs" / name)) == numbers(read_metrics(whole)), name
         assert sorted(os.listdir(tmp_path / "runs" / name / "checkpoints")) == ["120", "80"]
