@@ -79,7 +79,7 @@ class _ArraysHandler(ocp.AsyncCheckpointHandler):
         stored.write_arrays(directory, stored.on_host(args.arrays))
 
     def restore(self, directory: epath.Path, args: Any = None) -> Any:
-        raise NotImplementedError("read_arrays reads them")
+        raise AssertionError("orbax only saves: read_arrays reads")
 
     def finalize(self, directory: epath.Path) -> None:
         stored.merge_checksums(directory)
@@ -124,9 +124,7 @@ class Checkpointer:
             raise ValueError(f"step {step} is not after step {latest}, the latest in {self._directory}: resume there")
         state = _checked(state)
         try:
-            meta = sealed(
-                {**json.loads(json.dumps(meta, allow_nan=False)), HAS_CHECKSUMS: True}
-            )  # a copy: written later
+            meta = _sealed_meta(meta)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the metadata of step {step} is not plain JSON: {error}") from error
         self._check_space(step, sum(x.nbytes for x in jax.tree.leaves(state)))

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
@@ -140,6 +141,13 @@ def _missing_platform(error: BaseException) -> str | None:
     )
 
 
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output has left, as `head` does when it has enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command; a user's mistake or a refusing system (ValueError, OSError) is one line and exit code 2."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -150,14 +158,15 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
-        code = 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        if os.environ.get("LING_JAX_TRACEBACK"):
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+            code = 128 + signal.SIGPIPE
+        elif os.environ.get("LING_JAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        else:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
     except Exception as error:
         if missing := _missing_platform(error):
             print(f"error: {missing}", file=sys.stderr)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from tiny_run import SPARSE, run, train_args
 
 import sample
@@ -21,7 +22,7 @@ from ling_jax.convert.survey import survey
 from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.to_jax import to_jax
 from ling_jax.convert.verify import verify
-from ling_jax.files.arrays import CHECKSUMS, StoredArray, chunk_of
+from ling_jax.files.arrays import CHECKSUMS, StoredArray, chunk_of, merge_checksums, on_host, write_arrays
 
 STEPS = dict(**SPARSE, train__steps=3, checkpoint__every=1, checkpoint__keep_last=3, train__eval_every=0)
 
@@ -255,6 +256,14 @@ def test_every_part_of_an_array_is_read_and_checked(tmp_path, monkeypatch, chunk
     if layout.chunk[0] < 12:  # a part that lies elsewhere is not touched by it
         np.testing.assert_array_equal(fresh.read((slice(11, 12), slice(0, 4), slice(0, 40))), values[11:, :4])
     assert isinstance(fresh, StoredArray)
+
+
+def test_a_save_of_which_a_process_wrote_nothing_is_no_checkpoint(tmp_path):
+    arrays = on_host({("x",): np.zeros((4, 6), np.float32)})
+    write_arrays(epath.Path(tmp_path), {path: array._replace(parts=[]) for path, array in arrays.items()})
+    with pytest.raises(ValueError, match="no process wrote 0.0 of x"):
+        merge_checksums(epath.Path(tmp_path))
+    assert not (tmp_path / CHECKSUMS).exists()
 
 
 @pytest.mark.parametrize(

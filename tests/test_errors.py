@@ -111,6 +111,13 @@ def test_a_wrong_setting(message, folder, tmp_path, flags, words):
     assert not list(tmp_path.rglob("checkpoints/*"))
 
 
+def test_a_connection_that_breaks_is_an_error_though_a_closed_output_is_none(message):
+    def main(argv):
+        raise BrokenPipeError(32, "Broken pipe", "gs://bucket")
+
+    assert_says(message(main), "Broken pipe", "gs://bucket")
+
+
 def test_an_unknown_configuration(message):
     assert_says(message(train.main, "ling_tyni"), "'ling_tyni'", "ling_tiny", "ling_mini_2_0")
 

@@ -205,12 +205,18 @@ def write_arrays(folder: epath.Path, arrays: Mapping[Path, HostArray]) -> None:
 
 
 def merge_checksums(folder: epath.Path) -> None:
-    """Makes checksums.json of what all processes wrote; once, when all are done."""
+    """Makes checksums.json of what all processes wrote; once, when all are done. ValueError if a file was written by
+    none of them."""
     arrays: dict[str, Any] = {}
     files = sorted(path for path in folder.iterdir() if path.name.startswith(OF_PROCESS.partition("{")[0]))
     for file in files:
         for name, entry in read_sealed(file)["arrays"].items():
             arrays.setdefault(name, {**entry, "files": {}})["files"] |= entry["files"]
+    for name, entry in arrays.items():
+        layout = _layout(entry)
+        wanted = {HEADER, *map(_file, _cells(layout, [(0, size) for size in layout.shape]))}
+        if lacking := wanted - entry["files"].keys():
+            raise ValueError(f"no process wrote {', '.join(sorted(lacking)[:3])} of {name} in {folder}")
     (folder / CHECKSUMS).write_text(json.dumps(sealed({"arrays": arrays})) + "\n")
     for file in files:
         file.unlink()
