@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from ling_jax.config import CheckpointConfig
 from ling_jax.files import arrays as stored
 from ling_jax.files.arrays import ArrayFolder, Layout, Path
-from ling_jax.files.whole import read_sealed, sealed
+from ling_jax.files.whole import read_perhaps_sealed, sealed
 from ling_jax.parallel.processes import barrier
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 STATE, META, META_FILE = "state", "meta", "meta.json"  # of a step's folder
 UNFINISHED = "meta-unfinished"  # META of a folder whose arrays are still being written
 DELETING = "deleting"  # old steps move here first: a half-deleted one must not look like a step
-HAS_CHECKSUMS = "has_checksums"  # of META: without checksums.json the arrays are damaged, not old
 MAX_LINES = 20  # of a list of mismatches
 KEY = re.compile(r"[\w-]+")  # no "." and "/": the first joins keys on disk, the second in messages
 
@@ -220,21 +219,28 @@ def find_checkpoint(path: str | epath.Path) -> epath.Path:
 
 def _sealed_meta(meta: Tree) -> dict[str, Any]:
     """A copy for meta.json; ValueError or TypeError for what is not plain JSON."""
-    return sealed({**json.loads(json.dumps(meta, allow_nan=False)), HAS_CHECKSUMS: True})
+    return sealed(json.loads(json.dumps(meta, allow_nan=False)))
 
 
 def read_meta(path: str | epath.Path) -> dict[str, Any]:
     """The JSON saved with a checkpoint (`path` as for `find_checkpoint`)."""
-    meta = _read_whole_meta(find_checkpoint(path))
-    meta.pop(HAS_CHECKSUMS, None)
-    return meta
-
-
-def _read_whole_meta(folder: epath.Path) -> dict[str, Any]:
+    folder = find_checkpoint(path)
     try:
-        return read_sealed(folder / META / META_FILE)
+        return _whole_meta(folder)
     except ValueError as error:
         raise _damage(folder, lambda path: True, str(error)) from error
+
+
+def _whole_meta(folder: epath.Path) -> dict[str, Any]:
+    """A step's metadata; ValueError if they are damaged, or only one of metadata and arrays has checksums (an older
+    version gave them to neither)."""
+    file, checksums = folder / META / META_FILE, folder / STATE / stored.CHECKSUMS
+    meta, has_checksum = read_perhaps_sealed(file)
+    if has_checksum and not checksums.exists():
+        raise ValueError(f"{checksums} is missing")
+    if not has_checksum and checksums.exists():
+        raise ValueError(f"{file} is damaged: it has lost the checksum it was written with")
+    return meta
 
 
 def open_arrays(path: str | epath.Path, only: Callable[[Path], bool] = lambda path: True) -> ArrayFolder:
@@ -246,15 +252,16 @@ def open_arrays(path: str | epath.Path, only: Callable[[Path], bool] = lambda pa
       DamagedCheckpoint: here and on reading, naming the array, its file and step, and the last good step beside it.
     """
     folder = find_checkpoint(path)
-    meta = _read_whole_meta(folder)
+    try:
+        meta = _whole_meta(folder)
+    except ValueError as error:
+        raise _damage(folder, only, str(error)) from error
 
     def damaged(array: Path, file: str, why: str) -> DamagedCheckpoint:
         place = folder / STATE / ".".join(array) / file
         return _damage(folder, only, f"{'/'.join(array)}: {place} {why}" if array else why)
 
     found = ArrayFolder(folder / STATE, damaged, fill="hf" in meta)
-    if meta.get(HAS_CHECKSUMS) and not found.has_checksums:
-        raise damaged((), "", f"{folder / STATE / stored.CHECKSUMS} is missing")
     if not found.has_checksums and str(folder) not in _told:
         _told.add(str(folder))
         log.warning("%s has no checksums, an older version saved it: what is read of it is not checked", folder)
@@ -285,12 +292,12 @@ def _last_good(damaged: epath.Path, only: Callable[[Path], bool]) -> int | None:
 
 def _is_whole(folder: epath.Path, only: Callable[[Path], bool]) -> bool:
     try:
-        meta = read_sealed(folder / META / META_FILE)
+        _whole_meta(folder)
         found = ArrayFolder(folder / STATE, lambda *what: ValueError(what))
         found.read(filter(only, found.layouts), lambda path: found.array(path).check())
     except (ValueError, OSError):
         return False
-    return found.has_checksums or not meta.get(HAS_CHECKSUMS)
+    return True
 
 
 def read_shapes(path: str | epath.Path) -> dict[str, Any]:

@@ -84,7 +84,13 @@ def test_each_file_of_an_array_in_turn(copied, damage):
     jax.tree.map(np.testing.assert_array_equal, read_arrays(copied), read_arrays(copied.parent / "whole"))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, flip])
+def rename_checksum(file: Path) -> None:
+    text = file.read_text()
+    assert '"xxh3_64":' in text
+    file.write_text(text.replace('"xxh3_64":', '"xxh3_65":'))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, flip, rename_checksum])
 @pytest.mark.parametrize("name", ["state/checksums.json", "meta/meta.json"])
 def test_what_describes_the_arrays(copied, damage, name):
     damage(step_of(copied) / name)

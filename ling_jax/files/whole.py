@@ -20,16 +20,24 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: epath.Path) -> dict[str, Any]:
-    """The JSON object in a file without its checksum, which it is compared with if it has one.
+    """The JSON object in a file, without the checksum that `sealed` gave it.
 
     Raises:
       ValueError: naming the file, if it is missing, no JSON object, or changed.
     """
+    value, has_checksum = read_perhaps_sealed(path)
+    if not has_checksum:
+        raise ValueError(f"{path} is damaged: it has lost the checksum it was written with")
+    return value
+
+
+def read_perhaps_sealed(path: epath.Path) -> tuple[dict[str, Any], bool]:
+    """`read_sealed` of a file that an older version may have written without a checksum; and whether it has one."""
     value = read_json(path)
     stated = value.pop(CHECKSUM, None)
     if stated is not None and stated != checksum(_canonical(value)):
         raise ValueError(f"{path} is damaged: it does not have the checksum it was written with")
-    return value
+    return value, stated is not None
 
 
 def read_json(path: Any) -> dict[str, Any]:
