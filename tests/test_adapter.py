@@ -178,9 +178,11 @@ def test_a_checkpoint_of_ours_is_merged_as_its_export_is(tmp_path):
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication = "),
         ({"target_parameters": ["mlp.experts.up_proj"]}, "target_parameters = "),
         ({"a_setting_of_next_year": 3}, "a_setting_of_next_year = 3"),
-        ({"r": 0}, "r = 0 or a value of its pattern"),
-        ({"lora_alpha": "8"}, "lora_alpha = '8' or a value of its pattern"),
-        ({"rank_pattern": {"dense": None}}, "r = 4 or a value of its pattern"),
+        ({"r": 0}, "r = 0, rank_pattern = {}: numbers, ranks of 1 or more"),
+        ({"lora_alpha": "8"}, "lora_alpha = '8', alpha_pattern = "),
+        ({"rank_pattern": {"dense": None}}, "r = 4, rank_pattern = {'dense': None}"),
+        ({"rank_pattern": ["dense"]}, "rank_pattern = .'dense'.: numbers, ranks of 1 or more"),
+        ({"alpha_pattern": {"(dense": 2}}, "alpha_pattern: '.dense' is no regular expression"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused_by_the_field(tmp_path, changes, words):

@@ -52,7 +52,7 @@ class Adapter:
 
     def __init__(self, path: str, weights: Weights, source: str):
         self.folder = hub.folder_of(path, hub.ADAPTER) or pathlib.Path(path).expanduser()
-        self._config = DEFAULTS | read_json(self.folder / hub.ADAPTER_CONFIG)
+        self._config: dict[str, Any] = DEFAULTS | read_json(self.folder / hub.ADAPTER_CONFIG)
         _check_settings(self.folder, self._config)
         _compare_base(self._config.get("base_model_name_or_path"), source, path)
         self.file = _open(self.folder)
@@ -163,11 +163,21 @@ def _check_settings(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
                 f"{file}: {name} = {value!r}: only plain LoRA is merged here; merge this one in PyTorch with PEFT's "
                 "merge_and_unload, and save that model"
             )
-    for name in ("r", "lora_alpha"):
-        values = [config.get(name), *(config.get("rank_pattern" if name == "r" else "alpha_pattern") or {}).values()]
-        least = 1 if name == "r" else -math.inf
+    for name, pattern, least in (("r", "rank_pattern", 1), ("lora_alpha", "alpha_pattern", -math.inf)):
+        own = config.get(pattern) or {}
+        values = [config[name], *(own.values() if isinstance(own, dict) else [None])]
         if not all(isinstance(v, int | float) and not isinstance(v, bool) and v >= least for v in values):
-            raise ValueError(f"{file}: {name} = {config.get(name)!r} or a value of its pattern is no {name} of LoRA")
+            raise ValueError(f"{file}: {name} = {config[name]!r}, {pattern} = {own!r}: numbers, ranks of 1 or more")
+        if wrong := [key for key in own if not _is_pattern(key)]:
+            raise ValueError(f"{file}: {pattern}: {wrong[0]!r} is no regular expression")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _compare_base(base: Any, source: str, adapter: str) -> None:
