@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from etils import epath
@@ -222,6 +224,16 @@ def test_files_that_are_complete_are_kept_when_another_fails(server, tokenizer_j
     assert not done & set(server.fetched()) and "model-00003-of-00004.safetensors" in server.fetched()
 
 
+def test_what_a_killed_download_has_left_is_removed_when_it_is_old(server):
+    model_config_of(MODEL)
+    blobs = blob("config.json").parent
+    for name in ("new.incomplete", "old.incomplete"):
+        (blobs / name).write_bytes(b"half a file")
+    os.utime(blobs / "old.incomplete", (0, time.time() - 2 * hub_files.LEFT_SECONDS))
+    open_weights(MODEL)
+    assert [file.name for file in blobs.glob("*.incomplete")] == ["new.incomplete"]
+
+
 def test_a_disk_with_too_little_room_is_told_before_anything_comes(server, monkeypatch):
     model_config_of(MODEL)
     server.seen.clear()
@@ -317,6 +329,12 @@ def test_without_the_library_one_line_says_how_to_get_it(monkeypatch):
     for read in (load_pretrained, model_config_of, Tokenizer.load):
         with pytest.raises(ValueError, match=f"{MODEL} is no local folder; .*: pip install huggingface_hub"):
             read(MODEL)
+
+
+def test_an_old_library_is_told_so(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: None, raising=False)
+    with pytest.raises(ValueError, match=f"huggingface_hub {huggingface_hub.__version__} is too old .*--upgrade"):
+        model_config_of(MODEL)
 
 
 # What is refused, in one sentence.

@@ -7,12 +7,14 @@ of the others. An empty file in our cache folder remembers that, until the file 
 
 import contextlib
 import hashlib
+import inspect
 import logging
 import os
 import pathlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 THREADS = 4  # files at a time
 WAITS = (1.0, 5.0, 20.0)  # seconds before a file whose connection was lost is asked for again, as a whole
 READ_BYTES = 4 << 20
+LEFT_SECONDS = 3600.0  # after which an unfinished file that does not grow is nobody's
 TRANSPORTS = ("httpx", "httpx2")  # loggers: the library's versions differ in it
 SHA1, SHA256 = 40, 64  # hexadecimal digits
 
@@ -52,7 +55,7 @@ class Snapshot(NamedTuple):
 
 
 def library(name: str) -> Any:
-    """huggingface_hub; ValueError without it."""
+    """huggingface_hub; ValueError without it, or for an old one."""
     try:
         import huggingface_hub
         import huggingface_hub.constants  # the package loads its parts when they are first asked for
@@ -60,6 +63,11 @@ def library(name: str) -> Any:
         raise ValueError(
             f"{name} is no local folder; to take it from the hub, install its library: pip install huggingface_hub"
         ) from None
+    if "tqdm_class" not in inspect.signature(huggingface_hub.hf_hub_download).parameters:  # 1.3 has it
+        raise ValueError(
+            f"{name} is no local folder, and huggingface_hub {huggingface_hub.__version__} is too old to take it from "
+            "the hub: pip install --upgrade huggingface_hub"
+        )
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_without_queries)
     for transport in TRANSPORTS:
@@ -146,6 +154,7 @@ def take(snapshot: Snapshot, names: Sequence[str]) -> None:
     large = any(name.endswith(".safetensors") for name in todo)
     if large:
         log.info("%s: %.2f GB to download or to check", snapshot.name, size / 1e9)
+    _remove_leftovers(snapshot)
     stop = threading.Event()
     with ByteProgress(size) if large else contextlib.nullcontext() as bar, ThreadPoolExecutor(THREADS) as pool:
         advance = bar.advance if bar is not None else _unseen
@@ -156,6 +165,15 @@ def take(snapshot: Snapshot, names: Sequence[str]) -> None:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _remove_leftovers(snapshot: Snapshot) -> None:
+    """Removes what killed downloads have left: the library begins a file anew under another name, and never looks back.
+    One that is under way is written to all the time."""
+    for file in (home(snapshot.repo) / "blobs").glob("*.incomplete"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - file.stat().st_mtime > LEFT_SECONDS:
+                file.unlink()
 
 
 def _unseen(size: int) -> None:
