@@ -200,14 +200,13 @@ def test_a_cache_that_cannot_remember_is_checked_each_time(server, tmp_path, cap
 # Broken connections, two processes, no room.
 
 
-def test_a_broken_connection_goes_on_where_it_broke(server, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 10)  # bytes that a break may cost: 10 MB
+def test_a_broken_connection_goes_on_where_it_broke(server):
     server.broken["model.safetensors"] = 2
     load_pretrained(MODEL)
     asked = [seen.range for seen in server.seen if "/cdn/" in seen.path and "model.safetensors" in seen.path]
     size = len((GOLDEN / "tiny-ling" / "model.safetensors").read_bytes())
     starts = [0 if wanted is None else int(wanted[len("bytes=") : -1]) for wanted in asked]
-    assert np.abs(np.array(starts) - [0, size // 2, size // 4 * 3]).max() <= 2 << 10
+    assert np.abs(np.array(starts) - [0, size // 2, size // 4 * 3]).max() <= hub_files.CHUNK_BYTES
 
 
 def test_files_that_are_complete_are_kept_when_another_fails(server, tokenizer_json):

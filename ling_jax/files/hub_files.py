@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 THREADS = 4  # files at a time
 WAITS = (1.0, 5.0, 20.0)  # seconds before a file whose connection was lost is asked for again, as a whole
 READ_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 18  # written at a time, and lost when a connection breaks; the library's own choice is 10 MB
 LEFT_SECONDS = 3600.0  # after which an unfinished file that does not grow is nobody's
 TRANSPORTS = ("httpx", "httpx2")  # loggers: the library's versions differ in it
 SHA1, SHA256 = 40, 64  # hexadecimal digits
@@ -68,6 +69,8 @@ def library(name: str) -> Any:
             f"{name} is no local folder, and huggingface_hub {huggingface_hub.__version__} is too old to take it from "
             "the hub: pip install --upgrade huggingface_hub"
         )
+    constants = huggingface_hub.constants
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, CHUNK_BYTES)
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_without_queries)
     for transport in TRANSPORTS:
@@ -148,13 +151,14 @@ def take(snapshot: Snapshot, names: Sequence[str]) -> None:
             f"{snapshot.name}: {cache()} lacks {min(missing)}, and the hub is not asked (HF_HUB_OFFLINE, or no "
             "connection): run the same command once where it can be reached"
         )
-    _check_space(snapshot, missing)
+    if missing:
+        _remove_leftovers(snapshot)
+        _check_space(snapshot, missing)
     todo = [name for name in names if name in missing or not _mark(snapshot, name).exists()]
     size = sum(snapshot.files[name].size or 0 for name in todo)
     large = any(name.endswith(".safetensors") for name in todo)
     if large:
         log.info("%s: %.2f GB to download or to check", snapshot.name, size / 1e9)
-    _remove_leftovers(snapshot)
     stop = threading.Event()
     with ByteProgress(size) if large else contextlib.nullcontext() as bar, ThreadPoolExecutor(THREADS) as pool:
         advance = bar.advance if bar is not None else _unseen
