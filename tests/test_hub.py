@@ -14,6 +14,8 @@ import pytest
 from etils import epath
 from hub_server import SIGNATURE, Hub
 from huggingface_hub import constants, file_download, snapshot_download
+from test_adapter import ATTENTION, pair, write_adapter
+from test_convert import assert_same_folder
 from test_load import write_folder
 from tiny_run import DENSE, REPO, train_args
 
@@ -146,6 +148,16 @@ def test_a_folder_of_that_name_goes_before_the_hub_and_a_name_among_runs_is_a_ru
                 read(name)
         with pytest.raises(ValueError, match="ORG/NAME or ORG/NAME@REVISION, such as"):
             open_weights(name)
+
+
+def test_a_model_and_its_adapter_are_merged_from_the_hub(server, tmp_path):
+    write_adapter(tmp_path / "lora", pair(ATTENTION), base_model_name_or_path=MODEL)
+    brought = {file.name: file.read_bytes() for file in (tmp_path / "lora").iterdir()}
+    server.add("acme/lora", brought | {"tokenizer.json": b"{}", "training_args.bin": PICKLE})
+    to_hf(MODEL, str(tmp_path / "from-hub"), adapter="acme/lora")
+    to_hf(str(GOLDEN / "tiny-ling"), str(tmp_path / "from-disk"), adapter=str(tmp_path / "lora"))
+    assert_same_folder(tmp_path / "from-hub", tmp_path / "from-disk")
+    assert sorted(p.name for p in hub_files.home("acme/lora").glob("snapshots/*/*")) == sorted(brought)
 
 
 # Every file is what the hub says.
