@@ -1,4 +1,4 @@
-"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|inspect|verify [...]; see --help."""
+"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|merge-adapter|inspect|verify; see --help."""
 
 import dataclasses
 import sys
@@ -20,7 +20,7 @@ class ToJax:
     """From a HF folder of safetensors (bf16, float32, FP8 blocks) to a checkpoint that can be trained and sampled."""
 
     source: str
-    """A HF folder."""
+    """A HF folder, or a hub id (ORG/NAME or ORG/NAME@REVISION)."""
     target: str
     """The checkpoint's folder; must not exist."""
     dtype: Literal["keep", "bfloat16", "float32"] = "keep"
@@ -36,7 +36,7 @@ class ToHF:
     """From a run, or another HF folder, to a HF folder for transformers, vLLM and SGLang."""
 
     source: str
-    """A run folder, its checkpoints/, one step of it, a converted checkpoint, or a HF folder."""
+    """A run folder, its checkpoints/, one step of it, a converted checkpoint, a HF folder, or a hub id."""
     target: str
     """The HF folder; must not exist."""
     format: Literal["keep", "bf16", "fp32", "fp8"] = "keep"
@@ -50,11 +50,27 @@ class ToHF:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeAdapter:
+    """Adds a LoRA adapter of PEFT to the weights it was trained beside, and writes a HF folder in their dtypes."""
+
+    source: str
+    """The model: a HF folder, a hub id, or a run of ours that the adapter was trained on an export of."""
+    adapter: str
+    """A folder with adapter_config.json and adapter_model.safetensors, or a hub id of one."""
+    target: str
+    """The HF folder; must not exist."""
+
+    def run(self) -> int:
+        print(to_hf(self.source, self.target, adapter=self.adapter).render())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect:
     """The configuration, parameter counts, tensors, dtypes and checksums of a folder of weights."""
 
     source: str
-    """A HF folder, a run folder, its checkpoints/, one step of it, or a converted checkpoint."""
+    """A HF folder, a hub id, a run folder, its checkpoints/, one step of it, or a converted checkpoint."""
     checksums: bool = True
     """Read every weight, for its checksum and to find NaN."""
     each: bool = False
@@ -84,7 +100,7 @@ class Verify:
 
 def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # a TPU or GPU is left alone
-    named = {"to-jax": ToJax, "to-hf": ToHF, "inspect": Inspect, "verify": Verify}
+    named = {"to-jax": ToJax, "to-hf": ToHF, "merge-adapter": MergeAdapter, "inspect": Inspect, "verify": Verify}
     return tyro.extras.subcommand_cli_from_dict(named, args=list(argv), prog="convert.py", description=__doc__).run()
 
 

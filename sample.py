@@ -25,7 +25,7 @@ DEFAULTS = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "repetition_penalty": 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     checkpoint: str | None = None
-    """A run folder, its checkpoints/, one step of it, or a HF folder."""
+    """A run folder, its checkpoints/, one step of it, a HF folder, or a hub id (ORG/NAME or ORG/NAME@REVISION)."""
     prompt: str | None = None
     """The text to continue, or with --chat the user's message."""
     prompt_file: str | None = None

@@ -31,6 +31,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from ling_jax.config import CheckpointConfig
 from ling_jax.files import arrays as stored
 from ling_jax.files.arrays import ArrayFolder, Layout, Path
+from ling_jax.files.hub import HINT
 from ling_jax.files.whole import read_perhaps_sealed, sealed
 from ling_jax.parallel.processes import barrier
 
@@ -213,7 +214,7 @@ def find_checkpoint(path: str | epath.Path) -> epath.Path:
     for folder in (path, path / "checkpoints"):
         if steps := saved_steps(folder):
             return folder / str(steps[-1])
-    hint = "give a run folder with a saved step, its checkpoints/ folder, or one step's folder"
+    hint = f"give a run folder with a saved step, its checkpoints/ folder, or one step's folder; {HINT}"
     raise ValueError(f"no checkpoint in {path}{'' if path.exists() else ', which does not exist'}: {hint}")
 
 

@@ -20,8 +20,9 @@ from rich.logging import RichHandler
 
 from ling_jax.config import RunConfig
 from ling_jax.files.cache import cache_folder, can_write, cpu_flags
+from ling_jax.files.hub_files import TRANSPORTS
+from ling_jax.files.progress import CONSOLE
 from ling_jax.parallel.processes import worker_id
-from ling_jax.train.metrics import CONSOLE
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class TrainCommand:
     from_step: int | None = None
     """Resume from this saved step instead of the latest; later ones are moved aside, and their metrics cut."""
     init_from: str | None = None
-    """A HF folder or checkpoint whose weights a new run starts from."""
+    """A HF folder, hub id or checkpoint whose weights a new run starts from."""
     print_config: bool = False
     """Print the resolved configuration and stop."""
     print_sharding: bool = False
@@ -98,6 +99,8 @@ def set_up_logging() -> None:
     logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=[handler], force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("jax").setLevel(logging.WARNING)
+    for name in TRANSPORTS:  # a line for each request
+        logging.getLogger(name).setLevel(logging.WARNING)
     # A save that fails in orbax's threads is told once, as this package's error, not once for each of its tasks.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -22,7 +22,7 @@ from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     checkpoint: str
-    """A run folder, its checkpoints/, one step of it, or a HF folder."""
+    """A run folder, its checkpoints/, one step of it, a HF folder, or a hub id (ORG/NAME or ORG/NAME@REVISION)."""
     text: str
     """The UTF-8 text file to score."""
     length: int | None = None

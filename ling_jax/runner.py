@@ -24,6 +24,7 @@ from ling_jax.data.baselines import baselines
 from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import read_corpus
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files import hub
 from ling_jax.files.one_writer import OneWriter
 from ling_jax.files.whole import read_json
 from ling_jax.generate.engine import generate
@@ -190,6 +191,13 @@ def _write_generation_config(folder: epath.Path, tokenizer: Tokenizer) -> None:
     (folder / "generation_config.json").write_text(text + "\n")
 
 
+def _with_commits(config: RunConfig, run_dir: epath.Path, init_from: str | None) -> RunConfig:
+    """The configuration with every hub id's commit: what it stood for when the run was begun, or stands for now."""
+    last = _read_config(run_dir)
+    asked = [name for name in (init_from, config.data.tokenizer) if name is not None]
+    return dataclasses.replace(config, hub=hub.pinned(asked, last.hub if last is not None else ()))
+
+
 def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) -> RunConfig:
     """The configuration with all fields of the config.json that the run's weights came with: an export keeps them."""
     if init_from is not None:
@@ -315,7 +323,8 @@ def run_training(name: str, command: TrainCommand) -> int:
 
 def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
     started, lead = time.perf_counter(), jax.process_index() == 0
-    config = _with_origin(command.config, run_dir, command.init_from)
+    config = _with_commits(command.config, run_dir, command.init_from)
+    config = _with_origin(config, run_dir, command.init_from)
     saver = RunSaver(Checkpointer(str(run_dir / CHECKPOINTS), config.checkpoint), config)
     with StopRequest().listening() as stop, contextlib.closing(saver.checkpointer):
         with _way_out():

@@ -4,7 +4,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from ling_jax.config.checks import check, check_at_least
 from ling_jax.config.model import ModelConfig, RopeScaling
@@ -33,7 +35,7 @@ class DataSource:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     sources: tuple[DataSource, ...] = (DataSource(path="python-stdlib"),)
-    tokenizer: str | None = None  # a tokenizer.json, or a folder with one; None trains one on the training split
+    tokenizer: str | None = None  # a tokenizer.json, a folder with one, or a hub id; None trains one on the text
     sequence_length: int = 512  # tokens per row
     global_batch_size: int = 8  # rows per optimizer step
     holdout_fraction: float = 0.02  # share of files kept for validation, chosen by a hash of their path
@@ -237,6 +239,8 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = ONE_DEVICE
+    # What hub ids stood for when the run was begun, "ORG/NAME@REVISION COMMIT": a resume takes the same commits.
+    hub: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self):
         length, limit = self.data.sequence_length, self.model.max_positions

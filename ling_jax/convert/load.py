@@ -23,10 +23,11 @@ READERS = 4  # arrays read at a time
 
 @under_own_switches
 def load_pretrained(path: str | Path, *, dtype: Any = None, mesh: MeshConfig | None = None) -> Ling:
-    """Loads a model from a HF folder (bf16, float32 or FP8 safetensors, one file or sharded) or our checkpoint.
+    """Loads a model from a HF folder or hub id (bf16, float32, FP8; one safetensors file or more), or our checkpoint.
 
     Args:
-      path: a HF folder, a run folder, its `checkpoints/`, one step of it, or what convert.py made.
+      path: a HF folder, a hub id (ORG/NAME or ORG/NAME@REVISION), a run folder, its `checkpoints/`, one step of it, or
+        what convert.py made.
       dtype: of weights and computation. None computes in float32 on CPU, bfloat16 elsewhere, and keeps the weights as
         stored, but for FP8, whose codes are multiplied by their scales in float32 and kept in the dtype of computation.
       mesh: splits the weights over all devices by `parallel.rules`; every process reads only its devices' parts.

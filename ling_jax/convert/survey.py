@@ -12,8 +12,9 @@ from ling_jax.config import count_params, layer_kinds
 from ling_jax.config.text import columns
 from ling_jax.convert.mapping import Path
 from ling_jax.convert.tensorfile import NAMES
-from ling_jax.convert.transfer import ByteProgress, Record, pieces, tensors_in
+from ling_jax.convert.transfer import Record, pieces, tensors_in
 from ling_jax.convert.weights import StoredWeights, Weights, narrow, open_weights
+from ling_jax.files.progress import ByteProgress
 
 
 @dataclasses.dataclass(frozen=True)

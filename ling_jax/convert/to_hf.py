@@ -11,6 +11,7 @@ import numpy as np
 
 from ling_jax.checkpoint import META, META_FILE
 from ling_jax.config import count_params
+from ling_jax.convert.adapter import Adapter, told_of
 from ling_jax.convert.audit import Audit
 from ling_jax.convert.fp8 import FP8, quantise
 from ling_jax.convert.mapping import SCALE, Path, Stack, scales_of
@@ -37,7 +38,9 @@ This card is a stub: say what the model was trained on, how it was evaluated, un
 """
 
 
-def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str = "5GB") -> Audit:
+def to_hf(
+    source: str, target: str, form: Format = "keep", max_shard_size: str = "5GB", adapter: str | None = None
+) -> Audit:
     """Writes weights as a HF folder that other programs can load.
 
     Args:
@@ -45,6 +48,7 @@ def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str =
       form: "keep" gives every tensor as it came, byte for byte; "fp8" quantises what is not FP8 already by the official
         rule (spec 3.2) and makes the rest bf16. The expert bias is float32 in all but "keep".
       max_shard_size: of one file, such as 5GB or 500MB; a single tensor may exceed it.
+      adapter: a LoRA adapter's folder or hub id, to be merged; `form` is "keep" then.
     Raises:
       ValueError: for a source that lacks anything, a target that exists, a full disk. What was copied stays in
         TARGET.partial, and the same command goes on there.
@@ -52,6 +56,8 @@ def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str =
     limit, weights, place = _bytes_of(max_shard_size), open_weights(source), new_place(target)
     if any(folder.name == TOKENIZER and (folder / "tokenizer.json").exists() for folder in weights.companions()):
         tokenizer_of(source)  # a run's goes along: it must be the right one
+    assert adapter is None or form == "keep"
+    change = None if adapter is None else Adapter(adapter, weights, source)
     tensors = _tensors(weights, form)
     shards = _shards(tensors, limit)
     todo = [
@@ -59,7 +65,8 @@ def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str =
         for path, stack in weights.stacks.items()
         for piece in pieces(path, stack, weights.chunk(path), weights.dtype(path).itemsize, weights.block[0])
     ]
-    fingerprint = [str(weights.folder), form, limit, stamps(_stamped(weights))]
+    stamped = _stamped(weights) + ([] if change is None else change.files)
+    fingerprint = [str(weights.folder), form, limit, stamps(stamped)]
     itemsizes = {path: weights.dtype(path).itemsize for path in weights.stacks}
     work = Work(place, fingerprint, todo, itemsizes, lambda folder: None)
     with work, contextlib.ExitStack() as stack:
@@ -68,7 +75,8 @@ def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str =
             entries = {name: (NAMES[tensors[name].dtype], tensors[name].shape) for name in names}
             writer = TensorFileWriter(work.folder / file, entries, METADATA)
             writers[file] = stack.enter_context(contextlib.closing(writer))
-        work.run(_Export(weights, tensors, {name: writers[file] for file in shards for name in shards[file]}).copy)
+        writer_of = {name: writers[file] for file in shards for name in shards[file]}
+        work.run(_Export(weights, tensors, writer_of, change).copy)
         carried = carry(weights.companions(), work.folder)
         _write_json_files(work.folder, weights, tensors, shards, form)
         (work.folder / "README.md").write_text(_card(weights, place.name, form))
@@ -89,8 +97,14 @@ class _Tensor:
 class _Export:
     """Copies pieces into the files of an export."""
 
-    def __init__(self, weights: Weights, tensors: Mapping[str, _Tensor], writers: Mapping[str, TensorFileWriter]):
-        self._weights, self._tensors, self._writers = weights, tensors, writers
+    def __init__(
+        self,
+        weights: Weights,
+        tensors: Mapping[str, _Tensor],
+        writers: Mapping[str, TensorFileWriter],
+        adapter: Adapter | None,
+    ):
+        self._weights, self._tensors, self._writers, self._adapter = weights, tensors, writers, adapter
 
     def copy(self, piece: Piece) -> dict[str, Record]:
         weights, stack = self._weights, self._weights.stacks[piece.path]
@@ -115,6 +129,9 @@ class _Export:
     def _copy_rows(self, records, stack: Stack, name: str, row: int, codes: np.ndarray, numbers: np.ndarray) -> None:
         own, new = self._weights.dtypes.get(name), self._tensors.get(name)
         if own is None or new is None:  # scales that one side has no FP8 tensor for
+            return
+        if self._adapter is not None and name in self._adapter:
+            self._put(records, name, row, self._adapter.merged(name, row, narrow(codes, own)), told_of(own))
             return
         if own == new.dtype:
             self._put(records, name, row, narrow(codes, own), None)

@@ -7,19 +7,20 @@ from etils import epath
 from ling_jax.checkpoint import read_meta
 from ling_jax.convert.weights import HF, TOKENIZER
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files import hub
 from ling_jax.files.whole import read_json
 
 
 def _beside(path: str, name: str) -> epath.Path | None:
-    """The file `name` in a HF folder, in a converted checkpoint, or in the tokenizer/ of the run that `path` (or a part
-    of it) belongs to."""
-    start = epath.Path(path).expanduser()
+    """The file `name` of a HF folder or hub id, of a converted checkpoint, or in the tokenizer/ of the run that `path`
+    (or a part of it) belongs to."""
+    start = epath.Path(hub.folder_of(path, hub.BESIDE) or path).expanduser()
     folders = [start, start / HF, *(folder / TOKENIZER for folder in (start, start.parent, start.parent.parent))]
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
 def tokenizer_of(path: str) -> Tokenizer:
-    """The tokenizer of a HF folder, a run, its `checkpoints/` or one step of it.
+    """The tokenizer of a HF folder or hub id, a run, its `checkpoints/` or one step of it.
 
     Raises:
       ValueError: if there is none, or a run's is not the one that its checkpoint was trained with.

@@ -1,6 +1,5 @@
 """The work of a conversion: pieces copied by threads, a journal to resume from, and the record of every tensor."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -15,14 +14,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.progress
 from etils import epath
 
 from ling_jax.convert.mapping import Path, Stack
 from ling_jax.convert.tensorfile import DTYPES, NAMES
 from ling_jax.convert.weights import INDEX, PICKLES, Index, some
 from ling_jax.files.one_writer import HOLDER, OneWriter
-from ling_jax.train.metrics import CONSOLE
+from ling_jax.files.progress import ByteProgress
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +31,6 @@ NOT_CARRIED = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLES)  #
 MADE_ANEW = ("config.json", INDEX, AUDIT_FILE, "README.md", HOLDER)
 THREADS = 2  # pieces at a time, each held in memory once or twice
 PIECE_BYTES = 128 << 20  # of a piece at most, where its files allow that
-LOG_SECONDS = 10.0  # between two lines where there is no terminal
 SCAN = 1 << 16  # elements looked at together: they stay in a core's cache
 # How to see NaN and infinities in the bits: the unsigned integer, the exponent's bits (for FP8, all of a NaN's).
 EXPONENTS = {"F8_E4M3": (np.uint8, 0x7F), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
@@ -309,40 +306,3 @@ def carry(folders: Iterable[Any], target: pathlib.Path | epath.Path) -> list[str
     for name, file in found.items():
         epath.Path(file).copy(epath.Path(target / name), overwrite=True)
     return sorted(found)
-
-
-class ByteProgress(contextlib.AbstractContextManager):
-    """A bar with bytes per second and the time left; without a terminal, a log line now and then."""
-
-    def __init__(self, total: int, done: int = 0):
-        self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(bar_width=24),
-            rich.progress.DownloadColumn(),
-            rich.progress.TransferSpeedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=CONSOLE,
-        )
-        self._task = self._bar.add_task("", completed=done, total=total)
-        self._start, self._at_start, self._done, self._total = time.monotonic(), done, done, total
-        self._logged = self._start
-
-    def __enter__(self) -> "ByteProgress":
-        if CONSOLE.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if CONSOLE.is_terminal:
-            self._bar.stop()
-
-    def advance(self, size: int) -> None:
-        self._done += size
-        self._bar.advance(self._task, size)
-        now = time.monotonic()
-        if not CONSOLE.is_terminal and (now - self._logged > LOG_SECONDS or self._done == self._total):
-            self._logged = now
-            rate = (self._done - self._at_start) / max(now - self._start, 1e-9)
-            left = (self._total - self._done) / rate
-            log.info(
-                "%.2f of %.2f GB, %.2f GB/s, %.0f s left", *(x / 1e9 for x in (self._done, self._total, rate)), left
-            )

@@ -20,14 +20,14 @@ from ling_jax.config import ModelConfig, RunConfig
 from ling_jax.convert.fp8 import BLOCK, FP8, dequantise
 from ling_jax.convert.mapping import SCALE, Path, Stack, layout, scales_of
 from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFile
+from ling_jax.files import hub
+from ling_jax.files.hub import INDEX, PICKLES
 from ling_jax.files.whole import read_json
 
-INDEX = "model.safetensors.index.json"
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"  # of a run's folder
 HF = "hf"  # of a checkpoint's metadata: what only a HF folder knows; of its folder: files that came with the weights
 WEIGHTS = ("params", "bias", "scales")  # of a checkpoint's arrays: the model's
 SHOWN = 10  # names listed in an error
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 Index = tuple[slice, ...]  # of an array: a start and a stop for every dim
@@ -337,21 +337,34 @@ class StoredWeights(Weights):
             raise ValueError(f"checkpoint {self.folder} does not match its configuration: {some(problems)}")
 
 
+def _refuse_adapter(folder: pathlib.Path) -> None:
+    if not (folder / hub.ADAPTER_CONFIG).exists() or (folder / INDEX).exists() or (folder / hub.WHOLE).exists():
+        return
+    told = read_json(folder / hub.ADAPTER_CONFIG)
+    base, kind = told.get("base_model_name_or_path") or "BASE", told.get("peft_type") or "LORA"
+    raise ValueError(
+        f"{folder} is a {'LoRA' if kind == 'LORA' else kind} adapter of {base}, not a model: merge it first with "
+        f"python convert.py merge-adapter --source {base} --adapter {folder} --target DIR"
+    )
+
+
 def _is_hf(folder: pathlib.Path) -> bool:
     if not folder.is_dir() or (folder / META).exists():
         return False
+    _refuse_adapter(folder)
     return (folder / INDEX).exists() or any(file.suffix in (".safetensors", *PICKLES) for file in folder.iterdir())
 
 
 def open_weights(path: str | pathlib.Path) -> Weights:
-    """The weights of a HF folder, a run folder, its `checkpoints/`, or one step of it; ValueError as they say."""
-    folder = pathlib.Path(path).expanduser()
+    """The weights of a HF folder, hub id, run folder, its `checkpoints/`, or one step of it; ValueError as they say."""
+    folder = hub.folder_of(path, hub.WEIGHTS) or pathlib.Path(path).expanduser()
     return HFFolder(folder) if _is_hf(folder) else StoredWeights(str(path))
 
 
 def model_config_of(path: str | pathlib.Path) -> ModelConfig:
-    """The architecture of a HF folder or checkpoint, without looking at its weights."""
-    folder = pathlib.Path(path).expanduser()
-    if _is_hf(folder):
+    """The architecture of a HF folder, hub id or checkpoint, without looking at its weights."""
+    here = hub.folder_of(path, hub.CONFIG)
+    folder = here or pathlib.Path(path).expanduser()
+    if _is_hf(folder) or here:
         return _hf_config(folder, read_json(folder / "config.json"))
     return RunConfig.from_json(json.dumps(read_meta(find_checkpoint(str(path)))["config"])).model

@@ -14,6 +14,7 @@ from etils import epath
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from ling_jax.data import chat
+from ling_jax.files import hub
 from ling_jax.files.whole import checksum
 
 BOS = "<|startoftext|>"
@@ -118,16 +119,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
-        """Reads a tokenizer.json, or the folder that holds one, and the tokenizer_config.json beside it if any.
+        """Reads a tokenizer.json, the folder that holds one, or a hub's, and the tokenizer_config.json beside it.
 
         Raises:
           ValueError: if there is no such file, it is not a tokenizer, or it lacks a needed token.
         """
-        file = epath.Path(path).expanduser()
+        file = epath.Path(hub.folder_of(path, hub.TOKENIZER) or path).expanduser()
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.exists():
-            raise ValueError(f"no tokenizer at {file}; give a tokenizer.json or the folder that holds one")
+            raise ValueError(f"no tokenizer at {file}; give a tokenizer.json or the folder that holds one; {hub.HINT}")
         try:
             core = tokenizers.Tokenizer.from_str(file.read_text())
         except Exception as error:  # the library raises a bare Exception

@@ -36,13 +36,12 @@ from tensorboardX import summary as tensorboard_summary
 from tensorboardX import writer as tensorboard
 from tensorboardX.event_file_writer import EventsWriter
 
+from ling_jax.files.progress import CONSOLE
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-CONSOLE = rich.console.Console(
-    stderr=True
-)  # the log handler's too, so that lines and the bar do not overwrite each other
 UPLOAD_SECONDS = 60.0  # between two uploads of metrics.jsonl to an object store
 
 
