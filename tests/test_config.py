@@ -18,6 +18,7 @@ from ling_jax.config import (
     count_params,
     layer_kinds,
     layer_plan,
+    model_settings_diff,
     train_flops_per_token,
 )
 
@@ -116,6 +117,11 @@ def test_a_changed_field_is_written_and_the_rest_is_kept():
         {"head_dim": None},
         {"num_shared_experts": None},
         {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 600000.0, "partial_rotary_factor": 0.5}},
+        {"rotary_dim": 64, "partial_rotary_factor": None},
+        {"n_group": 0, "topk_group": 0},
+        {"num_hidden_layers": 20.0, "rope_theta": 600000.0},
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0}},
         {"router_dtype": "float32"},
         {"attention_dropout": None},
@@ -163,10 +169,11 @@ def test_routed_scaling_factor_is_never_the_class_default():
     assert ModelConfig.from_hf(HF_MINI).routed_scaling_factor == 2.5
 
 
-def test_missing_mtp_scale_is_an_error_only_where_there_is_an_mtp_layer():
-    assert ModelConfig.from_hf(without("mtp_loss_scaling_factor")).num_nextn_predict_layers == 0
-    with pytest.raises(ValueError, match="lacks mtp_loss_scaling_factor"):
-        ModelConfig.from_hf(without("mtp_loss_scaling_factor") | {"num_nextn_predict_layers": 1})
+@pytest.mark.parametrize("left", [without("mtp_loss_scaling_factor"), HF_MINI | {"mtp_loss_scaling_factor": None}])
+def test_without_an_mtp_scale_an_mtp_layer_has_that_of_the_recipe(left: dict):
+    """The official converter writes an MTP layer and no scale."""
+    assert ModelConfig.from_hf(left).num_nextn_predict_layers == 0
+    assert ModelConfig.from_hf(left | {"num_nextn_predict_layers": 1}).mtp_loss_scaling_factor == 0.1
 
 
 def test_an_mtp_scale_of_zero_is_kept_as_zero():
@@ -194,6 +201,169 @@ def test_fields_the_reference_hard_codes_may_be_missing(name: str):
 def test_a_choice_that_is_not_implemented_is_refused(name: str, value):
     with pytest.raises(ValueError, match=f"{name} = {value!r}"):
         ModelConfig.from_hf(HF_MINI | {name: value})
+
+
+@pytest.mark.parametrize("name", ["norm_head", "norm_softmax", "use_sliding_window"])
+def test_choices_of_other_generations_are_refused_unless_they_are_off(name: str):
+    assert ModelConfig.from_hf(HF_MINI | {name: False}) == ModelConfig.from_hf(HF_MINI)
+    with pytest.raises(ValueError, match=f"{name} = True"):
+        ModelConfig.from_hf(HF_MINI | {name: True})
+
+
+def test_the_first_generation_is_refused_by_its_class_though_its_model_type_is_the_same():
+    with pytest.raises(ValueError, match="Ling 1.x"):
+        ModelConfig.from_hf(HF_MINI | {"architectures": ["BailingMoeForCausalLM"]})
+
+
+# One model, written by many programs
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+# Each says the same as HF_MINI: what it leaves out, then what it says otherwise.
+ORIGINS = {
+    "official converter": (
+        ["mtp_loss_scaling_factor", "num_nextn_predict_layers", "initializer_range", "max_window_layers"],
+        {"transformers_version": "4.52.3", "use_rmsnorm": True, "rope_theta": 600000.0},
+    ),
+    "rotary_dim, as Ling-1T": (["partial_rotary_factor"], {"rotary_dim": 64}),
+    "both spellings": ([], {"rotary_dim": 64}),
+    "an MTP scale without an MTP layer": ([], {"mtp_loss_scaling_factor": 0.1}),
+    "nulls": (
+        ["norm_topk_prob"],
+        {"use_qkv_bias": None, "use_bias": None, "tie_word_embeddings": None, "num_nextn_predict_layers": None,
+         "mtp_loss_scaling_factor": None, "rotary_dim": None, "rope_parameters": None, "score_function": None},
+    ),
+    "whole numbers and fractions": ([], {"num_experts": 256.0, "routed_scaling_factor": 2.5, "partial_rotary_factor": 0.5}),
+    "several ends": ([], {"eos_token_id": [156892, 156895]}),
+    "head_dim follows": ([], {"head_dim": None}),
+    "transformers 5, theta moved": (
+        ["rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype"],
+        {"rope_parameters": {"rope_theta": 600000, "rope_type": "default", "partial_rotary_factor": 0.5},
+         "dtype": "bfloat16"},
+    ),
+    "transformers 5, theta in both": (["rope_scaling"], {"rope_parameters": {"rope_theta": 600000, "rope_type": "default"}}),
+    "transformers 5, only beside": (["rope_scaling"], {"rope_parameters": {"rope_type": "default", "rope_theta": None}}),
+    "transformers 5, empty": (["rope_scaling"], {"rope_parameters": {}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("left_out", "said"), ORIGINS.values(), ids=ORIGINS.keys())
+def test_files_of_every_origin_read_to_the_same_model(left_out: list[str], said: dict):
+    file = {key: value for key, value in HF_MINI.items() if key not in left_out} | said
+    read, release = ModelConfig.from_hf(file), ModelConfig.from_hf(HF_MINI)
+    assert read == release and hash(read) == hash(release)
+    assert architecture_diff(read, release) == model_settings_diff(read, release) == []
+    assert read.to_hf() == file
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_scaling": {"type": "yarn", **YARN}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
+        {"rope_scaling": {"rope_type": "yarn", "type": "yarn", **YARN, "beta_fast": 32, "beta_slow": 0, "mscale": None}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", **YARN}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", **YARN, "rope_theta": 600000.0}},
+        {"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"type": "yarn", "rope_theta": 600000, **YARN}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32768},
+        {"rope_parameters": {"rope_type": "yarn", **YARN, "truncate": True, "partial_rotary_factor": 0.5}},
+    ],
+)
+def test_yarn_is_read_wherever_it_is_written(spelling: dict):
+    expected = dataclasses.replace(ModelConfig.from_hf(HF_MINI), rope_scaling=RopeScaling(**YARN))
+    assert ModelConfig.from_hf(HF_MINI | spelling) == expected
+    assert ModelConfig.from_hf(HF_MINI | spelling).to_hf() == HF_MINI | spelling
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta twice, 10000.0 and 600000"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}, "partial_rotary_factor twice"),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"type": "yarn", **YARN, "factor": 8.0}},
+            "factor twice, 4.0 and 8.0",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"rope_type": "default"}},
+            "rope_type twice, 'yarn' and 'default'",
+        ),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "default", **YARN}}, "type 'yarn' and rope_type 'default'"),
+        ({"rope_scaling": YARN}, "has factor, but rope_type None: say 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", **YARN, "factor": None}}, "lacks 'factor', or it is null"),
+        ({"rope_scaling": {"rope_type": "yarn", **YARN, "short_factor": [1]}}, "has short_factor, which"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters type 'llama3': only 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "has full_attention, which"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "factor = '4' must be of type float"),
+        ({"rope_scaling": [4.0]}, "must be an object or null"),
+        ({"rope_theta": None}, "lacks rope_theta"),
+        ({"rope_theta": None, "rope_parameters": {"rope_type": "default"}}, "lacks rope_theta"),
+        ({"num_experts": None}, "lacks num_experts"),
+        ({"topk_group": 0}, "topk_group = 0 must be at least 1"),
+        ({"num_hidden_layers": 20.5}, "num_hidden_layers = 20.5 must be of type int"),
+        ({"vocab_size": "157184"}, "vocab_size = '157184' must be of type int"),
+    ],
+)
+def test_what_cannot_be_understood_is_an_error(said: dict, message: str):
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_hf(HF_MINI | said)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        HF_MINI,
+        without("rope_scaling") | {"rope_parameters": {"rope_type": "yarn", **YARN, "rope_theta": 600000.0}},
+        without("rope_theta") | {"rope_parameters": {"rope_type": "default", "rope_theta": 600000.0}},
+        HF_MINI | {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32768},
+    ],
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e4},
+        {"rope_scaling": RopeScaling(factor=2.0, original_max_position_embeddings=4096, truncate=False)},
+        {"rope_scaling": None, "max_position_embeddings": 4096},
+    ],
+)
+def test_a_changed_rotary_embedding_is_changed_in_every_place_that_names_it(file: dict, changes: dict):
+    changed = dataclasses.replace(ModelConfig.from_hf(file), **changes)
+    assert ModelConfig.from_hf(json.loads(json.dumps(changed.to_hf()))) == changed
+
+
+def test_a_config_of_our_own_is_written_as_the_official_converter_writes():
+    written = small(num_nextn_predict_layers=1, num_shared_experts=2).to_hf()
+    same = ("attention_dropout", "embedding_dropout", "hidden_act", "model_type", "output_dropout", "router_dtype",
+            "score_function", "tie_word_embeddings", "use_cache", "use_bias", "use_qkv_bias")  # fmt: skip
+    assert {name: written[name] for name in same} == {name: HF_MINI[name] for name in same}
+    assert written["architectures"] == ["BailingMoeV2ForCausalLM"]
+    assert written["auto_map"] == {
+        "AutoConfig": "configuration_bailing_moe_v2.BailingMoeV2Config",
+        "AutoModel": "modeling_bailing_moe_v2.BailingMoeV2Model",
+        "AutoModelForCausalLM": "modeling_bailing_moe_v2.BailingMoeV2ForCausalLM",
+    }
+    assert written["moe_shared_expert_intermediate_size"] == 64 and written["use_rmsnorm"] is True
+    assert written["transformers_version"] == "4.52.3"
+    assert "layer_group_size" not in written and "rotary_dim" not in written
+
+
+def test_a_linear_config_of_our_own_names_the_linear_class():
+    written = small(layer_group_size=2, group_norm_size=2).to_hf()
+    assert written["model_type"] == "bailing_moe_linear"
+    assert written["architectures"] == ["BailingMoeLinearV2ForCausalLM"]
+    assert written["auto_map"]["AutoConfig"] == "configuration_bailing_moe_linear_v2.BailingMoeLinearV2Config"
+    assert dataclasses.replace(ModelConfig.from_hf(written), mtp_loss_scaling_factor=0.1) == small(
+        layer_group_size=2, group_norm_size=2
+    )
+
+
+@pytest.mark.parametrize(("head_dim", "dims"), [(128, 64), (49, 24), (12, 8), (80, 20), (6, 2)])
+def test_a_rotated_width_survives_as_a_share_of_the_head(head_dim: int, dims: int):
+    config = small(head_dim=head_dim, partial_rotary_factor=None, rotary_dim=dims)
+    written = config.to_hf()
+    assert ModelConfig.from_hf(written).rotary_width == int(head_dim * written["partial_rotary_factor"]) == dims
+    again = ModelConfig.from_hf({**written, "partial_rotary_factor": None, "rotary_dim": dims})
+    assert again.rotary_width == dims and architecture_diff(again, config) == []
 
 
 # Rotary width and context
@@ -393,8 +563,44 @@ def test_equal_architectures_have_no_diff():
 
 
 def test_every_changed_field_is_listed_with_both_values():
-    wanted = small(num_experts=32, rope_theta=1e4)
-    assert architecture_diff(SMALL, wanted) == [
-        "model.num_experts: 16 -> 32",
-        "model.rope_theta: 600000.0 -> 10000.0",
+    wanted = small(num_experts=32, rope_theta=1e4, use_qk_norm=False)
+    assert architecture_diff(SMALL, wanted) == ["model.num_experts: 16 -> 32", "model.use_qk_norm: True -> False"]
+    assert model_settings_diff(SMALL, wanted) == ["model.rope_theta: 600000.0 -> 10000.0"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"partial_rotary_factor": None, "rotary_dim": 8}, {}),
+        ({"n_group": 1, "topk_group": 1}, {"n_group": 4, "topk_group": 4}),
+        ({"layer_group_size": 9, "group_norm_size": 2, "linear_silu": True}, {}),  # no group is whole: all softmax
+        ({"first_k_dense_replace": 0, "intermediate_size": 7}, {"first_k_dense_replace": 0}),
+        ({"num_experts_per_tok": 1, "norm_topk_prob": False}, {"num_experts_per_tok": 1}),
+        ({"initializer_range": 0.1, "pad_token_id": 3, "eos_token_id": 4}, {}),
+        ({"rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=64)}, {"rope_theta": 1.5}),
+        ({"max_position_embeddings": 7, "mtp_loss_scaling_factor": 0.3, "moe_router_enable_expert_bias": False}, {}),
+    ],
+)
+def test_what_changes_no_tensor_and_no_product_is_no_other_architecture(a: dict, b: dict):
+    assert architecture_diff(small(**a), small(**b)) == architecture_diff(small(**b), small(**a)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"partial_rotary_factor": 1.0}, {"topk_group": 3}, {"num_experts_per_tok": 2}, {"rms_norm_eps": 1e-5},
+        {"routed_scaling_factor": 1.0}, {"norm_topk_prob": False}, {"num_nextn_predict_layers": 1},
+        {"tie_word_embeddings": True}, {"use_qkv_bias": True}, {"num_shared_experts": 0},
+    ],
+)  # fmt: skip
+def test_what_changes_a_tensor_or_the_function_is_another_architecture(change: dict):
+    [line] = architecture_diff(SMALL, small(**change))
+    assert line.startswith("model.")
+
+
+def test_an_mtp_scale_is_a_setting_only_where_both_sides_have_an_mtp_layer():
+    with_mtp, changed = small(num_nextn_predict_layers=1), {"mtp_loss_scaling_factor": 0.3}
+    assert model_settings_diff(SMALL, small(**changed)) == []
+    assert model_settings_diff(with_mtp, dataclasses.replace(with_mtp, **changed)) == [
+        "model.mtp_loss_scaling_factor: 0.1 -> 0.3"
     ]

@@ -231,7 +231,7 @@ def _complete(folder: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """What other programs want to know of a run's own tokenizer, and runs of earlier versions did not say; in a
     `config.json` that came with the weights nothing is added."""
     generation = dict(before := read_json(folder / GENERATION))
-    if generation.keys() & {"temperature", "top_p", "top_k"}:
+    if any(generation.get(name) for name in ("temperature", "top_p", "top_k")):
         generation.setdefault("do_sample", True)  # without it transformers ignores them, and refuses to save them
     if tokenizer.bos_id is not None:
         generation.setdefault("bos_token_id", tokenizer.bos_id)
