@@ -77,9 +77,11 @@ def _rope_scaling_flags(info: StructTypeInfo) -> StructConstructorSpec | None:
     off = tyro.conf.arg(name="", metavar="none", help="none turns YaRN off", help_behavior_hint="")
     flags = [StructFieldSpec(name="off", type=Annotated[str, off], default="")]
     for field in dataclasses.fields(RopeScaling):
-        unset = None if field.default is dataclasses.MISSING else field.default
         kind: Any = field.type
-        flags.append(StructFieldSpec(field.name, kind | None, getattr(info.default, field.name, unset)))
+        unset = field.default
+        if unset is dataclasses.MISSING:
+            kind, unset = kind | None, None
+        flags.append(StructFieldSpec(field.name, kind, getattr(info.default, field.name, unset)))
     return StructConstructorSpec(partial(_rope_scaling, {flag.name: flag.default for flag in flags}), tuple(flags))
 
 

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -222,7 +221,7 @@ def test_other_text_is_read_with_the_origins_tokenizer_whether_it_is_a_run_or_an
         assert "tokenizer of the weights in" in log
         assert (folder / "runs" / name / "tokenizer" / "tokenizer.json").read_bytes() == own
         losses.append(read_metrics(folder / "runs" / name)[0]["train/loss"])
-        arrays, start = (flatten_dict(read_arrays(str(folder / "runs" / run))["params"]) for run in (name, "short"))
+        arrays, start = (flatten_dict(read_arrays(str(folder / "runs" / n))["params"]) for n in (name, "short"))
         assert max(np.abs(arrays[path] - start[path]).max() for path in start) < 1e-6
     assert losses[0] == losses[1]
 
