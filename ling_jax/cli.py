@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -21,6 +21,7 @@ from rich.logging import RichHandler
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from ling_jax.config import RopeScaling, RunConfig
+from ling_jax.convert.origin import Mtp
 from ling_jax.files.cache import cache_folder, can_write, cpu_flags
 from ling_jax.parallel.processes import worker_id
 from ling_jax.train.metrics import CONSOLE
@@ -48,7 +49,7 @@ class TrainCommand:
     """Resume from this saved step instead of the latest; later ones are moved aside, and their metrics cut."""
     init_from: str | None = None
     """A HF folder or checkpoint whose weights, and whose tokenizer, a new run starts from."""
-    init_mtp: Literal["same", "new", "drop"] = "same"
+    init_mtp: Mtp = "same"
     """With --init-from, where one side has an MTP layer and the other has none. new: it starts from random weights;
     drop: it is left behind; same: that is an error."""
     print_config: bool = False

@@ -154,11 +154,13 @@ class HFFolder(Weights):
             if quantised and len(stack.shape) == 2 and any(self._spelled(n) == NAMES[FP8] for n in stack.names.flat):
                 scales_path, scales = scales_of(path, stack, self.block)
                 self.stacks[scales_path] = scales
+        known = {str(name) for stack in self.stacks.values() for name in stack.names.flat}
+        self.beyond = one_reading(self.config, self._file_of.keys() - known, self._file_of)
         self._check_tensors(quantised)
         if self.beyond and mtp:
             _warn_once(f"{folder}: {left_out(self.beyond)}")
-        used = self._file_of.keys() - self.beyond.keys()
-        self.dtypes = {n: DTYPES[file.tensors[n].dtype] for n, file in self._file_of.items() if n in used}
+        used = {name: file for name, file in self._file_of.items() if name not in self.beyond}
+        self.dtypes = {name: DTYPES[file.tensors[name].dtype] for name, file in used.items()}
 
     def _spelled(self, name: str) -> str | None:
         return self._file_of[name].tensors[name].dtype if name in self._file_of else None
@@ -184,10 +186,8 @@ class HFFolder(Weights):
         wanted = {str(name): stack.shape for stack in self.stacks.values() for name in stack.names.flat}
         unscaled = {n for n in wanted if n.endswith(SCALE) and self._spelled(n[: -len(SCALE)]) != NAMES[FP8]}
         wanted = {name: shape for name, shape in wanted.items() if name not in unscaled}
-        have = {name: self._file_of[name].tensors[name] for name in self._file_of}
+        have = {name: file.tensors[name] for name, file in self._file_of.items() if name not in self.beyond}
         missing = [name for name in wanted if name not in have]
-        self.beyond = one_reading(self.config, have.keys() - wanted.keys(), self._file_of)
-        have = {name: tensor for name, tensor in have.items() if name not in self.beyond}
         extra = sorted(have.keys() - wanted.keys())
         shapes = [
             f"{name} is {have[name].shape}, the config says {shape}"
