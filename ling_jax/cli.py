@@ -71,8 +71,8 @@ FLAGS = ConstructorRegistry()
 
 @FLAGS.struct_rule
 def _rope_scaling_flags(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """One flag for each field of a RopeScaling that may be None. By itself tyro makes a subcommand of such a thing, after
-    which no other flag may come."""
+    """One flag for each field of a RopeScaling that may be None. By itself tyro makes a subcommand of such a thing,
+    after which no other flag may come."""
     if info.type is not RopeScaling:
         return None
     off = tyro.conf.arg(name="", metavar="none", help="none turns YaRN off", help_behavior_hint="")

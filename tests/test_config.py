@@ -232,7 +232,7 @@ ORIGINS = {
         {"use_qkv_bias": None, "use_bias": None, "tie_word_embeddings": None, "num_nextn_predict_layers": None,
          "mtp_loss_scaling_factor": None, "rotary_dim": None, "rope_parameters": None, "score_function": None},
     ),
-    "whole numbers and fractions": ([], {"num_experts": 256.0, "routed_scaling_factor": 2.5, "partial_rotary_factor": 0.5}),
+    "whole numbers and fractions": ([], {"num_experts": 256.0, "rope_theta": 600000.0, "rms_norm_eps": 0.000001}),
     "several ends": ([], {"eos_token_id": [156892, 156895]}),
     "head_dim follows": ([], {"head_dim": None}),
     "transformers 5, theta moved": (
@@ -240,8 +240,8 @@ ORIGINS = {
         {"rope_parameters": {"rope_theta": 600000, "rope_type": "default", "partial_rotary_factor": 0.5},
          "dtype": "bfloat16"},
     ),
-    "transformers 5, theta in both": (["rope_scaling"], {"rope_parameters": {"rope_theta": 600000, "rope_type": "default"}}),
-    "transformers 5, only beside": (["rope_scaling"], {"rope_parameters": {"rope_type": "default", "rope_theta": None}}),
+    "transformers 5, in both": (["rope_scaling"], {"rope_parameters": {"rope_theta": 6e5, "rope_type": "default"}}),
+    "transformers 5, beside": (["rope_scaling"], {"rope_parameters": {"rope_type": "default", "rope_theta": None}}),
     "transformers 5, empty": (["rope_scaling"], {"rope_parameters": {}}),
 }  # fmt: skip
 
@@ -260,7 +260,8 @@ def test_files_of_every_origin_read_to_the_same_model(left_out: list[str], said:
     [
         {"rope_scaling": {"type": "yarn", **YARN}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
-        {"rope_scaling": {"rope_type": "yarn", "type": "yarn", **YARN, "beta_fast": 32, "beta_slow": 0, "mscale": None}},
+        {"rope_scaling": {"rope_type": "yarn", "type": "yarn", **YARN, "beta_fast": 32, "beta_slow": 0}},
+        {"rope_scaling": {"rope_type": "yarn", **YARN, "mscale": None, "attention_factor": None}},
         {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", **YARN}},
         {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", **YARN, "rope_theta": 600000.0}},
         {"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"type": "yarn", "rope_theta": 600000, **YARN}},

@@ -1,7 +1,7 @@
 """The rotary embedding's settings, and how `config.json` has spelled them over the years.
 
-Until version 4 of transformers `rope_theta` and `partial_rotary_factor` stand beside `rope_scaling`; version 5 has all of
-them in `rope_parameters`, or some there and some beside. Every spelling is read; what is said twice must be the same.
+Until version 4 of transformers `rope_theta` and `partial_rotary_factor` stand beside `rope_scaling`; version 5 has all
+of them in `rope_parameters`, or only some. Every spelling is read; what is said twice must be the same.
 """
 
 import dataclasses

@@ -48,8 +48,8 @@ def origin_tokenizer(origin: Weights, wanted: str | None) -> str:
     own = tokenizer_file(path)
     if own is None and wanted is None:
         raise ValueError(
-            f"--init-from {path} has no tokenizer.json, and a new tokenizer's ids would mean other text to its weights: "
-            "name the one they were trained with by --data.tokenizer"
+            f"--init-from {path} has no tokenizer.json, and a new tokenizer's ids would mean other text to its "
+            "weights: name the one they were trained with by --data.tokenizer"
         )
     theirs = origin.trained_with if own is None else tokenizer_of(path).fingerprint
     if wanted is not None and theirs is not None and (found := Tokenizer.load(wanted).fingerprint) != theirs:

@@ -39,9 +39,7 @@ This card is a stub: say what the model was trained on, how it was evaluated, un
 """
 
 
-def to_hf(
-    source: str, target: str, form: Format = "keep", max_shard_size: str = "5GB", mtp: bool = True
-) -> Audit:
+def to_hf(source: str, target: str, form: Format = "keep", max_shard_size: str = "5GB", mtp: bool = True) -> Audit:
     """Writes weights as a HF folder that other programs can load.
 
     Args:

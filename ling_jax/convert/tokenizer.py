@@ -13,8 +13,8 @@ GENERATION = "generation_config.json"
 
 
 def _beside(path: str, name: str) -> epath.Path | None:
-    """The file `name` in a HF folder, in a converted checkpoint, or in the run that `path` (or a part of it) belongs to:
-    its own, else one that came with the weights it began from."""
+    """The file `name` in a HF folder, in a converted checkpoint, or in the run that `path` (or a part of it) belongs
+    to: its own, else one that came with the weights it began from."""
     start = run = epath.Path(path).expanduser()
     if CHECKPOINTS in (start.name, start.parent.name):
         run = start.parent if start.name == CHECKPOINTS else start.parent.parent
