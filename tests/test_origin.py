@@ -13,12 +13,13 @@ from test_tokenizer import OWN
 from tiny_run import SPARSE, run, train_args
 
 from ling_jax.checkpoint import read_arrays
+from ling_jax.cli import parse_train
 from ling_jax.config import DataConfig, RunConfig, TrainConfig
 from ling_jax.convert.origin import check_origin, origin_tokenizer
 from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.weights import open_weights
 from ling_jax.data.tokenizer import Tokenizer
-from ling_jax.runner import _check_special_ids, _first_state
+from ling_jax.runner import _check_special_ids, _first_state, run_training
 from ling_jax.train.metrics import read_metrics
 from ling_jax.train.state import make_trainer
 from tests.helpers import assert_trees_equal, random_weights, small
@@ -120,9 +121,9 @@ def test_a_new_mtp_layer_is_that_of_a_new_run_and_the_rest_is_the_origins(with_m
             assert_trees_equal(got[name], want[name])
 
 
-def test_the_flag_without_weights_to_start_from_is_refused(tmp_path):
-    _, log = run("train.py", *train_args(tmp_path, "a"), "--init-mtp", "new", code=2)
-    assert log.splitlines()[-1].startswith("error: --init-mtp new is about the weights of --init-from")
+def test_the_flag_without_weights_to_start_from_is_refused():
+    with pytest.raises(ValueError, match="--init-mtp new is about the weights of --init-from"):
+        run_training(*parse_train(["ling_tiny", "--init-mtp", "new"]))
 
 
 # The tokenizer.
@@ -174,7 +175,7 @@ def folder(tmp_path_factory) -> Path:
     """A folder with a corpus and the run `short`, trained at 64 positions."""
     folder = tmp_path_factory.mktemp("origin")
     short = dict(**SPARSE, model__max_position_embeddings=64, model__rope_theta=1e4, data__sequence_length=64)
-    run("train.py", *train_args(folder, "short", **short, train__steps=40, train__eval_every=0))
+    run("train.py", *train_args(folder, "short", **short, train__steps=20, train__eval_every=0))
     return folder
 
 
@@ -210,40 +211,30 @@ def test_context_grows_by_flags_from_4k_to_32k_to_128k_in_small(folder):
     assert scaling.items() <= written["rope_scaling"].items() and written["rope_theta"] == 6e5
 
 
-def test_other_text_is_read_with_the_origins_tokenizer_whether_it_is_a_run_or_an_export(folder):
+def test_other_text_is_read_with_the_origins_tokenizer_whether_it_is_a_run_or_an_export(folder, tmp_path):
+    """And a run that has begun goes on without its origin."""
     text, short = other_text(folder), folder / "runs" / "short"
+    own, start = (short / "tokenizer" / "tokenizer.json").read_bytes(), flatten_dict(read_arrays(str(short))["params"])
+    origins = {"from_run": shutil.copytree(short, tmp_path / "gone"), "from_hf": folder / "hf"}
     to_hf(str(short), str(folder / "hf"))
-    own = (short / "tokenizer" / "tokenizer.json").read_bytes()
+    flags = ["--data.sources.0.path", text, "--model.max-position-embeddings", "64"]
     losses = []
-    for name, origin in (("from_run", short), ("from_hf", folder / "hf")):
-        flags = ["--data.sources.0.path", text, "--model.max-position-embeddings", "64"]
-        log = extended(folder, name, origin, *flags)
-        assert "tokenizer of the weights in" in log
+    for name, origin in origins.items():
+        assert f"tokenizer of the weights in {origin}" in extended(folder, name, origin, *flags)
         assert (folder / "runs" / name / "tokenizer" / "tokenizer.json").read_bytes() == own
         losses.append(read_metrics(folder / "runs" / name)[0]["train/loss"])
-        arrays, start = (flatten_dict(read_arrays(str(folder / "runs" / n))["params"]) for n in (name, "short"))
+        arrays = flatten_dict(read_arrays(str(folder / "runs" / name))["params"])
         assert max(np.abs(arrays[path] - start[path]).max() for path in start) < 1e-6
     assert losses[0] == losses[1]
-
-
-def test_a_run_that_has_begun_goes_on_without_its_origin(folder, tmp_path):
-    origin = shutil.copytree(folder / "runs" / "short", tmp_path / "gone")
-    flags = ["--model.max-position-embeddings", "64", "--data.sources.0.path", other_text(folder)]
-    extended(folder, "resumed", origin, *flags)
-    shutil.rmtree(origin)
-    log = extended(folder, "resumed", origin, *flags, "--train.steps", "3")
+    shutil.rmtree(origins["from_run"])
+    log = extended(folder, "from_run", origins["from_run"], *flags, "--train.steps", "3")
     assert "resuming from step 2" in log
 
 
-def test_a_tokenizer_of_other_weights_and_weights_without_one_are_refused(folder, tmp_path):
+def test_a_step_that_lies_alone_knows_its_tokenizers_fingerprint(folder, tmp_path):
+    bare = shutil.copytree(folder / "runs" / "short" / "checkpoints" / "20", tmp_path / "bare")
     OTHER.save(str(tmp_path / "other"))
-    positions = ["--model.max-position-embeddings", "64"]
-    short = folder / "runs" / "short"
-    log = extended(folder, "wrong", short, *positions, "--data.tokenizer", tmp_path / "other", code=2)
-    error = log.splitlines()[-1]
-    assert error.startswith("error: data.tokenizer = ") and str(short) in error and str(tmp_path / "other") in error
-    bare = shutil.copytree(short / "checkpoints" / "40", tmp_path / "bare")
-    log = extended(folder, "wrong", bare, *positions, code=2)
-    assert "has no tokenizer.json" in log.splitlines()[-1]
-    log = extended(folder, "wrong", bare, *positions, "--data.tokenizer", tmp_path / "other", code=2)
-    assert "their checkpoint says" in log.splitlines()[-1]
+    with pytest.raises(ValueError, match=f"their checkpoint says: .*{open_weights(bare).trained_with}"):
+        origin_tokenizer(open_weights(bare), str(tmp_path / "other"))
+    own = str(folder / "runs" / "short" / "tokenizer")
+    assert origin_tokenizer(open_weights(bare), own) == own
