@@ -76,7 +76,8 @@ def _rope_scaling_flags(info: StructTypeInfo) -> StructConstructorSpec | None:
     if info.type is not RopeScaling:
         return None
     off = tyro.conf.arg(name="", metavar="none", help="none turns YaRN off", help_behavior_hint="")
-    flags = [StructFieldSpec(name="off", type=Annotated[str, off], default="")]
+    word: Any = Annotated[str, off]
+    flags = [StructFieldSpec(name="off", type=word, default="")]
     for field in dataclasses.fields(RopeScaling):
         kind: Any = field.type
         unset = field.default

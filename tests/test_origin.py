@@ -20,7 +20,6 @@ from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.weights import open_weights
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.runner import _check_special_ids, _first_state, run_training
-from ling_jax.train.metrics import read_metrics
 from ling_jax.train.state import make_trainer
 from tests.helpers import assert_trees_equal, random_weights, small
 
@@ -197,13 +196,17 @@ def other_text(folder: Path) -> Path:
 
 
 def test_context_grows_by_flags_from_4k_to_32k_to_128k_in_small(folder):
-    """64 positions at theta 1e4, 512 at 6e5, 2048 by YaRN; each run starts where the one before ended."""
+    """64 positions at theta 1e4, 512 at 6e5, 2048 by YaRN; each run starts where the one before ended, the last from an
+    export and on other text."""
     at_32k = ["--model.rope-theta", "600000", "--model.max-position-embeddings", "512"]
     log = extended(folder, "long", folder / "runs" / "short", *at_32k, "--data.sequence-length", "512")
     assert "model.rope_theta: 10000.0 -> 600000.0; model.max_position_embeddings: 64 -> 512" in log
     yarn = ["--model.rope-scaling.factor", "4", "--model.rope-scaling.original-max-position-embeddings", "512"]
     longest = [*yarn, "--data.sequence-length", "2048", "--data.global-batch-size", "1", *at_32k]
-    log = extended(folder, "longest", folder / "runs" / "long", *longest)
+    to_hf(str(folder / "runs" / "long"), str(folder / "hf"))
+    log = extended(folder, "longest", folder / "hf", *longest, "--data.sources.0.path", other_text(folder))
+    used, own = (folder / "runs" / name / "tokenizer" / "tokenizer.json" for name in ("longest", "short"))
+    assert used.read_bytes() == own.read_bytes()
     assert "model.rope_scaling: None -> RopeScaling(factor=4.0, original_max_position_embeddings=512" in log
     to_hf(str(folder / "runs" / "longest"), str(folder / "exported"))
     written = json.loads((folder / "exported" / "config.json").read_text())
@@ -211,24 +214,19 @@ def test_context_grows_by_flags_from_4k_to_32k_to_128k_in_small(folder):
     assert scaling.items() <= written["rope_scaling"].items() and written["rope_theta"] == 6e5
 
 
-def test_other_text_is_read_with_the_origins_tokenizer_whether_it_is_a_run_or_an_export(folder, tmp_path):
-    """And a run that has begun goes on without its origin."""
-    text, short = other_text(folder), folder / "runs" / "short"
-    own, start = (short / "tokenizer" / "tokenizer.json").read_bytes(), flatten_dict(read_arrays(str(short))["params"])
-    origins = {"from_run": shutil.copytree(short, tmp_path / "gone"), "from_hf": folder / "hf"}
-    to_hf(str(short), str(folder / "hf"))
-    flags = ["--data.sources.0.path", text, "--model.max-position-embeddings", "64"]
-    losses = []
-    for name, origin in origins.items():
-        assert f"tokenizer of the weights in {origin}" in extended(folder, name, origin, *flags)
-        assert (folder / "runs" / name / "tokenizer" / "tokenizer.json").read_bytes() == own
-        losses.append(read_metrics(folder / "runs" / name)[0]["train/loss"])
-        arrays = flatten_dict(read_arrays(str(folder / "runs" / name))["params"])
-        assert max(np.abs(arrays[path] - start[path]).max() for path in start) < 1e-6
-    assert losses[0] == losses[1]
-    shutil.rmtree(origins["from_run"])
-    log = extended(folder, "from_run", origins["from_run"], *flags, "--train.steps", "3")
-    assert "resuming from step 2" in log
+def test_other_text_is_read_with_the_origins_tokenizer_and_a_run_that_has_begun_needs_its_origin_no_more(
+    folder, tmp_path
+):
+    short, run_dir = folder / "runs" / "short", folder / "runs" / "warm"
+    origin = shutil.copytree(short, tmp_path / "gone")
+    flags = ["--data.sources.0.path", other_text(folder), "--model.max-position-embeddings", "64"]
+    assert f"tokenizer of the weights in {origin}" in extended(folder, "warm", origin, *flags)
+    used, own = (folder / "tokenizer" / "tokenizer.json" for folder in (run_dir, short))
+    assert used.read_bytes() == own.read_bytes()
+    arrays, start = (flatten_dict(read_arrays(str(folder))["params"]) for folder in (run_dir, short))
+    assert max(np.abs(arrays[path] - start[path]).max() for path in start) < 1e-6
+    shutil.rmtree(origin)
+    assert "resuming from step 2" in extended(folder, "warm", origin, *flags, "--train.steps", "3")
 
 
 def test_a_step_that_lies_alone_knows_its_tokenizers_fingerprint(folder, tmp_path):
