@@ -35,7 +35,7 @@ from ling_jax.convert.weights import StoredWeights, narrow, open_weights
 from ling_jax.files.arrays import create_arrays, seal
 from ling_jax.files.one_writer import HOLDER, OneWriter
 from ling_jax.model.model import abstract_model, split_model
-from tests.helpers import assert_close, assert_trees_equal, make_model, small, tiny
+from tests.helpers import assert_trees_equal, small, tiny
 
 CASES = [folder for folder in sorted(FOLDER.iterdir()) if (folder / "config.json").exists()]
 QUANTISED = [case for case in CASES if kind_of(case) == "ling-fp8"]
@@ -393,49 +393,6 @@ def test_a_missing_mtp_layer_comes_with_a_hint(tmp_path):
     )
     with pytest.raises(ValueError, match="set num_nextn_predict_layers to 0 in config.json"):
         to_jax(str(tmp_path / "hf"), str(tmp_path / "ours"))
-
-
-@pytest.mark.parametrize("kind", ["HF folder", "converted", "tensors missing"])
-def test_an_export_without_the_mtp_layer_is_the_rest_of_the_model(tmp_path, kind):
-    """Also of a folder that says it has one and has not."""
-    config, here = tiny(), tmp_path / "hf"
-    write_folder(here, config=config)
-    rest = {name: tensor for name, tensor in tensors_of(here).items() if ".layers.3." not in name}
-    if kind == "tensors missing":
-        edit_tensors(here / "model.safetensors", lambda t: [t.pop(name) for name in [*t] if ".layers.3." in name])
-        with pytest.raises(ValueError, match="convert.py to-hf --no-mtp"):
-            to_hf(str(here), str(tmp_path / "out"))
-    elif kind == "converted":
-        to_jax(str(here), str(tmp_path / "ours"))
-        here = tmp_path / "ours"
-    audit = to_hf(str(here), str(tmp_path / "out"), mtp=False)
-    assert tensors_of(tmp_path / "out") == rest
-    assert not audit.missing and not audit.unused and bool(audit.beyond) == (kind == "HF folder")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written == config.to_hf() | {"num_nextn_predict_layers": 0, "mtp_loss_scaling_factor": 0}
-    model = load_pretrained(tmp_path / "out")
-    tokens = np.array([[5, 7, 11]])
-    assert_close(model(tokens).logits_BTV, make_model(config)(tokens).logits_BTV)
-    assert model.mtp is None
-
-
-def test_what_was_left_out_is_in_the_audit_and_in_what_inspect_prints(copy, tmp_path):
-    edit_tensors(copy / SHARDS[0], lambda t: t.update({"v_head.bias": np.zeros(1, np.float32)}))
-    edit_json(copy / INDEX, lambda index: index["weight_map"].update({"v_head.bias": SHARDS[0]}))
-    audit = to_jax(str(copy), str(tmp_path / "ours"))
-    assert list(audit.beyond) == ["v_head.bias"] and "v_head.bias (a value head" in audit.render()
-    written = json.loads((tmp_path / "ours" / transfer.AUDIT_FILE).read_text())
-    assert list(written["beyond"]) == ["v_head.bias"] and "v_head.bias" not in written["tensors"]
-    assert "v_head.bias" in survey(str(copy)).render()
-    to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
-    assert "v_head.bias" not in tensors_of(tmp_path / "back")
-    assert verify(str(copy), str(tmp_path / "back"), logits=False).good
-
-
-def test_settings_that_two_folders_of_the_same_weights_do_not_share_are_told(copy, source):
-    edit_json(copy / "config.json", lambda c: c.update(rope_theta=5.0))
-    found = verify(str(source), str(copy), logits=False)
-    assert found.good and "model.rope_theta: 10000.0 -> 5.0" in found.render()
 
 
 def test_pickles_are_refused_with_a_way_out(copy, tmp_path):

@@ -19,7 +19,7 @@ from ling_jax import load_pretrained
 from ling_jax.checkpoint import Checkpointer
 from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from ling_jax.convert.mapping import hf_names
-from ling_jax.convert.weights import HFFolder, open_weights
+from ling_jax.convert.weights import HFFolder
 from ling_jax.model.model import split_model
 from ling_jax.runner import RunSaver
 from ling_jax.train.state import make_trainer
@@ -200,100 +200,6 @@ EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
 def test_a_missing_tensor_is_named(one, name):
     edit_tensors(one / "model.safetensors", lambda t: t.pop(name))
     assert error_of(one) == f"{one} does not match its config.json: 1 tensor(s) missing: {name}"
-
-
-# Tensors beyond the config with one right reading.
-
-
-MTP = small(num_nextn_predict_layers=1)
-INV_FREQ = {f"model.layers.{i}.attention.rotary_emb.inv_freq": np.ones(3, np.float32) for i in range(2)}
-
-
-def tied(folder, change=lambda head: head):
-    """A folder whose head is tied to its embedding, and there all the same."""
-    write_folder(folder, config=small(tie_word_embeddings=True))
-    copy = {"lm_head.weight": "model.word_embeddings.weight"}
-    edit_tensors(folder / "model.safetensors", lambda t: t.update({new: change(t[old]) for new, old in copy.items()}))
-    return folder
-
-
-def with_buffers(folder):
-    write_folder(folder, config=small())
-    one = np.ones(3, np.float32)
-    more = {**INV_FREQ, "model.rotary_emb.inv_freq": one, "v_head.summary.weight": one}
-    edit_tensors(folder / "model.safetensors", lambda t: t.update(more))
-    return folder
-
-
-def mtp_turned_off(folder):
-    write_folder(folder, config=MTP, sharded=True)
-    edit_json(folder / "config.json", lambda c: c.update(num_nextn_predict_layers=0))
-    return folder
-
-
-def head_in_bfloat16(folder):
-    """As float32 tools write beside a bfloat16 embedding: other bytes, the same numbers."""
-    write_folder(folder, dtype=ml_dtypes.bfloat16, config=small(tie_word_embeddings=True))
-    name = "model.word_embeddings.weight"
-    edit_tensors(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t[name].astype(np.float32)}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("make", "count", "reason"),
-    [
-        (tied, 1, "equal to the embedding"),
-        (head_in_bfloat16, 1, "equal to the embedding"),
-        (with_buffers, 4, "a value head"),
-        (mtp_turned_off, 39, "num_nextn_predict_layers is 0"),
-    ],
-)
-def test_tensors_with_one_right_reading_are_left_out_with_one_warning(tmp_path, caplog, make, count, reason):
-    folder = make(tmp_path / "hf")
-    model = load_pretrained(folder)
-    load_pretrained(folder)
-    [line] = caplog.messages
-    assert f"{count} tensor(s) that the model does not use are left out" in line and reason in line
-    assert str(folder) in line
-    weights = open_weights(folder)
-    assert len(weights.beyond) == count and not weights.beyond.keys() & weights.dtypes.keys()
-    want = make_model(MTP if make is mtp_turned_off else model.config)
-    tokens = np.array([[5, 7, 11]])
-    if make is not head_in_bfloat16:
-        assert_close(model(tokens).logits_BTV, want(tokens).logits_BTV)
-
-
-def test_a_tied_head_that_differs_is_refused_by_name(tmp_path):
-    folder = tied(tmp_path / "hf", lambda head: head + np.float32(1e-6))
-    assert "lm_head.weight differs from model.word_embeddings.weight" in error_of(folder)
-    assert "tie_word_embeddings" in error_of(folder)
-
-
-@pytest.mark.parametrize(
-    ("config", "change", "name"),
-    [
-        (small(num_hidden_layers=3), {"num_hidden_layers": 2}, "model.layers.2.attention.dense.weight"),
-        (tiny(), {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}, "model.layers.2.attention.dense.weight"),
-    ],
-    ids=["trunk", "trunk and MTP"],
-)
-def test_a_layer_that_the_config_does_not_count_is_not_taken_for_an_mtp_layer(tmp_path, config, change, name):
-    write_folder(tmp_path / "hf", config=config)
-    edit_json(tmp_path / "hf" / "config.json", lambda c: c.update(change))
-    assert "no place for" in error_of(tmp_path / "hf") and name in error_of(tmp_path / "hf")
-
-
-def test_half_an_mtp_layer_is_not_left_out(tmp_path):
-    write_folder(tmp_path / "hf", config=MTP)
-    edit_tensors(tmp_path / "hf" / "model.safetensors", lambda t: t.pop("model.layers.2.enorm.weight"))
-    edit_json(tmp_path / "hf" / "config.json", lambda c: c.update(num_nextn_predict_layers=0))
-    assert "no place for: model.layers.2." in error_of(tmp_path / "hf")
-
-
-@pytest.mark.parametrize("name", ["model.inv_freq", "model.rotary_emb.inv_freq.weight", "head.v_head", "v_head"])
-def test_a_name_that_is_only_like_one_of_them_stays_an_error(one, name):
-    edit_tensors(one / "model.safetensors", lambda t: t.update({name: np.zeros(3, np.float32)}))
-    assert f"1 tensor(s) that the config has no place for: {name}" in error_of(one)
 
 
 def test_a_config_saved_by_transformers_5_gives_the_same_logits(tmp_path):
