@@ -43,9 +43,11 @@ class ToHF:
     """keep: as it came, byte for byte."""
     max_shard_size: str = "5GB"
     """Of one file; MB and TB are known too."""
+    mtp: bool = True
+    """Whether the MTP layer goes along; programs that do not know it open what --no-mtp writes."""
 
     def run(self) -> int:
-        print(to_hf(self.source, self.target, self.format, self.max_shard_size).render())
+        print(to_hf(self.source, self.target, self.format, self.max_shard_size, self.mtp).render())
         return 0
 
 

@@ -10,15 +10,18 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
 from rich.logging import RichHandler
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from ling_jax.config import RunConfig
+from ling_jax.config import RopeScaling, RunConfig
+from ling_jax.convert.origin import Mtp
 from ling_jax.files.cache import cache_folder, can_write, cpu_flags
 from ling_jax.files.hub_files import TRANSPORTS
 from ling_jax.files.progress import CONSOLE
@@ -46,7 +49,10 @@ class TrainCommand:
     from_step: int | None = None
     """Resume from this saved step instead of the latest; later ones are moved aside, and their metrics cut."""
     init_from: str | None = None
-    """A HF folder, hub id or checkpoint whose weights a new run starts from."""
+    """A HF folder, hub id or checkpoint whose weights, and whose tokenizer, a new run starts from."""
+    init_mtp: Mtp = "same"
+    """With --init-from, where one side has an MTP layer and the other has none. new: it starts from random weights;
+    drop: it is left behind; same: that is an error."""
     print_config: bool = False
     """Print the resolved configuration and stop."""
     print_sharding: bool = False
@@ -59,6 +65,47 @@ class TrainCommand:
     """With --topology: only one JSON object."""
     suggest: bool = False
     """With --topology: look for the mesh, remat policy, microbatches and buffer factor with the best bound."""
+
+
+FLAGS = ConstructorRegistry()
+
+
+@FLAGS.struct_rule
+def _rope_scaling_flags(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """One flag for each field of a RopeScaling that may be None. By itself tyro makes a subcommand of such a thing,
+    after which no other flag may come."""
+    if info.type is not RopeScaling:
+        return None
+    off = tyro.conf.arg(name="", metavar="none", help="none turns YaRN off", help_behavior_hint="")
+    word: Any = Annotated[str, off]
+    flags = [StructFieldSpec(name="off", type=word, default="")]
+    for field in dataclasses.fields(RopeScaling):
+        kind: Any = field.type
+        unset = field.default
+        if unset is dataclasses.MISSING:
+            kind, unset = kind | None, None
+        flags.append(StructFieldSpec(field.name, kind, getattr(info.default, field.name, unset)))
+    return StructConstructorSpec(partial(_rope_scaling, {flag.name: flag.default for flag in flags}), tuple(flags))
+
+
+def _rope_scaling(unchanged: Mapping[str, Any], off: str, **values: Any) -> RopeScaling | None:
+    """YaRN's settings from its flags; `unchanged` are the flags' values where a user gives none.
+
+    Raises:
+      ValueError: for one flag where two are needed, or flags that contradict each other.
+    """
+    changed = [name for name, value in values.items() if value != unchanged[name]]
+    if off.lower() not in ("", "none"):
+        raise ValueError(f"{off!r}: only none, which turns YaRN off, may stand here; the flag with .factor turns it on")
+    if off and changed:
+        raise ValueError(f"none turns YaRN off, but there is a flag for {', '.join(changed)} too: leave out either")
+    if off or (not changed and values["factor"] is None):
+        return None
+    required = [field.name for field in dataclasses.fields(RopeScaling) if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if values[name] is None]:
+        flags = " and ".join(f"--model.rope-scaling.{name.replace('_', '-')}" for name in missing)
+        raise ValueError(f"YaRN needs {flags} too: positions to have over positions trained on, and the latter")
+    return RopeScaling(**values)
 
 
 def config_names() -> list[str]:
@@ -83,7 +130,7 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainCommand]:
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     name = argv[0]
     default = TrainCommand(config=named_config(name))
-    command = tyro.cli(TrainCommand, default=default, args=list(argv[1:]), prog=f"train.py {name}")
+    command = tyro.cli(TrainCommand, default=default, args=list(argv[1:]), prog=f"train.py {name}", registry=FLAGS)
     return name, command
 
 

@@ -17,9 +17,11 @@ from flax.serialization import from_state_dict, to_state_dict
 from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, saved_steps
 from ling_jax.cli import TrainCommand
 from ling_jax.config import ModelConfig, RunConfig, architecture_diff, count_params, settings_diff
-from ling_jax.convert.load import load_pretrained
+from ling_jax.convert.load import load_weights
+from ling_jax.convert.origin import Mtp, check_origin, origin_tokenizer
+from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
-from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, model_config_of, open_weights
+from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of, open_weights
 from ling_jax.data.baselines import baselines
 from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import read_corpus
@@ -139,10 +141,11 @@ def _step_back(run_dir: epath.Path, step: int, steps: list[int]) -> None:
 
 def _check_earlier_run(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any]) -> None:
     """Refuses to resume another architecture, listing the differences, and says which other settings differ; without a
-    checkpoint, moves aside the tokenizer that an earlier attempt left."""
+    checkpoint, moves aside the tokenizer, and what came with weights, that an earlier attempt left."""
     if not meta:
-        if (run_dir / TOKENIZER).exists():  # of other text or another vocabulary, perhaps; never deleted
-            (run_dir / TOKENIZER).rename(_aside(run_dir / TOKENIZER))
+        for left in (run_dir / TOKENIZER, run_dir / HF):  # of other text or another vocabulary, perhaps; never deleted
+            if left.exists():
+                left.rename(_aside(left))
         return
     saved, step = RunConfig.from_json(json.dumps(meta["config"])), meta["data"]["next_step"]
     diff = architecture_diff(saved.model, config.model)
@@ -176,7 +179,9 @@ def _write_config(run_dir: epath.Path, config: RunConfig) -> None:
 
 
 def _check_special_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    if tokenizer.eod_id != model.eos_token_id:
+    """Training ends documents as the tokenizer does; the model's id is for exports, where an answer ends: with the
+    document, or, in chat models, with the turn."""
+    if model.eos_token_id not in {tokenizer.eod_id, tokenizer.role_end_id} - {None}:
         raise ValueError(
             f"the tokenizer ends documents with id {tokenizer.eod_id}, but model.eos_token_id is "
             f"{model.eos_token_id}; set it (and model.pad_token_id) to {tokenizer.eod_id}"
@@ -185,10 +190,10 @@ def _check_special_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
 
 def _write_generation_config(folder: epath.Path, tokenizer: Tokenizer) -> None:
     ends = [tokenizer.eod_id] + ([tokenizer.role_end_id] if tokenizer.role_end_id is not None else [])
-    text = json.dumps(
-        {"eos_token_id": ends, "pad_token_id": tokenizer.eod_id, "temperature": TEMPERATURE, "top_p": TOP_P}, indent=1
-    )
-    (folder / "generation_config.json").write_text(text + "\n")
+    settings = {"eos_token_id": ends, "pad_token_id": tokenizer.eod_id}
+    settings |= {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
+    settings |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P}
+    (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _with_commits(config: RunConfig, run_dir: epath.Path, init_from: str | None) -> RunConfig:
@@ -199,30 +204,38 @@ def _with_commits(config: RunConfig, run_dir: epath.Path, init_from: str | None)
 
 
 def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) -> RunConfig:
-    """The configuration with all fields of the config.json that the run's weights came with: an export keeps them."""
-    if init_from is not None:
-        origin = model_config_of(init_from)
-    elif (last := _read_config(run_dir)) is not None:
+    """The configuration with all fields of the config.json that the run's weights came with: an export keeps them. A
+    run that has begun needs its origin no more."""
+    begun = bool(saved_steps(run_dir / CHECKPOINTS))
+    if begun and (last := _read_config(run_dir)) is not None:
         origin = last.model
-    elif saved_steps(run_dir / CHECKPOINTS):
+    elif begun:
         origin = model_config_of(str(run_dir / CHECKPOINTS))
+    elif init_from is not None:
+        origin = model_config_of(init_from)
     else:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, hf_json=origin.hf_json))
 
 
-def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any]) -> Data:
+def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None) -> Data:
     """The run's data; process 0 also writes the run's folder, which the others compare with theirs. `meta` is of the
-    latest checkpoint."""
+    latest checkpoint; `origin`, what a new run starts from."""
     if jax.process_index() == 0:
         _check_earlier_run(run_dir, config, meta)
     else:
         _check_shared(run_dir, config)
     folder, trained_with = str(run_dir / TOKENIZER), meta.get("tokenizer") or None
-    data = open_data(config.data, config.model.vocab_size, folder, trained_with)
+    wanted = config.data
+    if origin is not None:
+        wanted = dataclasses.replace(wanted, tokenizer=origin_tokenizer(origin, wanted.tokenizer))
+    data = open_data(wanted, config.model.vocab_size, folder, trained_with)
     _check_special_ids(data.tokenizer, config.model)
     if jax.process_index() == 0:
-        _write_generation_config(run_dir / TOKENIZER, data.tokenizer)
+        if origin is not None:
+            carry(origin.companions(), run_dir / HF)
+        if not (run_dir / HF / GENERATION).exists():
+            _write_generation_config(run_dir / TOKENIZER, data.tokenizer)
         _write_config(run_dir, config)
     return data
 
@@ -253,19 +266,25 @@ def _way_out() -> Iterator[None]:
         raise ValueError(f"{error}. To go on from there: the same command with --from-step {error.good}") from error
 
 
-def _first_state(trainer: Trainer, saver: RunSaver, init_from: str | None) -> TrainState:
-    """The latest checkpoint of the run; without one, the weights of `init_from` or new ones."""
+def _open_origin(path: str, model: ModelConfig, mtp: Mtp) -> Weights:
+    """The weights that a new run starts from; ValueError if they do not fit its model."""
+    check_origin(path, model, mtp)
+    return open_weights(path, mtp=mtp == "same")
+
+
+def _first_state(trainer: Trainer, saver: RunSaver, origin: Weights | None) -> TrainState:
+    """The latest checkpoint of the run; without one, the weights of `origin` or new ones. An MTP layer that `origin`
+    does not give is new."""
     step = saver.checkpointer.latest_step()
     if step is not None:
         log.info("resuming from step %d", step)
         with _way_out():
             return saver.restore(trainer)
-    if init_from is None:
+    if origin is None:
         return trainer.new_state()
-    diff = architecture_diff(model_config_of(init_from), trainer.config.model)
-    if diff:
-        raise ValueError(f"--init-from {init_from} is another architecture (there -> here): " + "; ".join(diff))
-    _, params, bias = split_model(load_pretrained(init_from, mesh=trainer.config.mesh))
+    _, params, bias = split_model(load_weights(origin, mesh=trainer.config.mesh))
+    if trainer.config.model.num_nextn_predict_layers and not origin.config.num_nextn_predict_layers:
+        params["mtp"], bias["mtp"] = trainer.new_mtp()
     return trainer.new_state_from(params, bias)
 
 
@@ -314,6 +333,8 @@ def run_training(name: str, command: TrainCommand) -> int:
     Raises:
       ValueError: for whatever is wrong with the settings, the data or the folder, before any compilation.
     """
+    if command.init_mtp != "same" and command.init_from is None:
+        raise ValueError(f"--init-mtp {command.init_mtp} is about the weights of --init-from: give that too")
     run_dir = _path(command.runs_dir) / (command.run or name)
     trainer = make_trainer(command.config)
     with _claimed(run_dir, command) if jax.process_index() == 0 else contextlib.nullcontext():
@@ -329,13 +350,14 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
     with StopRequest().listening() as stop, contextlib.closing(saver.checkpointer):
         with _way_out():
             meta = saver.meta()
-        data = lead_first("the data is open", lambda: _prepare(run_dir, config, meta))
+        origin = None
+        if command.init_from is not None and not meta:
+            origin = _open_origin(command.init_from, config.model, command.init_mtp)
+        data = lead_first("the data is open", lambda: _prepare(run_dir, config, meta, origin))
         check_same("the text", data.fingerprint())
         saver.tokenizer = data.tokenizer.fingerprint
-        if lead and command.init_from is not None and not meta:
-            carry(open_weights(command.init_from).companions(), run_dir / HF)
         trainer = trainer.without_fp8(meta.get("fp8_fallen", []))
-        state = _first_state(trainer, saver, command.init_from)
+        state = _first_state(trainer, saver, origin)
         step = int(state.step)
         _log_start(config, step)
         batches, held_out = _texts(trainer, data, step)

@@ -18,6 +18,7 @@ from ling_jax.config import (
     count_params,
     layer_kinds,
     layer_plan,
+    model_settings_diff,
     train_flops_per_token,
 )
 
@@ -116,6 +117,11 @@ def test_a_changed_field_is_written_and_the_rest_is_kept():
         {"head_dim": None},
         {"num_shared_experts": None},
         {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 600000.0, "partial_rotary_factor": 0.5}},
+        {"rotary_dim": 64, "partial_rotary_factor": None},
+        {"n_group": 0, "topk_group": 0},
+        {"num_hidden_layers": 20.0, "rope_theta": 600000.0},
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0}},
         {"router_dtype": "float32"},
         {"attention_dropout": None},
@@ -163,10 +169,11 @@ def test_routed_scaling_factor_is_never_the_class_default():
     assert ModelConfig.from_hf(HF_MINI).routed_scaling_factor == 2.5
 
 
-def test_missing_mtp_scale_is_an_error_only_where_there_is_an_mtp_layer():
-    assert ModelConfig.from_hf(without("mtp_loss_scaling_factor")).num_nextn_predict_layers == 0
-    with pytest.raises(ValueError, match="lacks mtp_loss_scaling_factor"):
-        ModelConfig.from_hf(without("mtp_loss_scaling_factor") | {"num_nextn_predict_layers": 1})
+@pytest.mark.parametrize("left", [without("mtp_loss_scaling_factor"), HF_MINI | {"mtp_loss_scaling_factor": None}])
+def test_without_an_mtp_scale_an_mtp_layer_has_that_of_the_recipe(left: dict):
+    """The official converter writes an MTP layer and no scale."""
+    assert ModelConfig.from_hf(left).num_nextn_predict_layers == 0
+    assert ModelConfig.from_hf(left | {"num_nextn_predict_layers": 1}).mtp_loss_scaling_factor == 0.1
 
 
 def test_an_mtp_scale_of_zero_is_kept_as_zero():
@@ -194,6 +201,18 @@ def test_fields_the_reference_hard_codes_may_be_missing(name: str):
 def test_a_choice_that_is_not_implemented_is_refused(name: str, value):
     with pytest.raises(ValueError, match=f"{name} = {value!r}"):
         ModelConfig.from_hf(HF_MINI | {name: value})
+
+
+@pytest.mark.parametrize("name", ["norm_head", "norm_softmax", "use_sliding_window"])
+def test_choices_of_other_generations_are_refused_unless_they_are_off(name: str):
+    assert ModelConfig.from_hf(HF_MINI | {name: False}) == ModelConfig.from_hf(HF_MINI)
+    with pytest.raises(ValueError, match=f"{name} = True"):
+        ModelConfig.from_hf(HF_MINI | {name: True})
+
+
+def test_the_first_generation_is_refused_by_its_class_though_its_model_type_is_the_same():
+    with pytest.raises(ValueError, match="Ling 1.x"):
+        ModelConfig.from_hf(HF_MINI | {"architectures": ["BailingMoeForCausalLM"]})
 
 
 # Rotary width and context
@@ -393,8 +412,44 @@ def test_equal_architectures_have_no_diff():
 
 
 def test_every_changed_field_is_listed_with_both_values():
-    wanted = small(num_experts=32, rope_theta=1e4)
-    assert architecture_diff(SMALL, wanted) == [
-        "model.num_experts: 16 -> 32",
-        "model.rope_theta: 600000.0 -> 10000.0",
+    wanted = small(num_experts=32, rope_theta=1e4, use_qk_norm=False)
+    assert architecture_diff(SMALL, wanted) == ["model.num_experts: 16 -> 32", "model.use_qk_norm: True -> False"]
+    assert model_settings_diff(SMALL, wanted) == ["model.rope_theta: 600000.0 -> 10000.0"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"partial_rotary_factor": None, "rotary_dim": 8}, {}),
+        ({"n_group": 1, "topk_group": 1}, {"n_group": 4, "topk_group": 4}),
+        ({"layer_group_size": 9, "group_norm_size": 2, "linear_silu": True}, {}),  # no group is whole: all softmax
+        ({"first_k_dense_replace": 0, "intermediate_size": 7}, {"first_k_dense_replace": 0}),
+        ({"num_experts_per_tok": 1, "norm_topk_prob": False}, {"num_experts_per_tok": 1}),
+        ({"initializer_range": 0.1, "pad_token_id": 3, "eos_token_id": 4}, {}),
+        ({"rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=64)}, {"rope_theta": 1.5}),
+        ({"max_position_embeddings": 7, "mtp_loss_scaling_factor": 0.3, "moe_router_enable_expert_bias": False}, {}),
+    ],
+)
+def test_what_changes_no_tensor_and_no_product_is_no_other_architecture(a: dict, b: dict):
+    assert architecture_diff(small(**a), small(**b)) == architecture_diff(small(**b), small(**a)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"partial_rotary_factor": 1.0}, {"topk_group": 3}, {"num_experts_per_tok": 2}, {"rms_norm_eps": 1e-5},
+        {"routed_scaling_factor": 1.0}, {"norm_topk_prob": False}, {"num_nextn_predict_layers": 1},
+        {"tie_word_embeddings": True}, {"use_qkv_bias": True}, {"num_shared_experts": 0},
+    ],
+)  # fmt: skip
+def test_what_changes_a_tensor_or_the_function_is_another_architecture(change: dict):
+    [line] = architecture_diff(SMALL, small(**change))
+    assert line.startswith("model.")
+
+
+def test_an_mtp_scale_is_a_setting_only_where_both_sides_have_an_mtp_layer():
+    with_mtp, changed = small(num_nextn_predict_layers=1), {"mtp_loss_scaling_factor": 0.3}
+    assert model_settings_diff(SMALL, small(**changed)) == []
+    assert model_settings_diff(with_mtp, dataclasses.replace(with_mtp, **changed)) == [
+        "model.mtp_loss_scaling_factor: 0.1 -> 0.3"
     ]

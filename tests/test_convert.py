@@ -537,6 +537,8 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(source, tmp_path,
 
 def test_the_command_converts_inspects_and_compares(source, tmp_path):
     ours, back = tmp_path / "ours", tmp_path / "back"
+    run("convert.py", "to-hf", "--source", source, "--target", tmp_path / "trunk", "--no-mtp")
+    assert json.loads((tmp_path / "trunk" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     out, _ = run("convert.py", "to-jax", "--source", source, "--target", ours)
     assert f"{len(tensors_of(source))} of {len(tensors_of(source))} tensors" in out and "every byte is kept" in out
     out, _ = run("convert.py", "inspect", "--source", ours)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,22 @@ def test_a_missing_tensor_is_named(one, name):
     assert error_of(one) == f"{one} does not match its config.json: 1 tensor(s) missing: {name}"
 
 
+def test_a_config_saved_by_transformers_5_gives_the_same_logits(tmp_path):
+    """YaRN is in rope_parameters there, and theta with it."""
+    case = Path(__file__).parent / "golden" / "tiny-ling-yarn"
+    shutil.copytree(case, tmp_path / "hf", ignore=shutil.ignore_patterns("expected*"))
+
+    def rewrite(config):
+        rope = {"rope_theta": config.pop("rope_theta"), "partial_rotary_factor": config.pop("partial_rotary_factor")}
+        config["rope_parameters"] = {**config.pop("rope_scaling"), "type": "yarn", **rope}
+        config["dtype"] = config.pop("torch_dtype")
+
+    edit_json(tmp_path / "hf" / "config.json", rewrite)
+    expected = load_file(case / "expected.safetensors")
+    got = load_pretrained(tmp_path / "hf")(expected["fwd.input_ids"].astype(np.int32)).logits_BTV
+    assert_close(got, expected["fwd.logits"], 1e-4)
+
+
 def test_an_extra_tensor_is_named(one):
     edit_tensors(one / "model.safetensors", lambda t: t.update(surprise=np.zeros(3, np.float32)))
     assert "1 tensor(s) that the config has no place for: surprise" in error_of(one)
@@ -333,6 +350,16 @@ def test_a_config_of_another_architecture_is_refused(one):
 def test_weights_quantised_in_another_way_are_refused(one, settings):
     edit_json(one / "config.json", lambda c: c.update(quantization_config=settings))
     assert "quantization_config" in error_of(one) and "use the bf16 release" in error_of(one)
+
+
+def test_the_format_of_quantised_weights_is_named_and_the_long_rest_is_not(one):
+    """As releases since 2.6 have it, and as MLX writes it."""
+    scheme = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": {"x": 1}}}
+    edit_json(one / "config.json", lambda c: c.update(quantization_config=scheme))
+    assert "'compressed-tensors', 'format': 'float-quantized'}" in error_of(one) and "group_0" not in error_of(one)
+    edit_json(one / "config.json", lambda c: c.pop("quantization_config"))
+    edit_json(one / "config.json", lambda c: c.update(quantization={"bits": 4, "group_size": 64}))
+    assert "{'bits': 4, 'group_size': 64}" in error_of(one) and "use the bf16 release" in error_of(one)
 
 
 def test_a_quantization_config_of_null_is_none(one):

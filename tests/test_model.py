@@ -373,6 +373,15 @@ def test_yarn_betas_move_the_blend():
     np.testing.assert_allclose(ratio, 1 - share + share / 4, rtol=1e-6)
 
 
+def test_yarn_without_truncation_blends_between_the_very_turns():
+    """As HF's code: without `truncate` the ramp's ends are not rounded to whole dims."""
+    ratio = frequencies(yarn(truncate=False))[0] / frequencies(released())[0]
+    low, high = (64 * np.log(32768 / (2 * np.pi * n)) / (2 * np.log(6e5)) for n in (32, 1))
+    share = np.clip((np.arange(32) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(ratio, 1 - share + share / 4, rtol=1e-6)
+    assert np.abs(ratio - frequencies(yarn())[0] / frequencies(released())[0]).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("keys", "magnitude"),
     [

@@ -180,6 +180,11 @@ def test_the_profiler_window_writes_a_trace_also_at_the_runs_end(folder):
 def test_a_run_starts_from_a_hf_folder_and_sample_reads_it(folder, whole, capsys):
     hf = folder / "hf"
     to_hf(str(whole), str(hf))
+    ids = {"bos_token_id": 0, "eos_token_id": [1, 4], "pad_token_id": 1}
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.8}
+    assert json.loads((hf / "generation_config.json").read_text()) == ids | sampled
+    written = json.loads((hf / "config.json").read_text())
+    assert (written["model_type"], written["bos_token_id"], written["eos_token_id"]) == ("bailing_moe", 0, 1)
     original = json.loads((hf / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling.Model"}}
     (hf / "config.json").write_text(json.dumps(original))
     (hf / "modeling.py").write_text("raise SystemExit")

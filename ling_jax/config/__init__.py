@@ -1,19 +1,18 @@
 """Every setting, as frozen dataclasses; no arrays live here."""
 
+from ling_jax.config.hf import FIXED_HF_FIELDS, MODEL_TYPES, REQUIRED_HF_FIELDS
 from ling_jax.config.model import (
-    FIXED_HF_FIELDS,
-    MODEL_TYPES,
-    REQUIRED_HF_FIELDS,
     Counts,
     ModelConfig,
-    RopeScaling,
     Segment,
     architecture_diff,
     count_params,
     layer_kinds,
     layer_plan,
+    model_settings_diff,
     train_flops_per_token,
 )
+from ling_jax.config.rope import RopeScaling
 from ling_jax.config.run import (
     MESH_AXES,
     ONE_DEVICE,
@@ -50,6 +49,7 @@ __all__ = [
     "count_params",
     "layer_kinds",
     "layer_plan",
+    "model_settings_diff",
     "settings_diff",
     "train_flops_per_token",
 ]

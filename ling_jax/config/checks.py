@@ -1,6 +1,8 @@
 """What a setting's checks are made of: each failure is a ValueError that names the value and the limit."""
 
 import dataclasses
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -27,3 +29,16 @@ def check_at_least(config: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         check(value >= low, f"{name} = {value} must be at least {low}")
+
+
+def as_declared(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` for the dataclass `cls`, as JSON may spell them: 20.0 for a whole number, 1 for a fraction."""
+    kinds = {field.name: typing.get_args(field.type) or (field.type,) for field in dataclasses.fields(cls)}
+
+    def declared(name: str, value: Any) -> Any:
+        if isinstance(value, float) and float not in kinds[name] and int in kinds[name] and value.is_integer():
+            return int(value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return float(value) if whole and float in kinds[name] else value
+
+    return {name: declared(name, value) for name, value in values.items()}

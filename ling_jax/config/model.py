@@ -13,62 +13,15 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from ling_jax.config.checks import check, check_at_least, check_types
+from ling_jax.config.checks import as_declared, check, check_at_least, check_types
+from ling_jax.config.hf import LINEAR_HF_FIELDS, changed_config_json, new_config_json, read_config_json
+from ling_jax.config.rope import RopeScaling, scaling_to_hf
 
-MODEL_TYPES = ("bailing_moe", "bailing_moe_v2", "bailing_moe_linear")
-LINEAR_HF_FIELDS = ("layer_group_size", "group_norm_size", "linear_silu")  # of bailing_moe_linear only
-
-# Fields a release sets in config.json. The reference configuration class fills some of them with values
-# that no release uses (spec 1.6: routed_scaling_factor 1.0 for 2.5), so none is ever filled in for a user.
-# Fields that only say which tensors exist (use_qk_norm, tie_word_embeddings, ...) are checked against them.
-REQUIRED_HF_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "rope_theta",
-    "max_position_embeddings",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_shared_experts",
-    "n_group",
-    "topk_group",
-    "moe_intermediate_size",
-    "first_k_dense_replace",
-    "routed_scaling_factor",
-    "pad_token_id",
-    "eos_token_id",
-)
-# Choices of the reference that this package has only one of: any other value is an error, not a surprise.
-FIXED_HF_FIELDS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "score_function": ("sigmoid",),
-    "router_dtype": ("fp32", "float32"),
-    "attention_dropout": (0, None),
-    "embedding_dropout": (0, None),
-    "output_dropout": (0, None),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """YaRN context extension (arXiv 2309.00071), with the key names of HF's `rope_scaling`."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-
-    def __post_init__(self):
-        check_types(self)
-        check_at_least(self, 1, "factor", "original_max_position_embeddings")
+# Fields of a ModelConfig that weights do not depend on: whoever goes on with a checkpoint may change them.
+SETTINGS = (
+    "rope_theta", "rope_scaling", "max_position_embeddings", "moe_router_enable_expert_bias",
+    "mtp_loss_scaling_factor", "initializer_range", "pad_token_id", "eos_token_id",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +51,8 @@ class ModelConfig:
     rope_theta: float = 600000.0
     partial_rotary_factor: float | None = 0.5
     rotary_dim: int | None = None  # read only where partial_rotary_factor is absent
-    rope_scaling: RopeScaling | None = None
+    # YaRN, which its factor and original_max_position_embeddings turn on.
+    rope_scaling: Annotated[RopeScaling | None, tyro.conf.arg(constructor=RopeScaling)] = None
     max_position_embeddings: int = 32768
     use_qk_norm: bool = True
     use_qkv_bias: bool = False
@@ -110,8 +64,9 @@ class ModelConfig:
     initializer_range: float = 0.02
     pad_token_id: int | None = 156892
     eos_token_id: int | None = 156892
-    # The config.json this came from, so that `to_hf` gives back every field, known or not.
-    hf_json: Annotated[str, tyro.conf.Suppress] = dataclasses.field(default="", repr=False)
+    # The config.json this came from, so that `to_hf` gives back every field, known or not. Two files that mean the same
+    # model are equal.
+    hf_json: Annotated[str, tyro.conf.Suppress] = dataclasses.field(default="", repr=False, compare=False)
 
     def __post_init__(self):
         check_types(self)
@@ -198,83 +153,32 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a released `config.json`.
+        """Reads a `config.json` of any origin (`config.hf`).
 
         Raises:
           ValueError: for another architecture, a field the releases set and this file lacks, or a value
             this package does not implement; the message names the field and what to do.
         """
-        kind = config.get("model_type")
-        check(
-            kind in MODEL_TYPES,
-            f"model_type = {kind!r} in config.json: this version reads {', '.join(MODEL_TYPES)} only",
-        )
-        linear = kind == "bailing_moe_linear"
-        required = REQUIRED_HF_FIELDS + LINEAR_HF_FIELDS * linear
-        missing = [name for name in required if name not in config]
-        nextn = config.get("num_nextn_predict_layers") or 0
-        if nextn and config.get("mtp_loss_scaling_factor") is None:
-            missing.append("mtp_loss_scaling_factor")
-        check(
-            not missing,
-            f"config.json lacks {', '.join(missing)}; the releases set every one of them and their class "
-            "defaults differ, so nothing is guessed: add them to the file",
-        )
-        for name, allowed in FIXED_HF_FIELDS.items():
-            value = config.get(name, allowed[0])
-            check(value in allowed, f"{name} = {value!r} in config.json: only {allowed[0]!r} is implemented")
-        known = {f.name for f in dataclasses.fields(cls)} - {"hf_json"} - set(() if linear else LINEAR_HF_FIELDS)
-        values = {name: config[name] for name in known if name in config}
-        values.setdefault("partial_rotary_factor", None)
-        values.setdefault("norm_topk_prob", True)  # hard-coded in the reference's router
-        values["num_nextn_predict_layers"] = nextn
-        values["mtp_loss_scaling_factor"] = config.get("mtp_loss_scaling_factor") or 0.0
-        values["num_shared_experts"] = config["num_shared_experts"] or 0
-        values["head_dim"] = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
-        values["rope_scaling"] = _rope_scaling_from_hf(config.get("rope_scaling"), config)
-        eos = config["eos_token_id"]
-        values["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+        names = {field.name for field in dataclasses.fields(cls)} - {"hf_json"}
+        values = as_declared(cls, read_config_json(config, names))
         return cls(**values, hf_json=json.dumps(dict(config), sort_keys=True))
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` dict: the one read, with the fields that changed since; or a new one."""
-        ours = _hf_values(self)
         if not self.hf_json:
-            kind = ("BailingMoeLinearV2", "linear") if self.layer_group_size else ("BailingMoeV2", "v2")
-            head = {"architectures": [f"{kind[0]}ForCausalLM"], "model_type": f"bailing_moe_{kind[1]}"}
-            fixed = {name: allowed[0] for name, allowed in FIXED_HF_FIELDS.items()}
-            return head | fixed | ours
+            return new_config_json(_hf_values(self))
         original = json.loads(self.hf_json)
-        before = _hf_values(ModelConfig.from_hf(original))
-        return original | {name: value for name, value in ours.items() if value != before[name]}
+        return changed_config_json(original, _hf_values(ModelConfig.from_hf(original)), _hf_values(self))
 
 
 def _hf_values(config: ModelConfig) -> dict[str, Any]:
+    """Every field that a `config.json` has, in HF's form."""
     values = dataclasses.asdict(config)
     for name in ("hf_json", *(() if config.layer_group_size else LINEAR_HF_FIELDS)):
         del values[name]
-    if config.rope_scaling is not None:
-        scaling = {k: v for k, v in values["rope_scaling"].items() if v is not None}
-        values["rope_scaling"] = {"rope_type": "yarn", **scaling}
-    return values
-
-
-def _rope_scaling_from_hf(scaling: Mapping[str, Any] | None, config: Mapping[str, Any]) -> RopeScaling | None:
-    if scaling is None:
-        return None
-    check(isinstance(scaling, Mapping), f"rope_scaling = {scaling!r} in config.json must be an object or null")
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in (None, "default"):
-        return None
-    check(kind == "yarn", f"rope_scaling type {kind!r}: only 'yarn' is implemented (spec 2.3)")
-    check("factor" in scaling, "rope_scaling lacks 'factor'")
-    known = {f.name for f in dataclasses.fields(RopeScaling)}
-    values = {k: v for k, v in scaling.items() if k in known and v is not None}
-    values.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    for beta in ("beta_fast", "beta_slow"):  # 0 means "the default" in HF's code
-        if not values.get(beta, 1):
-            del values[beta]
-    return RopeScaling(**values)
+    if not config.num_nextn_predict_layers:
+        values["mtp_loss_scaling_factor"] = 0  # as the releases say where it means nothing
+    return values | {"rope_scaling": scaling_to_hf(config.rope_scaling)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -375,11 +279,38 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     return 6.0 * (active + head + scores)
 
 
+# ---------------------------------------------------------------------------------------------------
+# What weights of one model are to another.
+
+
 def architecture_diff(saved: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Lines "field: saved -> wanted" for every architecture field that differs."""
-    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "hf_json"]
-    return [
-        f"model.{name}: {getattr(saved, name)!r} -> {getattr(wanted, name)!r}"
-        for name in names
-        if getattr(saved, name) != getattr(wanted, name)
-    ]
+    """Lines "model.field: saved -> wanted" for all that decides which tensors there are, their shapes and what the
+    network does with them, by meaning: how a width is spelled, and fields that say nothing, make no difference."""
+    before, after = _architecture(saved), _architecture(wanted)
+    names = [name for name in before | after if before.get(name) != after.get(name)]
+    return [f"model.{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names]
+
+
+def model_settings_diff(saved: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """The same lines for the fields that may change between a checkpoint and a run that goes on with it."""
+    names = [name for name in SETTINGS if getattr(saved, name) != getattr(wanted, name)]
+    if not (saved.num_nextn_predict_layers and wanted.num_nextn_predict_layers):
+        names = [name for name in names if name != "mtp_loss_scaling_factor"]
+    return [f"model.{name}: {getattr(saved, name)!r} -> {getattr(wanted, name)!r}" for name in names]
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    for name in ("hf_json", *SETTINGS, "partial_rotary_factor", "rotary_dim"):
+        del values[name]
+    values["rotary_width"] = config.rotary_width
+    if config.topk_group == config.n_group:  # every group is open, so there is no limit
+        values["n_group"] = values["topk_group"] = "no limit"
+    if not config.first_k_dense_replace:  # no layer has this width
+        del values["intermediate_size"]
+    if config.num_experts_per_tok == 1:  # a single expert keeps its score
+        del values["norm_topk_prob"]
+    if not any(kind.startswith("linear") for kind in layer_kinds(config)):
+        for name in LINEAR_HF_FIELDS:
+            del values[name]
+    return values

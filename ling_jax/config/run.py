@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ling_jax.config.checks import check, check_at_least
-from ling_jax.config.model import ModelConfig, RopeScaling
+from ling_jax.config.model import ModelConfig
+from ling_jax.config.rope import RopeScaling
 
 FP8_BLOCK = 128  # rows and columns of a weight that share a scale (spec 3.2)
 MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")

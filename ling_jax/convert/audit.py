@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from ling_jax.config import ModelConfig, count_params
 from ling_jax.config.text import columns
+from ling_jax.convert.beyond import left_out
 from ling_jax.convert.mapping import SCALE
 from ling_jax.convert.transfer import Record
 from ling_jax.convert.weights import some
@@ -24,6 +26,7 @@ class Audit:
     wanted: list[str]  # the names that had to be there
     seconds: float
     files: list[str]  # carried along
+    beyond: Mapping[str, str]  # tensors of the source that are no part of the model, with the reason
 
     @property
     def missing(self) -> list[str]:
@@ -50,7 +53,7 @@ class Audit:
             raise ValueError(f"converting {self.source} left gaps: {'; '.join(gaps)}")
 
     def to_json(self) -> str:
-        names = ("source", "target", "form", "seconds", "files", "parameters", "missing", "unused")
+        names = ("source", "target", "form", "seconds", "files", "parameters", "missing", "unused", "beyond")
         tensors = {name: dataclasses.asdict(record) for name, record in self.records.items()}
         return json.dumps({name: getattr(self, name) for name in names} | {"tensors": tensors}, indent=1)
 
@@ -69,6 +72,7 @@ class Audit:
             "target": self.target,
             "used": f"{len(self.records):,} of {len(self.wanted):,} tensors",
             "unused, missing": f"{len(self.unused)}, {len(self.missing)}",
+            "left out": left_out(self.beyond) if self.beyond else "none",
             "cast": ", ".join(f"{count:,} {cast}" for cast, count in casts.items()) or "none: every byte is kept",
             "NaN or infinite": f"{sum(bad.values()):,} numbers in {len(bad)} tensors" if bad else "none",
             "parameters": f"{self.parameters:,}, as the configuration has",

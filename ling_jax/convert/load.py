@@ -36,7 +36,12 @@ def load_pretrained(path: str | Path, *, dtype: Any = None, mesh: MeshConfig | N
       ValueError: naming what is missing, extra, truncated or wrongly shaped, or a dim that the mesh does not divide,
         before weights are read.
     """
-    weights = open_weights(path)
+    return load_weights(open_weights(path), dtype=dtype, mesh=mesh)
+
+
+@under_own_switches
+def load_weights(weights: Weights, *, dtype: Any = None, mesh: MeshConfig | None = None) -> Ling:
+    """`load_pretrained` of weights that are open already."""
     (mesh or ONE_DEVICE).check(weights.config)
     compute = _compute_dtype(dtype)
     model = abstract_model(weights.config, mesh=mesh or ONE_DEVICE, dtype=compute)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ling_jax.config import count_params, layer_kinds
 from ling_jax.config.text import columns
+from ling_jax.convert.beyond import left_out
 from ling_jax.convert.mapping import Path
 from ling_jax.convert.tensorfile import NAMES
 from ling_jax.convert.transfer import Record, pieces, tensors_in
@@ -35,6 +36,7 @@ class Survey:
             "folder": str(self.weights.folder),
             "parameters": f"{counts.total:,}, of which {counts.active:,} are active per token; MTP {counts.mtp:,}",
             "saved checksums": self._saved_checksums(),
+            "left out": left_out(self.weights.beyond) if self.weights.beyond else "none",
             "layers": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
         }
         rows: list[tuple[str, ...]] = [

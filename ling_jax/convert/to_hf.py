@@ -10,15 +10,17 @@ from typing import Any, Literal
 import numpy as np
 
 from ling_jax.checkpoint import META, META_FILE
-from ling_jax.config import count_params
+from ling_jax.config import ModelConfig, count_params
 from ling_jax.convert.adapter import Adapter, told_of
 from ling_jax.convert.audit import Audit
 from ling_jax.convert.fp8 import FP8, quantise
 from ling_jax.convert.mapping import SCALE, Path, Stack, scales_of
 from ling_jax.convert.tensorfile import NAMES, TensorFileWriter
-from ling_jax.convert.tokenizer import tokenizer_of
+from ling_jax.convert.tokenizer import GENERATION, tokenizer_of
 from ling_jax.convert.transfer import Piece, Record, Work, carry, new_place, pieces, stamps, tensors_in
 from ling_jax.convert.weights import BF16, F32, INDEX, TOKENIZER, HFFolder, StoredWeights, Weights, narrow, open_weights
+from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files.whole import read_json
 
 Format = Literal["keep", "bf16", "fp32", "fp8"]
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -39,7 +41,12 @@ This card is a stub: say what the model was trained on, how it was evaluated, un
 
 
 def to_hf(
-    source: str, target: str, form: Format = "keep", max_shard_size: str = "5GB", adapter: str | None = None
+    source: str,
+    target: str,
+    form: Format = "keep",
+    max_shard_size: str = "5GB",
+    mtp: bool = True,
+    adapter: str | None = None,
 ) -> Audit:
     """Writes weights as a HF folder that other programs can load.
 
@@ -48,14 +55,16 @@ def to_hf(
       form: "keep" gives every tensor as it came, byte for byte; "fp8" quantises what is not FP8 already by the official
         rule (spec 3.2) and makes the rest bf16. The expert bias is float32 in all but "keep".
       max_shard_size: of one file, such as 5GB or 500MB; a single tensor may exceed it.
+      mtp: whether the MTP layer goes along, where there is one.
       adapter: a LoRA adapter's folder or hub id, to be merged; `form` is "keep" then.
     Raises:
       ValueError: for a source that lacks anything, a target that exists, a full disk. What was copied stays in
         TARGET.partial, and the same command goes on there.
     """
-    limit, weights, place = _bytes_of(max_shard_size), open_weights(source), new_place(target)
+    limit, weights, place = _bytes_of(max_shard_size), open_weights(source, mtp), new_place(target)
+    tokenizer = None
     if any(folder.name == TOKENIZER and (folder / "tokenizer.json").exists() for folder in weights.companions()):
-        tokenizer_of(source)  # a run's goes along: it must be the right one
+        tokenizer = tokenizer_of(source)  # a run's goes along: it must be the right one
     assert adapter is None or form == "keep"
     change = None if adapter is None else Adapter(adapter, weights, source)
     tensors = _tensors(weights, form)
@@ -66,7 +75,7 @@ def to_hf(
         for piece in pieces(path, stack, weights.chunk(path), weights.dtype(path).itemsize, weights.block[0])
     ]
     stamped = _stamped(weights) + ([] if change is None else change.files)
-    fingerprint = [str(weights.folder), form, limit, stamps(stamped)]
+    fingerprint = [str(weights.folder), form if mtp else f"{form}, no MTP", limit, stamps(stamped)]
     itemsizes = {path: weights.dtype(path).itemsize for path in weights.stacks}
     work = Work(place, fingerprint, todo, itemsizes, lambda folder: None)
     with work, contextlib.ExitStack() as stack:
@@ -79,8 +88,11 @@ def to_hf(
         work.run(_Export(weights, tensors, writer_of, change).copy)
         carried = carry(weights.companions(), work.folder)
         _write_json_files(work.folder, weights, tensors, shards, form)
+        if tokenizer is not None:
+            _complete(work.folder, weights.config, tokenizer)
         (work.folder / "README.md").write_text(_card(weights, place.name, form))
-        audit = Audit(source, target, form, weights.config, work.records, list(tensors), work.seconds(), carried)
+        wanted, seconds = list(tensors), work.seconds()
+        audit = Audit(source, target, form, weights.config, work.records, wanted, seconds, carried, weights.beyond)
         audit.check()
         work.finish(audit.to_json())
     return audit
@@ -229,10 +241,24 @@ def _write_json_files(
         total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
         weight_map = {name: file for file, names in shards.items() for name in names}
         _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
-    generation = folder / "generation_config.json"
+    generation = folder / GENERATION
     if not generation.exists():
         ids = {"eos_token_id": weights.config.eos_token_id, "pad_token_id": weights.config.pad_token_id}
         _write_json(generation, {name: value for name, value in ids.items() if value is not None})
+
+
+def _complete(folder: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """What other programs want to know of a run's own tokenizer, and runs of earlier versions did not say; in a
+    `config.json` that came with the weights nothing is added."""
+    generation = dict(before := read_json(folder / GENERATION))
+    if any(generation.get(name) for name in ("temperature", "top_p", "top_k")):
+        generation.setdefault("do_sample", True)  # without it transformers ignores them, and refuses to save them
+    if tokenizer.bos_id is not None:
+        generation.setdefault("bos_token_id", tokenizer.bos_id)
+        if not config.hf_json:
+            _write_json(folder / "config.json", {**read_json(folder / "config.json"), "bos_token_id": tokenizer.bos_id})
+    if generation != before:
+        _write_json(folder / GENERATION, generation)
 
 
 def _common_dtype(weights: Weights, tensors: Mapping[str, _Tensor]) -> str:

@@ -65,9 +65,8 @@ def to_jax(source: str, target: str, dtype: Literal["keep", "bfloat16", "float32
 
         work.run(copy)
         carried = carry([weights.folder], work.folder / HF)
-        audit = Audit(
-            source, target, dtype, weights.config, work.records, list(weights.dtypes), work.seconds(), carried
-        )
+        wanted, seconds = list(weights.dtypes), work.seconds()
+        audit = Audit(source, target, dtype, weights.config, work.records, wanted, seconds, carried, weights.beyond)
         audit.check()
         finish_checkpoint(epath.Path(work.folder), arrays)
         work.finish(audit.to_json())

@@ -5,18 +5,27 @@ from typing import Any
 from etils import epath
 
 from ling_jax.checkpoint import read_meta
-from ling_jax.convert.weights import HF, TOKENIZER
+from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.whole import read_json
 
+GENERATION = "generation_config.json"
+
 
 def _beside(path: str, name: str) -> epath.Path | None:
-    """The file `name` of a HF folder or hub id, of a converted checkpoint, or in the tokenizer/ of the run that `path`
-    (or a part of it) belongs to."""
-    start = epath.Path(hub.folder_of(path, hub.BESIDE) or path).expanduser()
-    folders = [start, start / HF, *(folder / TOKENIZER for folder in (start, start.parent, start.parent.parent))]
+    """The file `name` of a HF folder or hub id, of a converted checkpoint, or in the run that `path` (or a part of it)
+    belongs to: its own, else one that came with the weights it began from."""
+    start = run = epath.Path(hub.folder_of(path, hub.BESIDE) or path).expanduser()
+    if CHECKPOINTS in (start.name, start.parent.name):
+        run = start.parent if start.name == CHECKPOINTS else start.parent.parent
+    folders = (start, run / TOKENIZER, run / HF)
     return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
+def tokenizer_file(path: str) -> epath.Path | None:
+    """The tokenizer.json of a HF folder, a run, its `checkpoints/` or one step of it; None if there is none."""
+    return _beside(path, "tokenizer.json")
 
 
 def tokenizer_of(path: str) -> Tokenizer:
@@ -25,7 +34,7 @@ def tokenizer_of(path: str) -> Tokenizer:
     Raises:
       ValueError: if there is none, or a run's is not the one that its checkpoint was trained with.
     """
-    file = _beside(path, "tokenizer.json")
+    file = tokenizer_file(path)
     if file is None:
         raise ValueError(f"no tokenizer.json in or beside {path}: copy the model's own there")
     tokenizer = Tokenizer.load(str(file))
@@ -40,5 +49,5 @@ def tokenizer_of(path: str) -> Tokenizer:
 
 def generation_config_of(path: str) -> dict[str, Any]:
     """The generation_config.json beside a checkpoint; empty without one."""
-    file = _beside(path, "generation_config.json")
+    file = _beside(path, GENERATION)
     return {} if file is None else read_json(file)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ling_jax.config import architecture_diff, count_params, layer_kinds
+from ling_jax.config import architecture_diff, count_params, layer_kinds, model_settings_diff
 from ling_jax.config.text import columns
 from ling_jax.convert.fp8 import FP8, quantise
 from ling_jax.convert.load import load_pretrained
@@ -38,6 +38,7 @@ class Verification:
     cast: dict[str, int]  # "F32 -> BF16": tensors of B that are those of A, cast
     different: dict[str, Difference]
     only: tuple[list[str], list[str]]  # tensors that only A, only B has
+    settings: list[str]  # of the model, that differ
     logits: str  # how far the logits are apart, or why they were not computed
 
     @property
@@ -50,6 +51,7 @@ class Verification:
             "equal after a cast": ", ".join(f"{count:,} {cast}" for cast, count in self.cast.items()) or "none",
             "different": f"{len(self.different):,}",
             "only in A, only in B": ", ".join(f"{len(names):,} {some(names)}".strip() for names in self.only),
+            "other settings": "; ".join(self.settings) or "none",
             "logits": self.logits,
         }
         rows = [("different tensor", "numbers", "greatest difference")]
@@ -85,7 +87,7 @@ def verify(source: str, target: str, logits: bool = True) -> Verification:
                 else:
                     cast[f"{NAMES[a.dtypes[name]]} -> {NAMES[b.dtypes[name]]}"] += 1
     told = _compare_logits(source, target, a) if logits else "not asked for"
-    return Verification(equal, dict(cast), different, only, told)
+    return Verification(equal, dict(cast), different, only, model_settings_diff(a.config, b.config), told)
 
 
 def _compare_array(a: Weights, b: Weights, path: Path, stack: Stack, bar: ByteProgress) -> dict[str, Difference]:

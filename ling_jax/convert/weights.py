@@ -5,8 +5,10 @@ tensors of one array have several dtypes, it has the narrowest one that holds th
 kept beside, so that an export gives back every byte. FP8 arrays hold codes, and "scales" has their scales.
 """
 
+import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -17,6 +19,7 @@ import numpy as np
 
 from ling_jax.checkpoint import META, find_checkpoint, open_arrays, read_meta
 from ling_jax.config import ModelConfig, RunConfig
+from ling_jax.convert.beyond import left_out, one_reading
 from ling_jax.convert.fp8 import BLOCK, FP8, dequantise
 from ling_jax.convert.mapping import SCALE, Path, Stack, layout, scales_of
 from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFile
@@ -24,10 +27,13 @@ from ling_jax.files import hub
 from ling_jax.files.hub import INDEX, PICKLES
 from ling_jax.files.whole import read_json
 
+log = logging.getLogger(__name__)
+
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"  # of a run's folder
 HF = "hf"  # of a checkpoint's metadata: what only a HF folder knows; of its folder: files that came with the weights
 WEIGHTS = ("params", "bias", "scales")  # of a checkpoint's arrays: the model's
 SHOWN = 10  # names listed in an error
+QUANTISATION = ("quant_method", "format", "fmt", "bits", "group_size", "mode")  # what tells one kind from another
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 Index = tuple[slice, ...]  # of an array: a start and a stop for every dim
@@ -40,6 +46,8 @@ class Weights(ABC):
       stacks: our arrays, FP8 scales included, in the order of HF's files.
       dtypes: of each HF tensor that the folder has or an export of it would have.
       block: sides of an FP8 block, if any array is quantised.
+      beyond: tensors of the folder that are no part of the model, each with the reason why it is left out.
+      trained_with: the fingerprint of the tokenizer that the weights were trained with, where it is known.
     """
 
     folder: Any
@@ -47,6 +55,8 @@ class Weights(ABC):
     stacks: dict[Path, Stack]
     dtypes: dict[str, np.dtype]
     block: tuple[int, int] = BLOCK
+    beyond: Mapping[str, str] = {}
+    trained_with: str | None = None
 
     def dtype(self, path: Path) -> np.dtype:
         """Of our array: the narrowest that holds its tensors exactly."""
@@ -125,14 +135,14 @@ class HFFolder(Weights):
     """A HF folder: one safetensors file or a sharded set with its index, in any of DTYPES, FP8 blocks too.
 
     Raises:
-      ValueError: on opening, when a file is missing, damaged or outside the folder, or the tensors are not exactly
-        those of config.json.
+      ValueError: on opening, when a file is missing, damaged or outside the folder, or the tensors are not those of
+        config.json; see `beyond.one_reading` for the few that may be there besides.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, mtp: bool = True):
         self.folder = folder
         json_config = read_json(folder / "config.json")
-        self.config = _hf_config(folder, json_config)
+        self.config = _with_mtp(_hf_config(folder, json_config), mtp)
         quantised = _is_quantised(folder, json_config)
         if quantised:
             self.block = _block(folder, json_config["quantization_config"])
@@ -144,8 +154,13 @@ class HFFolder(Weights):
             if quantised and len(stack.shape) == 2 and any(self._spelled(n) == NAMES[FP8] for n in stack.names.flat):
                 scales_path, scales = scales_of(path, stack, self.block)
                 self.stacks[scales_path] = scales
+        known = {str(name) for stack in self.stacks.values() for name in stack.names.flat}
+        self.beyond = one_reading(self.config, self._file_of.keys() - known, self._file_of)
         self._check_tensors(quantised)
-        self.dtypes = {name: DTYPES[file.tensors[name].dtype] for name, file in self._file_of.items()}
+        if self.beyond and mtp:
+            _warn_once(f"{folder}: {left_out(self.beyond)}")
+        used = {name: file for name, file in self._file_of.items() if name not in self.beyond}
+        self.dtypes = {name: DTYPES[file.tensors[name].dtype] for name, file in used.items()}
 
     def _spelled(self, name: str) -> str | None:
         return self._file_of[name].tensors[name].dtype if name in self._file_of else None
@@ -171,7 +186,7 @@ class HFFolder(Weights):
         wanted = {str(name): stack.shape for stack in self.stacks.values() for name in stack.names.flat}
         unscaled = {n for n in wanted if n.endswith(SCALE) and self._spelled(n[: -len(SCALE)]) != NAMES[FP8]}
         wanted = {name: shape for name, shape in wanted.items() if name not in unscaled}
-        have = {name: self._file_of[name].tensors[name] for name in self._file_of}
+        have = {name: file.tensors[name] for name, file in self._file_of.items() if name not in self.beyond}
         missing = [name for name in wanted if name not in have]
         extra = sorted(have.keys() - wanted.keys())
         shapes = [
@@ -196,7 +211,10 @@ class HFFolder(Weights):
     def _hint(self, missing: list[str]) -> str:
         mtp = f"model.layers.{self.config.num_hidden_layers}."
         if self.config.num_nextn_predict_layers and all(name.startswith(mtp) for name in missing):
-            return " (the MTP layer: if this release has none, set num_nextn_predict_layers to 0 in config.json)"
+            return (
+                " (the MTP layer: if this release has none, set num_nextn_predict_layers to 0 in config.json, or do "
+                "without it: convert.py to-hf --no-mtp, train.py --init-mtp drop or new)"
+            )
         return ""
 
 
@@ -247,15 +265,17 @@ def _hf_config(folder: pathlib.Path, config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _is_quantised(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
-    settings = config.get("quantization_config")
+    settings = config.get("quantization_config", config.get("quantization"))  # the latter is MLX's
     if settings is None:
         return False
     wanted = {"quant_method": "fp8", "fmt": "e4m3"}
     found = {key: settings.get(key, value) for key, value in wanted.items()} if isinstance(settings, dict) else {}
     if found != wanted or "quant_method" not in settings:
+        told = {key: settings[key] for key in QUANTISATION if key in settings} if isinstance(settings, dict) else {}
         raise ValueError(
-            f"{folder / 'config.json'}: quantization_config = {settings!r}: of quantised weights only FP8 blocks "
-            "(quant_method fp8, fmt e4m3) are read; use the bf16 release"
+            f"{folder / 'config.json'}: quantization_config = {told or settings!r}: of quantised weights only FP8 "
+            "blocks (quant_method fp8, fmt e4m3) are read; use the bf16 release, or let the program that quantised "
+            "them write them in bf16"
         )
     return True
 
@@ -265,7 +285,7 @@ def _block(folder: pathlib.Path, settings: Mapping[str, Any]) -> tuple[int, int]
     if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
         raise ValueError(
             f"{folder / 'config.json'}: quantization_config.weight_block_size = {block!r} must be two positive "
-            f"numbers, such as {list(BLOCK)}"
+            f"numbers, such as {list(BLOCK)}; FP8 by tensor or by channel is not read: use the bf16 release"
         )
     return block[0], block[1]
 
@@ -282,12 +302,13 @@ def some(names: list[str]) -> str:
 class StoredWeights(Weights):
     """One step of a run, or what `convert.py to-jax` made. ValueError if it lacks arrays of its configuration."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, mtp: bool = True):
         self.folder = find_checkpoint(path)
         meta = read_meta(self.folder)
         self.run = RunConfig.from_json(json.dumps(meta["config"]))
         self.step = int(self.folder.name) if self.folder.name.isdigit() else None
-        self.config = self.run.model
+        self.config = _with_mtp(self.run.model, mtp)
+        self.trained_with = meta.get("tokenizer") or None
         hf = meta.get(HF, {})
         self.kept = hf.get("kept", False)  # whether every tensor is as it came from a HF folder
         self.block = tuple(hf.get("block", BLOCK))
@@ -355,10 +376,21 @@ def _is_hf(folder: pathlib.Path) -> bool:
     return (folder / INDEX).exists() or any(file.suffix in (".safetensors", *PICKLES) for file in folder.iterdir())
 
 
-def open_weights(path: str | pathlib.Path) -> Weights:
-    """The weights of a HF folder, hub id, run folder, its `checkpoints/`, or one step of it; ValueError as they say."""
+def open_weights(path: str | pathlib.Path, mtp: bool = True) -> Weights:
+    """The weights of a HF folder, hub id, run folder, its `checkpoints/`, or one step of it; ValueError as they say.
+    Without `mtp` they are those of a model that has no MTP layer, whether the folder has one or not."""
     folder = hub.folder_of(path, hub.WEIGHTS) or pathlib.Path(path).expanduser()
-    return HFFolder(folder) if _is_hf(folder) else StoredWeights(str(path))
+    return HFFolder(folder, mtp) if _is_hf(folder) else StoredWeights(str(path), mtp)
+
+
+def _with_mtp(config: ModelConfig, mtp: bool) -> ModelConfig:
+    return config if mtp else dataclasses.replace(config, num_nextn_predict_layers=0)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A folder may be opened several times by one command."""
+    log.warning("%s", text)
 
 
 def model_config_of(path: str | pathlib.Path) -> ModelConfig:

@@ -23,8 +23,10 @@ def _yarn_frequencies(config: ModelConfig, inv_freq: np.ndarray) -> tuple[np.nda
         period = scaling.original_max_position_embeddings / (2 * math.pi * rotations)
         return width * math.log(period) / (2 * math.log(theta))
 
-    low = max(math.floor(dim_of(scaling.beta_fast)), 0)
-    high = min(math.ceil(dim_of(scaling.beta_slow)), width - 1)
+    low, high = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     ramp = np.clip((np.arange(width // 2) - low) / (high - low if high != low else 0.001), 0, 1)
 
     def mscale(weight: float) -> float:

@@ -75,6 +75,16 @@ class Trainer(NamedTuple):
 
         return jax.jit(start, out_shardings=self.shardings())(params, bias)
 
+    def new_mtp(self) -> tuple[dict, dict]:
+        """The MTP layer's weights and biases of `new_state`; the rest is not made."""
+
+        def make() -> tuple[dict, dict]:
+            state = self.init()
+            return state.params["mtp"], state.bias["mtp"]
+
+        places = self.shardings()
+        return jax.jit(make, out_shardings=(places.params["mtp"], places.bias["mtp"]))()
+
     def on_shards(self, f: Callable, out_specs: Any) -> Callable:
         """f(params, bias, batch) as a manual region over the mesh, given this device's shards and its part of a batch
         of arrays [..., B, T]; the tokens of a row are in zig-zag order over the context axis."""
