@@ -79,7 +79,8 @@ def _memory(plan: Plan) -> str:
 
 def _buffers(plan: Plan) -> str:
     if not plan.buffers:
-        return "largest buffers: not known, since the program was not made"
+        why = "the program was not made" if plan.memory.error else "this version of JAX cannot print the program"
+        return f"largest buffers: not known, since {why}"
     rows = [("largest buffers", "each", "times", "made in")]
     rows += [(b.shape, gb(b.bytes), str(b.count), b.scope) for b in plan.buffers]
     return columns(rows)
