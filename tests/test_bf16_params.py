@@ -181,6 +181,7 @@ def compiled(rounding: str, **options: Any) -> tuple[Trainer, Any]:
     return trainer, step
 
 
+@cache
 def train(rounding: str, steps: int, **options: Any) -> tuple[TrainState, np.ndarray]:
     """The state after the steps, and each one's loss."""
     trainer, step = compiled(rounding, **options)
