@@ -18,6 +18,7 @@ REMEDIES: tuple[tuple[Callable[[RunConfig], bool], str], ...] = (
     (lambda c: c.mesh.buffer_factor > 1, "--mesh.buffer-factor 1: smaller buffers at the experts, more rounds"),
     (lambda c: c.rows_per_device > 1, "--train.microbatches up: fewer rows at once"),
     (lambda c: not c.optimizer.eight_bit, "--optimizer.eight-bit: both moments in a quarter of their bytes"),
+    (lambda c: c.train.param_dtype == "float32", "--train.param-dtype bfloat16: half of the weights' bytes"),
     (lambda c: not c.train.fp8, "--train.fp8: weights travel and wait in a byte each (docs/fp8.md)"),
     (lambda c: c.mesh.data > 1, "--mesh.fsdp up and --mesh.data down: data repeats the whole state"),
     (lambda c: True, "--mesh.context up: fewer tokens of a row on each device"),

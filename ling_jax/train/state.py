@@ -93,8 +93,8 @@ class Trainer(NamedTuple):
         return self.start(params, bias)
 
     def start(self, params: dict, bias: dict) -> TrainState:
-        """A state at step 0 with the given weights: matrices in `train.param_dtype`, vectors in float32, whose updates
-        would mostly be lost in less (a norm's weights are near 1 and move by a millionth of that)."""
+        """A state at step 0 with the given weights: matrices in `train.param_dtype`, vectors in float32. They take no
+        memory to speak of, and a norm's weights, near 1, move by less than half of bfloat16's last place there."""
         narrow = self.options["param_dtype"]
         params = jax.tree.map(lambda p, matrix: p.astype(narrow if matrix else jnp.float32), params, self.update.mask)
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # donated, so each its own
