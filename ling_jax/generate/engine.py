@@ -44,8 +44,8 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of each id, under the distribution it was drawn from
     model_logprobs: list[float] = field(default_factory=list)  # under softmax(logits)
-    # int32 [tokens run, MoE layers, K] where the engine records: experts of prompt and answer but for its last token, in
-    # the trunk's layers. `replay_ids` makes of it what a model replays.
+    # int32 [tokens run, MoE layers, K] where the engine records: experts of prompt and answer but for its last token,
+    # in the trunk's layers. `replay_ids` makes of it what a model replays.
     routing: np.ndarray | None = None
     drafted: int = 0  # tokens predicted by the MTP layer, and how many of them stood
     accepted: int = 0
@@ -88,13 +88,13 @@ def replay_ids(rows: Sequence[Sequence[np.ndarray]], length: int) -> np.ndarray:
         raise ValueError("an answer without a routing: make the engine with routing=True")
     _, layers, choices = recorded[0].shape
     ids_LBTK = np.full((layers, len(rows), length, choices), -1, np.int32)
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         start = 0
         for routing in row:
             end = start + len(routing)
             if end > length:
-                raise ValueError(f"row {place}: its documents run over {end} tokens, which exceeds length = {length}")
-            ids_LBTK[:, place, start:end] = routing.transpose(1, 0, 2)
+                raise ValueError(f"row {number}: its documents run over {end} tokens, which exceeds length = {length}")
+            ids_LBTK[:, number, start:end] = routing.transpose(1, 0, 2)
             start = end + 1
     return ids_LBTK
 

@@ -50,7 +50,7 @@ def random_bits(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
     for dim in reversed(range(len(shape) - 1)):
         row = row + _count(shape, dim) * np.uint32(stride % 2**32)
         stride *= shape[dim]
-    return _mix(_mix(row ^ key) + _count(shape, len(shape) - 1) * GOLDEN)
+    return _mix(_mix(_mix(row) ^ key) + _count(shape, len(shape) - 1) * GOLDEN)
 
 
 def _count(shape: tuple[int, ...], dim: int) -> jax.Array:
