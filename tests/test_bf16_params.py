@@ -146,7 +146,7 @@ def config_of(param_dtype: str = "bfloat16", eight_bit: bool = False, **train: A
         data=DataConfig(sequence_length=32, global_batch_size=16),
         optimizer=OptimizerConfig(eight_bit=eight_bit),
         schedule=ScheduleConfig(peak_lr=1e-3, warmup_steps=10),
-        train=TrainConfig(**{"remat": "none", "init_std": 0.05, "param_dtype": param_dtype, **train}),
+        train=TrainConfig(**{"remat": "none", "init_std": 0.3, "param_dtype": param_dtype, **train}),
     )  # fmt: skip
 
 
