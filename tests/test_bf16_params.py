@@ -45,7 +45,16 @@ from ling_jax.train.rounding import apply_updates, random_bits, to_bfloat16
 from ling_jax.train.state import Trainer, TrainState, make_trainer
 from ling_jax.train.step import make_train_step
 from scripts.bf16_parameters import rounded_to_nearest
-from tests.helpers import QUICK, assert_close, assert_trees_equal, jit, random_weights, small, tiny
+from tests.helpers import (
+    QUICK,
+    assert_close,
+    assert_gradients_close,
+    assert_trees_equal,
+    jit,
+    random_weights,
+    small,
+    tiny,
+)
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 PARAM_DTYPE = dict(train__param_dtype="bfloat16")
@@ -247,16 +256,19 @@ def test_the_gradient_of_a_table_is_summed_in_float32():
 
 
 def test_over_a_mesh_a_step_gives_one_devices_numbers_but_for_the_rounding_of_gradients():
-    """Of two roundings of nearly equal sums, all but few are equal, and none is more than a place away."""
+    """The bits are the same, so that nearly equal sums are rounded to the same number, but for few. Where a gradient is
+    nearly 0, Adam's first step may have the other sign."""
     bf16 = dict(param_dtype="bfloat16")
-    (_, _, want, want_metrics), (_, _, got, metrics) = (
+    (_, grads, want, want_metrics), (_, got_grads, got, metrics) = (
         MeshRun(SPARSE, MeshConfig(**mesh), **bf16).outcome() for mesh in ({}, dict(fsdp=2, expert=2, tensor=2))
     )
     assert_close(metrics["train/total_loss"], want_metrics["train/total_loss"])
     assert metrics["train/grad_norm"] == pytest.approx(want_metrics["train/grad_norm"], rel=1e-2)
+    assert_gradients_close(got_grads, grads, 2.0**-6)
+    twice = 2 * 0.01 / 4  # of the rate of the first of four warmup steps
     for path, value in flatten_dict(want.params).items():
         a, b = (np.asarray(tree, np.float32) for tree in (value, flatten_dict(got.params)[path]))
-        assert np.abs(a - b).max() <= 2.0**-7 * np.abs(a).max()
+        assert np.abs(a - b).max() <= twice + 2.0**-7 * np.abs(a).max()
         assert (a == b).mean() > 0.9 or value.dtype == F32, path
 
 
@@ -264,7 +276,7 @@ def test_over_a_mesh_a_step_gives_one_devices_numbers_but_for_the_rounding_of_gr
 
 
 def test_a_run_starts_and_resumes_with_the_bits_of_one_that_went_through(tmp_path):
-    settings = dict(**ONE_LAYER, **PARAM_DTYPE, checkpoint__every=4, train__eval_every=0)
+    settings = dict(**ONE_LAYER, **PARAM_DTYPE, checkpoint__every=4, train__eval_every=4)
     run("train.py", *train_args(tmp_path, "whole", **settings, train__steps=8))
     run("train.py", *train_args(tmp_path, "halves", **settings, train__steps=4))
     _, log = run("train.py", *train_args(tmp_path, "halves", **settings, train__steps=8))
