@@ -3,7 +3,6 @@
 The compiler comes with libtpu, an ordinary wheel.
 """
 
-import dataclasses
 import json
 import re
 from collections import defaultdict
@@ -53,11 +52,11 @@ def devices(tpu):
     return tpu("v5p:2x2x2")
 
 
-def run_config(mesh: MeshConfig, fp8: bool = False) -> RunConfig:
+def run_config(mesh: MeshConfig, fp8: bool = False, rows: int = ROWS) -> RunConfig:
     return RunConfig(
         model=MODEL,
         mesh=mesh,
-        data=DataConfig(sequence_length=LENGTH, global_batch_size=ROWS),
+        data=DataConfig(sequence_length=LENGTH, global_batch_size=rows),
         train=TrainConfig(dtype="bfloat16", fp8=fp8),
     )
 
@@ -131,10 +130,7 @@ def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_ke
 
 def test_a_plan_of_two_layers_is_printed(caplog):
     """Also where JAX cannot print the program (0.10), which only its largest buffers are read from."""
-    config = dataclasses.replace(
-        run_config(MeshConfig(fsdp=8, expert=8)), data=DataConfig(sequence_length=LENGTH, global_batch_size=64)
-    )
-    plan = make_plan(config, "v5p:4x4x4")
+    plan = make_plan(run_config(MeshConfig(fsdp=8, expert=8), rows=64), "v5p:4x4x4")
     told, size = render(plan), json.loads(plan.to_json())["bytes_per_device"]
     assert plan.memory.fits and "fits, with" in told and 0 < size["temporaries"] < size["peak"] <= size["hbm"]
     unknown = "largest buffers: not known, since this version of JAX cannot print the program" in told
