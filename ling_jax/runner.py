@@ -91,7 +91,7 @@ class RunSaver:
         """`shapes`, with vectors in bfloat16 where an older version kept them so beside its bfloat16 matrices."""
         if trainer.options["param_dtype"] == jnp.float32:
             return shapes
-        saved: Mapping[Any, Any] = flatten_dict(self.checkpointer.shapes(None).get("params", {}))
+        saved: dict[Any, Any] = flatten_dict(self.checkpointer.shapes(None).get("params", {}))
 
         def leaf(path: Any, wanted: jax.ShapeDtypeStruct, matrix: bool) -> jax.ShapeDtypeStruct:
             found = saved.get(tuple(key.key for key in path), wanted)

@@ -3,7 +3,8 @@
 And with bfloat16 parameters rounded to the nearest, which no setting does: what stochastic rounding is for. The peak
 rate is the Ling 2.0 report's, at which an update is a small part of a weight's last place; at ling_tiny's own, ten
 times that, nothing separates them. Every variant of a seed sees the same batches. Each run is an ordinary one: what was
-stopped goes on where it was. Prints a table (its last line is JSON).
+stopped goes on where it was. Flags that are not listed here are train.py's, for every run. Prints a table, whose last
+line is JSON.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 from unittest import mock
 
 import jax.numpy as jnp
@@ -39,8 +41,6 @@ class Command:
     """Of each variant."""
     runs_dir: Path = Path("runs/bf16_parameters")
     """Where the runs live."""
-    settings: tuple[str, ...] = ()
-    """More flags of train.py, for every run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +57,16 @@ def rounded_to_nearest() -> Iterator[None]:
         yield
 
 
-def train(command: Command, variant: str, seed: int) -> Outcome:
+def train(command: Command, settings: Sequence[str], variant: str, seed: int) -> Outcome:
     run = f"{variant.replace(', ', '-').replace(' ', '-')}-seed-{seed}"
     words = ["ling_tiny", "--run", run, "--runs-dir", str(command.runs_dir), "--train.steps", str(command.steps)]
-    words += ["--schedule.peak-lr", "3.36e-4", "--train.seed", str(seed), *VARIANTS[variant], *command.settings]
+    words += ["--schedule.peak-lr", "3.36e-4", "--train.seed", str(seed), *VARIANTS[variant], *settings]
     with rounded_to_nearest() if variant == NEAREST else contextlib.nullcontext():
         code = run_training(*parse_train(words))
     records = read_metrics(command.runs_dir / run)
     if code or records[-1]["step"] < command.steps:
         raise ValueError(f"{run} stopped at step {records[-1]['step']}: the same command goes on there")
-    params = flatten_dict(read_arrays(command.runs_dir / run)["params"])
+    params: dict[Any, Any] = flatten_dict(read_arrays(str(command.runs_dir / run))["params"])
     norms = [value for path, value in params.items() if "norm" in path[-2]]
     weights = np.concatenate([np.asarray(value, np.float32).reshape(-1) for value in norms])
     dtypes = ", ".join(sorted({str(value.dtype) for value in norms}))
@@ -74,8 +74,9 @@ def train(command: Command, variant: str, seed: int) -> Outcome:
 
 
 def main(argv: Sequence[str]) -> None:
-    command = tyro.cli(Command, args=list(argv), prog="python -m scripts.bf16_parameters", description=__doc__)
-    found = {v: [train(command, v, seed) for seed in range(command.seeds)] for v in VARIANTS}
+    prog = "python -m scripts.bf16_parameters"
+    command, settings = tyro.cli(Command, args=list(argv), prog=prog, description=__doc__, return_unknown_args=True)
+    found = {v: [train(command, settings, v, seed) for seed in range(command.seeds)] for v in VARIANTS}
     means = {variant: fmean(one.validation for one in outcomes) for variant, outcomes in found.items()}
     rows = [("parameters", *(f"seed {i}" for i in range(command.seeds)), "mean", "from float32", "norms", "still 1")]
     for variant, outcomes in found.items():

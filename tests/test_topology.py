@@ -128,6 +128,7 @@ def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_ke
     assert kernels(text) == KERNELS
 
 
+@pytest.mark.slow
 def test_a_plan_of_two_layers_is_printed(caplog):
     """Also where JAX cannot print the program (0.10), which only its largest buffers are read from."""
     plan = make_plan(run_config(MeshConfig(fsdp=8, expert=8), rows=64), "v5p:4x4x4")

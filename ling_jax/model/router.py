@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from ling_jax.config import ModelConfig, layer_kinds
 from ling_jax.model.linear import Init, whole
@@ -97,7 +98,7 @@ def replayed(ids_LBTK: jax.Array | np.ndarray, config: ModelConfig, shape: tuple
         )
     if not jnp.issubdtype(ids_LBTK.dtype, jnp.integer):
         raise ValueError(f"routing_ids is {ids_LBTK.dtype}: experts are integers")
-    if not isinstance(ids_LBTK, jax.core.Tracer) and getattr(ids_LBTK, "is_fully_addressable", True):
+    if not isinstance(ids_LBTK, Tracer) and getattr(ids_LBTK, "is_fully_addressable", True):
         _check_choices(np.asarray(jax.device_get(ids_LBTK)), config.num_experts)
     missing = [(0, layers + mtp - ids_LBTK.shape[0]), (0, 0), (0, tokens - ids_LBTK.shape[2]), (0, 0)]
     return jnp.pad(jnp.asarray(ids_LBTK, jnp.int32), missing, constant_values=-1)
