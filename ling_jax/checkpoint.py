@@ -170,6 +170,10 @@ class Checkpointer:
     def read_meta(self, step: int | None) -> dict[str, Any]:
         return read_meta(self._folder(step))
 
+    def shapes(self, step: int | None) -> dict[str, Any]:
+        """`read_shapes` of a step."""
+        return read_shapes(self._folder(step))
+
     def _folder(self, step: int | None) -> epath.Path:
         steps = self.all_steps()
         wanted = max(steps, default=None) if step is None else step

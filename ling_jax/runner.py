@@ -11,8 +11,10 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 from etils import epath
 from flax.serialization import from_state_dict, to_state_dict
+from flax.traverse_util import flatten_dict
 
 from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, saved_steps
 from ling_jax.cli import TrainCommand
@@ -82,11 +84,23 @@ class RunSaver:
         shapes, shardings = jax.eval_shape(trainer.init), trainer.shardings()
         like = jax.tree.map(
             lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-            to_state_dict(shapes),
+            to_state_dict(self._as_saved(trainer, shapes)),
             to_state_dict(shardings),
         )
         restored: Any = from_state_dict(shapes, self.checkpointer.restore(None, like))
-        return restored
+        return restored._replace(params=jax.tree.map(lambda a, b: a.astype(b.dtype), restored.params, shapes.params))
+
+    def _as_saved(self, trainer: Trainer, shapes: TrainState) -> TrainState:
+        """`shapes`, with vectors in bfloat16 where an older version kept them so beside its bfloat16 matrices."""
+        if trainer.options["param_dtype"] == jnp.float32:
+            return shapes
+        saved: dict[Any, Any] = flatten_dict(self.checkpointer.shapes(None).get("params", {}))
+
+        def leaf(path: Any, wanted: jax.ShapeDtypeStruct, matrix: bool) -> jax.ShapeDtypeStruct:
+            found = saved.get(tuple(key.key for key in path), wanted)
+            return wanted if matrix else jax.ShapeDtypeStruct(wanted.shape, found.dtype)
+
+        return shapes._replace(params=jax.tree_util.tree_map_with_path(leaf, shapes.params, trainer.update.mask))
 
 
 def _path(path: str) -> epath.Path:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 KINDS = {
     "float32": [],
     "bfloat16": ["--train.dtype", "bfloat16"],
+    "bf16_parameters": ["--train.dtype", "bfloat16", "--train.param-dtype", "bfloat16"],
     "eight_bit": ["--optimizer.eight-bit"],
 }
 CLOCK_KEYS = {"train/tokens_per_second", "train/mfu", "train/data_wait_s", "mem/peak_bytes"}
@@ -37,7 +38,7 @@ CLOCK_KEYS = {"train/tokens_per_second", "train/mfu", "train/data_wait_s", "mem/
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     kinds: tuple[str, ...] = tuple(KINDS)
-    """Of runs: float32, bfloat16, eight_bit (AdamW's moments)."""
+    """Of runs: float32, bfloat16, bf16_parameters, eight_bit (AdamW's moments)."""
     config: str = "ling_tiny"
     steps: int = 200
     whole: int = 3

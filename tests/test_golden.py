@@ -186,6 +186,7 @@ def compare_losses(compare: Comparison, model: Ling, name: str, data: dict, batc
 def gradients(model: Ling, data: dict) -> dict[str, np.ndarray]:
     """d total_loss / d parameter, under HF's names, with the reference's own MTP target."""
     graph, params, bias = split_model(model)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)  # as the reference's are, whatever the file has
     batch, flat = batch_of(data), flat_mtp_targets(data["labels"]).astype(np.int32)
 
     grads = jax.grad(lambda p: _losses(graph, p, bias, batch, flat)["total_loss"])(params)

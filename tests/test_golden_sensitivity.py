@@ -49,3 +49,13 @@ def test_a_change_of_one_percent_in_any_weight_or_a_permuted_expert_bias_fails_t
     unnoticed = [name for name, scenario in tried.items() if scenario is None]
     print(f"{len(tried)} tensors changed, one at a time; {len(unnoticed)} changes went unnoticed")
     assert not unnoticed, unnoticed
+
+
+def test_gradients_are_those_of_float32_weights_whatever_the_file_has():
+    """A case whose file is in bfloat16, in which gradients would be rounded to it."""
+    model = load_pretrained(CASE.parent / "tiny-ling-sharded")
+    tokens = np.arange(24).reshape(2, 12)
+    found = golden.gradients(model, {"input_ids": tokens, "labels": tokens})
+    assert {value.dtype for value in found.values()} == {np.dtype(np.float32)}
+    rounded = [name for name, value in found.items() if value.any() and not (value.view(np.uint32) & 0xFFFF).any()]
+    assert not rounded

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -290,6 +291,31 @@ def test_only_running_out_of_hbm_is_a_plan_that_does_not_fit():
     lowered.words = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem"
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
         compile_plan(config, "v5p:2x2x1", 1, step._replace(traced=lowered))
+
+
+def test_a_program_that_cannot_be_printed_is_planned_without_its_buffers():
+    """By the words of a version of JAX that cannot."""
+
+    class Compiled:
+        def lower(self):
+            return self
+
+        def compile(self):
+            return self
+
+        def memory_analysis(self):
+            sizes = dict(argument_size_in_bytes=5, temp_size_in_bytes=7, output_size_in_bytes=3, alias_size_in_bytes=3)
+            return SimpleNamespace(**sizes)
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:1) async-update")
+
+    config = run_config(mesh={"fsdp": 4})
+    step = trace_step(config, topology_devices("v5p:2x2x1", 1))
+    program: Any = Compiled()
+    plan = compile_plan(config, "v5p:2x2x1", 1, step._replace(traced=program))
+    assert plan.memory.fits and plan.memory.peak == 12 and plan.buffers == []
+    assert "largest buffers: not known, since this version of JAX cannot print the program" in render(plan)
 
 
 def test_the_largest_buffers_are_those_outside_fusions_and_in_hbm():

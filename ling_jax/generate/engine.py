@@ -44,7 +44,8 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of each id, under the distribution it was drawn from
     model_logprobs: list[float] = field(default_factory=list)  # under softmax(logits)
-    # int32 [tokens run, MoE layers, K] experts of prompt and answer without its last token, where the engine records.
+    # int32 [tokens run, MoE layers, K] where the engine records: experts of prompt and answer but for its last token,
+    # in the trunk's layers. `replay_ids` makes of it what a model replays.
     routing: np.ndarray | None = None
     drafted: int = 0  # tokens predicted by the MTP layer, and how many of them stood
     accepted: int = 0
@@ -67,6 +68,35 @@ class _Waiting:
     answer: Answer
     tokens: np.ndarray  # prompt and answer so far
     counts: tuple[int, int]  # drafts and accepted ones of a half-finished answer
+
+
+def replay_ids(rows: Sequence[Sequence[np.ndarray]], length: int) -> np.ndarray:
+    """What engines recorded, as the `routing_ids` of a batch: int32 [MoE layers, rows, length, K].
+
+    A document is a prompt with its answer. Its last token was never run, so that its experts, and those of padding and
+    of the MTP layer, are for the router to choose: -1.
+
+    Args:
+      rows: `Answer.routing` of each row's documents, in order; documents lie one after the other from the row's start,
+        with nothing between them.
+      length: tokens of a row.
+    Raises:
+      ValueError: for a row whose documents do not fit, or where nothing was recorded.
+    """
+    recorded = [routing for row in rows for routing in row]
+    if not recorded or any(routing is None for routing in recorded):
+        raise ValueError("an answer without a routing: make the engine with routing=True")
+    _, layers, choices = recorded[0].shape
+    ids_LBTK = np.full((layers, len(rows), length, choices), -1, np.int32)
+    for number, row in enumerate(rows):
+        start = 0
+        for routing in row:
+            end = start + len(routing)
+            if end > length:
+                raise ValueError(f"row {number}: its documents run over {end} tokens, which exceeds length = {length}")
+            ids_LBTK[:, number, start:end] = routing.transpose(1, 0, 2)
+            start = end + 1
+    return ids_LBTK
 
 
 def check_request(config: ModelConfig, request: Request, slots: int, stops: int) -> None:

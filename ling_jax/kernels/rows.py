@@ -4,7 +4,8 @@ Legend: N tokens, D hidden, E groups (experts), K choices per token, R rows (pai
 blocks).
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,26 @@ def plan_rows(ids_NK: jax.Array, num_experts: int, block: int) -> RowPlan:
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[index], zeros for an index past the end."""
     return x.at[index].get(mode="fill", fill_value=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def table_rows(table_VD: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
+    """`take_rows` of a weight, in `dtype`. The gradient is summed in float32 whatever the weight is: a token may be in
+    a batch a thousand times, and a bfloat16 sum stands still once it is 256 times what is added."""
+    return take_rows(table_VD, index).astype(dtype)
+
+
+def _table_rows_fwd(table_VD, index, dtype):
+    return table_rows(table_VD, index, dtype), (index, table_VD[:, :0])  # of the table, only its length and dtype
+
+
+def _table_rows_bwd(dtype, saved, g):
+    index, hollow_V0 = saved
+    zeros_VD = jnp.zeros((hollow_V0.shape[0], g.shape[-1]), jnp.float32)
+    return zeros_VD.at[index].add(g.astype(jnp.float32), mode="drop").astype(hollow_V0.dtype), None
+
+
+table_rows.defvjp(_table_rows_fwd, _table_rows_bwd)
 
 
 def gather_rows(x_ND: jax.Array, plan: RowPlan) -> jax.Array:

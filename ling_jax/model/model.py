@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
@@ -30,7 +31,7 @@ from ling_jax.model.linear import Init, Linear
 from ling_jax.model.mtp import MTP, next_tokens
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.rope import rope_tables
-from ling_jax.model.router import ExpertBias, Routing
+from ling_jax.model.router import ExpertBias, Routing, replayed
 from ling_jax.parallel.mesh import all_gather, axis_index, axis_size, psum
 from ling_jax.parallel.rules import gather, look_up, spec_of
 
@@ -172,6 +173,8 @@ class Ling(nnx.Module):
         routing_ids: jax.Array | None = None,
     ) -> Output:
         """Logits of every token, compiled once per shape; arguments as in `hidden`."""
+        if routing_ids is not None:  # once it is traced, its values cannot be checked
+            routing_ids = replayed(routing_ids, self.config, np.shape(tokens_BT), self.mtp is not None)
         graph, params, bias = split_model(self)
         return _apply(graph, tuple(capture), params, bias, tokens_BT, positions_BT, segment_ids_BT, routing_ids)
 
@@ -194,18 +197,17 @@ class Ling(nnx.Module):
           segment_ids_BT: int32 document of each token, 0 for padding; documents don't see each other.
             By default each row is one document.
           capture: names out of CAPTURES.
-          routing_ids: int32 [L_moe, B, T, K], a routing to replay (`Hidden.routing.ids`).
+          routing_ids: a routing to replay, [MoE layers, B, T, K], as `model.router.replayed` takes it: that of another
+            call (`Hidden.routing.ids`), or what `generate.engine.replay_ids` makes of an engine's answers.
           cache: a `generate.cache.Cache`, which knows the positions; the MTP layer does not run with one.
         """
         unknown = sorted(set(capture) - set(CAPTURES))
         if unknown:
             raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(CAPTURES)}")
-        if routing_ids is not None:
-            layers = sum(kind.endswith("_moe") for kind in layer_kinds(self.config))
-            layers += self.mtp is not None and cache is None
-            if routing_ids.shape[0] != layers:
-                raise ValueError(f"routing_ids has {routing_ids.shape[0]} layers, the model routes in {layers}")
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        if routing_ids is not None:
+            with_mtp = self.mtp is not None and cache is None
+            routing_ids = replayed(routing_ids, self.config, tokens_BT.shape, with_mtp)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         places_BT = positions_BT

@@ -1,15 +1,17 @@
 """The router: which experts a token goes to, and with which weights; float32 throughout.
 
-Legend: N tokens, D hidden, E experts, K experts per token, G groups.
+Legend: N tokens, D hidden, E experts, K experts per token, G groups; of a batch L layers, B rows, T tokens.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
-from ling_jax.config import ModelConfig
+from ling_jax.config import ModelConfig, layer_kinds
 from ling_jax.model.linear import Init, whole
 
 
@@ -52,13 +54,13 @@ def route(
       logits_NE: float32.
       bias_E: float32 balance bias; it changes which experts win, never their weights.
       valid_N: bool, False for padding, which is routed but not counted.
-      ids_NK: a choice to replay instead (reinforcement learning trains on the rollout's experts).
+      ids_NK: a choice to replay instead (reinforcement learning trains on the rollout's experts), -1 for none.
     Returns:
       Routing; a token's weights sum to `routed_scaling_factor` (top-1 keeps its own score, scaled).
     """
     scores_NE = jax.nn.sigmoid(logits_NE)
-    if ids_NK is None:
-        ids_NK = _select(jax.lax.stop_gradient(scores_NE + bias_E), config)
+    own_NK = _select(jax.lax.stop_gradient(scores_NE + bias_E), config)
+    ids_NK = own_NK if ids_NK is None else jnp.where(ids_NK < 0, own_NK, ids_NK)
     weights_NK = jnp.take_along_axis(scores_NE, ids_NK, axis=-1)
     if config.norm_topk_prob and config.num_experts_per_tok > 1:
         weights_NK = weights_NK / (weights_NK.sum(-1, keepdims=True) + 1e-20)
@@ -71,6 +73,47 @@ def route(
         z_sum=jnp.where(valid_N, z_N, 0).sum(),
         dropped=jnp.zeros((), jnp.int32),
     )
+
+
+def replayed(ids_LBTK: jax.Array | np.ndarray, config: ModelConfig, shape: tuple[int, ...], mtp: bool) -> jax.Array:
+    """A routing to replay, as every layer that routes takes it: int32 [L, B, T, K], -1 where it chooses for itself.
+
+    Args:
+      ids_LBTK: integers of the trunk's MoE layers, and the MTP layer's last or left out; of T tokens, or all but each
+        row's last; of each token K different experts, or K times -1. Values that are traced are not looked at.
+      shape: [B, T] of the tokens.  mtp: whether the MTP layer runs.
+    Raises:
+      ValueError: for another shape or dtype, an expert that is none, or one that a token has twice.
+    """
+    ids_LBTK = ids_LBTK if isinstance(ids_LBTK, jax.Array) else np.asarray(ids_LBTK)
+    layers = sum(kind.endswith("_moe") for kind in layer_kinds(config))
+    (rows, tokens), choices = shape, config.num_experts_per_tok
+    allowed = [(n, rows, t, choices) for n in (layers, layers + 1)[: 1 + mtp] for t in (tokens, tokens - 1)]
+    if ids_LBTK.shape not in allowed:
+        more = " (the last may be left out: the MTP layer's)" if mtp else ""
+        raise ValueError(
+            f"routing_ids has the shape {list(ids_LBTK.shape)}, not [layers, rows, tokens, experts per token]: this "
+            f"model routes in {layers + mtp} layers{more}, {choices} experts per token, and was given {rows} rows of "
+            f"{tokens} tokens (of which each row's last may be left out)"
+        )
+    if not jnp.issubdtype(ids_LBTK.dtype, jnp.integer):
+        raise ValueError(f"routing_ids is {ids_LBTK.dtype}: experts are integers")
+    if not isinstance(ids_LBTK, Tracer) and getattr(ids_LBTK, "is_fully_addressable", True):
+        _check_choices(np.asarray(jax.device_get(ids_LBTK)), config.num_experts)
+    missing = [(0, layers + mtp - ids_LBTK.shape[0]), (0, 0), (0, tokens - ids_LBTK.shape[2]), (0, 0)]
+    return jnp.pad(jnp.asarray(ids_LBTK, jnp.int32), missing, constant_values=-1)
+
+
+def _check_choices(ids_LBTK: np.ndarray, experts: int) -> None:
+    sorted_LBTK = np.sort(ids_LBTK, axis=-1)
+    different = (sorted_LBTK[..., 1:] > sorted_LBTK[..., :-1]).all(-1) & (sorted_LBTK[..., 0] >= 0)
+    good = (sorted_LBTK[..., -1] < experts) & (different | (ids_LBTK == -1).all(-1))
+    if not good.all():
+        place = tuple(int(i) for i in np.argwhere(~good)[0])
+        raise ValueError(
+            f"routing_ids[{', '.join(map(str, place))}] = {ids_LBTK[place].tolist()}: give each token of each layer "
+            f"different experts from 0 to {experts - 1}, or -1 throughout where the router is to choose"
+        )
 
 
 class Router(nnx.Module):

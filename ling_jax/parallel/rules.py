@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from ling_jax.config import MeshConfig
 from ling_jax.kernels.blockwise import MasterWeight
 from ling_jax.kernels.fp8 import BLOCK, FP8Weight
-from ling_jax.kernels.rows import take_rows
+from ling_jax.kernels.rows import table_rows
 from ling_jax.parallel.mesh import axis_index, axis_size
 
 # A dim's mesh axes, major first; () where it stays whole. Vectors (norms, biases) are never split.
@@ -130,11 +130,11 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, split: Split, wire_dtype: An
     """
     axes = tuple(axis for axis in split[1] if axis_size(axis) > 1)
     if not axes:
-        return take_rows(table_VD, ids_BT).astype(wire_dtype)
+        return table_rows(table_VD, ids_BT, jnp.dtype(wire_dtype))
     if axes[1:]:
         table_VD = _gather(table_VD, 1, axes[1:], jnp.dtype(wire_dtype), jnp.dtype(reduce_dtype))
     everyones_BT = jax.lax.all_gather(ids_BT, axes[0], tiled=True)
-    rows = take_rows(table_VD, everyones_BT).astype(wire_dtype)
+    rows = table_rows(table_VD, everyones_BT, jnp.dtype(wire_dtype))
     return jax.lax.all_to_all(rows, axes[0], split_axis=0, concat_axis=2, tiled=True)
 
 

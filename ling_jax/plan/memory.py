@@ -1,11 +1,16 @@
 """What the compiler says of a program's memory."""
 
+import logging
 import math
 import re
 from typing import Any, NamedTuple
 
+import jax
+
 from ling_jax.plan.count import key_of
 from ling_jax.plan.hardware import GIB
+
+log = logging.getLogger(__name__)
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -49,6 +54,16 @@ def memory_of_error(error: str, arguments: float, hbm: float) -> Memory:
     needed = float(groups[0]) * UNITS[groups[1]] if groups else math.inf
     total = needed if found is not None and found[1] else needed + arguments
     return Memory(arguments, total - arguments, total, hbm, error)
+
+
+def buffers_of(compiled: jax.stages.Compiled) -> list[Buffer]:
+    """The largest buffers; none, with a warning, where this version of JAX cannot print the program (0.10 cannot)."""
+    try:
+        return largest_buffers(compiled.as_text() or "")
+    except jax.errors.JaxRuntimeError as error:
+        why = str(error).splitlines()[0]
+        log.warning("the largest buffers are not known: jax %s cannot print this program (%s)", jax.__version__, why)
+        return []
 
 
 def largest_buffers(text: str, number: int = 10) -> list[Buffer]:

@@ -17,7 +17,7 @@ from ling_jax.config import Counts, RunConfig, count_params, train_flops_per_tok
 from ling_jax.parallel.mesh import BATCH_AXES
 from ling_jax.plan.count import Count, count_step
 from ling_jax.plan.hardware import Chip, chip_of, peak_flops
-from ling_jax.plan.memory import Buffer, Memory, largest_buffers, memory_of, memory_of_error
+from ling_jax.plan.memory import Buffer, Memory, buffers_of, memory_of, memory_of_error
 from ling_jax.plan.roofline import Bound, bound
 from ling_jax.train.state import Trainer, make_trainer
 from ling_jax.train.step import make_train_step
@@ -173,7 +173,7 @@ def compile_plan(config: RunConfig, topology: str, slices: int, step: Step) -> P
     start, buffers = time.perf_counter(), []
     try:
         compiled = step.traced.lower().compile()
-        memory, buffers = memory_of(compiled, hbm), largest_buffers(compiled.as_text() or "")
+        memory, buffers = memory_of(compiled, hbm), buffers_of(compiled)
     except jax.errors.JaxRuntimeError as error:
         if "HbmOom" not in str(error):  # a kernel can run out of VMEM too, which is our mistake
             raise

@@ -18,6 +18,7 @@ REMEDIES: tuple[tuple[Callable[[RunConfig], bool], str], ...] = (
     (lambda c: c.mesh.buffer_factor > 1, "--mesh.buffer-factor 1: smaller buffers at the experts, more rounds"),
     (lambda c: c.rows_per_device > 1, "--train.microbatches up: fewer rows at once"),
     (lambda c: not c.optimizer.eight_bit, "--optimizer.eight-bit: both moments in a quarter of their bytes"),
+    (lambda c: c.train.param_dtype == "float32", "--train.param-dtype bfloat16: half of the weights' bytes"),
     (lambda c: not c.train.fp8, "--train.fp8: weights travel and wait in a byte each (docs/fp8.md)"),
     (lambda c: c.mesh.data > 1, "--mesh.fsdp up and --mesh.data down: data repeats the whole state"),
     (lambda c: True, "--mesh.context up: fewer tokens of a row on each device"),
@@ -79,7 +80,8 @@ def _memory(plan: Plan) -> str:
 
 def _buffers(plan: Plan) -> str:
     if not plan.buffers:
-        return "largest buffers: not known, since the program was not made"
+        why = "the program was not made" if plan.memory.error else "this version of JAX cannot print the program"
+        return f"largest buffers: not known, since {why}"
     rows = [("largest buffers", "each", "times", "made in")]
     rows += [(b.shape, gb(b.bytes), str(b.count), b.scope) for b in plan.buffers]
     return columns(rows)

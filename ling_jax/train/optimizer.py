@@ -12,6 +12,7 @@ import optax
 from ling_jax.config import OptimizerConfig, ScheduleConfig
 from ling_jax.kernels import native
 from ling_jax.train.adam8 import scale_by_adam_8bit
+from ling_jax.train.rounding import apply_updates
 
 
 def learning_rate(config: ScheduleConfig, steps: int) -> optax.Schedule:
@@ -86,6 +87,7 @@ class Update:
     schedule: optax.Schedule
     mask: dict  # as `make_optimizer` has it
     one_device: bool
+    seed: int  # of the rounding of bfloat16 parameters
 
     def __call__(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:
         """Parameters and the optimizer's state after a step with `grads`, whose global norm is `norm`."""
@@ -106,7 +108,7 @@ class Update:
 
     def in_optax(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:
         updates, new_state = self.optimizer.update(grads, state, params)
-        new = optax.apply_updates(params, updates), new_state
+        new = apply_updates(params, updates, self.seed, state[-1].count), new_state
         return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, (params, state))
 
     def in_cpp(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:

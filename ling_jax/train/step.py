@@ -120,7 +120,7 @@ def apply_gradients(
     """
     config = trainer.config
     loss = total_loss(sums, counts, config.model, config.train.z_loss_coefficient)
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
         params, optimizer = trainer.update(state.params, state.optimizer, grads, norm, ok)
