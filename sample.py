@@ -11,10 +11,11 @@ import tyro
 from ling_jax.cli import named_config, run_main
 from ling_jax.config import ONE_DEVICE, MeshConfig
 from ling_jax.convert.load import load_pretrained
-from ling_jax.convert.tokenizer import generation_config_of, tokenizer_of
+from ling_jax.convert.tokenizer import ends_of, generation_config_of, tokenizer_of
 from ling_jax.convert.weights import model_config_of
 from ling_jax.data.tokenizer import Tokenizer
-from ling_jax.generate.engine import Engine, Request, check_request
+from ling_jax.generate.engine import Engine
+from ling_jax.generate.requests import Request, check_drafts, check_request
 from ling_jax.generate.sampling import Sampling
 from ling_jax.generate.text import Asker, Stats, converse, read_prompts
 from ling_jax.plan.serving import make_serving_plan, render
@@ -29,23 +30,23 @@ class Command:
     prompt: str | None = None
     """The text to continue, or with --chat the user's message."""
     prompt_file: str | None = None
-    """A JSONL file of objects with "prompt" or "messages"; each comes out as a JSON line with its "completion"."""
+    """A JSONL file of objects with "prompt", or "messages" and "tools"; each comes out with its "completion"."""
     chat: bool = False
     """Use the chat template; without a prompt, talk until Ctrl-D (Ctrl-C ends an answer)."""
     system: str | None = None
     """The system message of a chat."""
-    thinking: Literal["on", "off"] = "off"
-    """Whether a chat asks for reasoning before the answer."""
+    thinking: Literal["on", "off"] | None = None
+    """Whether a chat asks for reasoning before the answer; by default the chat template decides."""
     max_new_tokens: int = 64
     """Most tokens to add."""
     samples: int = 1
     """Answers to each prompt."""
     temperature: float | None = None
-    """0 is greedy; by default what generation_config.json says, else 0.7."""
+    """0 is greedy; by default what generation_config.json says (do_sample false: 0), else 0.7."""
     top_p: float | None = None
     """Smallest probability mass to draw from; by default as above, else 0.8."""
     top_k: int | None = None
-    """Most tokens to draw from, 0 for all; by default as above, else 0."""
+    """Most tokens to draw from, 0 or -1 for all; by default as above, else 0."""
     min_p: float = 0.0
     """Draw from tokens at least this share as likely as the best."""
     repetition_penalty: float | None = None
@@ -82,20 +83,35 @@ class Command:
 
 
 def sampling_of(command: Command, saved: dict[str, Any]) -> Sampling:
+    """Flags, else what generation_config.json says, else the defaults; greedy where it says `do_sample: false` and no
+    flag asks for a draw."""
     chosen = {name: getattr(command, name) for name in DEFAULTS}
-    settings = {k: v if v is not None else saved.get(k, DEFAULTS[k]) for k, v in chosen.items()}
+    asked = any(chosen[name] is not None for name in ("temperature", "top_p", "top_k")) or command.min_p > 0
+    if saved.get("do_sample") is False and not asked:
+        chosen["temperature"] = 0.0
+    known = DEFAULTS | {name: value for name, value in saved.items() if value is not None}
+    settings = {name: known[name] if value is None else value for name, value in chosen.items()}
+    settings["top_k"] = 0 if settings["top_k"] == -1 else int(settings["top_k"])  # -1 is all, as in other programs
     others = {name: getattr(command, name) for name in ("min_p", "presence_penalty", "logit_bias")}
     return Sampling(**settings, **others)
 
 
 def encode(tokenizer: Tokenizer, command: Command, record: dict[str, Any]) -> list[int]:
     """Token ids of a prompt or a conversation."""
-    if not command.chat and "messages" not in record:
+    messages = record.get("messages")
+    if not command.chat and messages is None:
+        if command.system is not None or command.thinking is not None:
+            raise ValueError("--system and --thinking are for conversations: add --chat, or leave them out")
         return tokenizer.prefix_ids + tokenizer.encode(record["prompt"])
-    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-    if command.system and messages[0].get("role") != "system":
+    if messages is None:
+        messages = [{"role": "user", "content": record["prompt"]}]
+    if command.system is not None and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": command.system}, *messages]
-    return tokenizer.encode_chat(messages, thinking=command.thinking == "on")
+    return tokenizer.encode_chat(messages, record.get("tools"), thinking=thinking_of(command))
+
+
+def thinking_of(command: Command) -> bool | None:
+    return None if command.thinking is None else command.thinking == "on"
 
 
 def show(text: str) -> None:
@@ -120,56 +136,90 @@ def plan(command: Command) -> int:
     return 0 if made.fits else 3
 
 
-def main(argv: Sequence[str]) -> int:
-    command = tyro.cli(Command, args=list(argv), prog="sample.py", description=__doc__)
+def check(command: Command) -> None:
+    """Raises ValueError for flags that do not go together, or have no meaning."""
+    for name in ("samples", "batch_size", "context_length"):
+        if (value := getattr(command, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} = {value} must be at least 1")
     if command.topology is not None:
-        return plan(command)
+        return
     if command.checkpoint is None or command.config is not None or command.json:
         raise ValueError("give --checkpoint DIR; --config and --json go with --topology")
     given = [command.prompt is not None, command.prompt_file is not None]
     if sum(given) > 1 or not (any(given) or command.chat):
         raise ValueError("give one of --prompt, --prompt-file and, for a conversation, --chat alone")
-    if command.samples < 1:
-        raise ValueError(f"samples = {command.samples} must be at least 1")
-    records = read_prompts(command.prompt_file) if command.prompt_file else [{"prompt": command.prompt}]
-    config, tokenizer = model_config_of(command.checkpoint), tokenizer_of(command.checkpoint)
-    saved = generation_config_of(command.checkpoint)
-    ends = saved.get("eos_token_id", tokenizer.eod_id)
-    ends = ends if isinstance(ends, list) else [ends]
-    sampling = sampling_of(command, saved)
-    request = Request(
-        prompt=(), max_new_tokens=command.max_new_tokens, sampling=sampling, seed=command.seed, stop_ids=ends
-    )
-    talking = not any(given)
-    prompts = [] if talking else [encode(tokenizer, command, record) for record in records]
-    longest = max(map(len, prompts), default=0) + max(command.max_new_tokens, 1)
-    slots = min(command.context_length, config.max_positions) if talking else 1 << (longest - 1).bit_length()
-    stops = max(len(ends), 1)
-    for ids in prompts:
-        check_request(config, dataclasses.replace(request, prompt=ids), slots, stops)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """All that is known before the weights are read."""
+
+    tokenizer: Tokenizer
+    request: Request
+    records: list[dict[str, Any]]
+    prompts: list[list[int]]  # of the records
+    slots: int
+    stops: int
+
+
+def ask(command: Command, checkpoint: str) -> Asked:
+    """Reads, encodes and checks all that is asked; for a conversation, how it would begin.
+
+    Raises:
+      ValueError: for what cannot be run; of a file of prompts, every line that cannot.
+    """
+    config, tokenizer = model_config_of(checkpoint), tokenizer_of(checkpoint)
+    check_drafts(config, command.drafts)
+    ends, sampling = ends_of(checkpoint, tokenizer), sampling_of(command, generation_config_of(checkpoint))
+    new, talking = command.max_new_tokens, command.prompt is None and command.prompt_file is None
+    request = Request(prompt=(), max_new_tokens=new, sampling=sampling, seed=command.seed, stop_ids=ends)
+    room = min(command.context_length, config.max_positions) if talking else config.max_positions
+    prompts: list[list[int]] = []
+
+    def prepare(record: dict[str, Any]) -> None:
+        ids = encode(tokenizer, command, record)
+        check_request(config, dataclasses.replace(request, prompt=ids), room, len(ends))
+        prompts.append(ids)
+
+    if command.prompt_file is not None:
+        records = read_prompts(command.prompt_file, prepare)
+    else:
+        records = [{"prompt": "Hi" if command.prompt is None else command.prompt}]
+        prepare(records[0])
+    slots = room if talking else 1 << (max(map(len, prompts)) + new - 1).bit_length()
+    return Asked(tokenizer, request, records, prompts, slots, max(len(ends), 1))
+
+
+def main(argv: Sequence[str]) -> int:
+    command = tyro.cli(Command, args=list(argv), prog="sample.py", description=__doc__)
+    check(command)
+    if command.topology is not None:
+        return plan(command)
+    asked = ask(command, command.checkpoint or "")
+    tokenizer, prompts = asked.tokenizer, asked.prompts
     rows = min(command.batch_size, len(prompts) * command.samples) if command.prompt_file else 1
     mesh = None if command.mesh.shape == ONE_DEVICE.shape else command.mesh
-    model = load_pretrained(command.checkpoint, dtype=command.dtype, mesh=mesh)
-    engine = Engine(model, rows=rows, slots=slots, stops=stops, drafts=command.drafts, fp8=command.fp8)
-    asker = Asker(engine, tokenizer, request, command.stop)
+    model = load_pretrained(command.checkpoint or "", dtype=command.dtype, mesh=mesh)
+    engine = Engine(model, rows=rows, slots=asked.slots, stops=asked.stops, drafts=command.drafts, fp8=command.fp8)
+    asker = Asker(engine, tokenizer, asked.request, command.stop)
 
     def after(stats: Stats) -> None:
         if command.stats:
             print(stats, file=sys.stderr)
 
-    if talking:
-        thinking = command.thinking == "on"
-        converse(asker, command.system, lambda m: tokenizer.encode_chat(m, thinking=thinking), input, show, after)
-    elif command.prompt_file:
-        write_answers(asker, records, prompts, command.samples)
-    else:
+    if command.prompt_file:
+        write_answers(asker, asked.records, prompts, command.samples)
+    elif command.prompt is not None:
         stats = Stats()
         for sample in range(command.samples):
-            show("" if command.chat else command.prompt or "")
+            show("" if command.chat else command.prompt)
             for piece in asker.stream(prompts[0], stats, sample):
                 show(piece)
             print()
         after(stats)
+    else:
+        thinking = thinking_of(command)
+        converse(asker, command.system, lambda m: tokenizer.encode_chat(m, thinking=thinking), input, show, after)
     return 0
 
 

@@ -14,6 +14,7 @@ from ling_jax.cli import run_main
 from ling_jax.config import DataConfig, RunConfig, TrainConfig
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import tokenizer_of
+from ling_jax.convert.weights import StoredWeights, model_config_of, open_weights
 from ling_jax.model.model import split_model
 from ling_jax.train.state import make_trainer
 from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_rows
@@ -26,7 +27,7 @@ class Command:
     text: str
     """The UTF-8 text file to score."""
     length: int | None = None
-    """Tokens per window; by default 512, or the model's positions if they are fewer."""
+    """Tokens per window; by default those of a row that the run was trained on, of other weights 512."""
     batch_size: int = 8
     """Windows per call."""
 
@@ -45,13 +46,23 @@ def read_text(path: str) -> str:
     return text
 
 
+def window_of(checkpoint: str) -> int:
+    """Tokens of a row that a run was trained on; for other weights 512, or their positions if those are fewer."""
+    weights = open_weights(checkpoint)
+    data = weights.run.data if isinstance(weights, StoredWeights) else DataConfig()
+    return min(data.sequence_length, weights.config.max_positions)
+
+
 def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int) -> Score:
     """The score of one text under a checkpoint's model."""
-    model, tokenizer = load_pretrained(checkpoint), tokenizer_of(checkpoint)
-    length = min(512, model.config.max_positions) if length is None else length
-    if not 2 <= length <= model.config.max_positions:
-        raise ValueError(f"length = {length} must be between 2 and the model's {model.config.max_positions} positions")
-    tokenizer.check_fits(model.config.vocab_size)
+    if batch_size < 1:
+        raise ValueError(f"--batch-size = {batch_size} must be at least 1")
+    length, limit = window_of(checkpoint) if length is None else length, model_config_of(checkpoint).max_positions
+    if not 2 <= length <= limit:
+        raise ValueError(f"length = {length} must be between 2 and the model's {limit} positions")
+    tokenizer = tokenizer_of(checkpoint)
+    tokenizer.check_fits(model_config_of(checkpoint).vocab_size)
+    model = load_pretrained(checkpoint)
     _, params, bias = split_model(model)
     part = prepare_held_out(tokenizer, [text], length)
     train = TrainConfig(dtype="float32" if model.dtype == "float32" else "bfloat16", remat="none")

@@ -21,7 +21,7 @@ import tyro
 from ling_jax.cli import run_main
 from ling_jax.config.text import columns
 from ling_jax.convert.load import load_pretrained
-from ling_jax.convert.tokenizer import generation_config_of, tokenizer_of
+from ling_jax.convert.tokenizer import ends_of, tokenizer_of
 from ling_jax.convert.weights import model_config_of
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.evaluate import read_text
@@ -291,14 +291,13 @@ def check(command: Command, lengths: Sequence[int], limit: int) -> None:
 def main(argv: Sequence[str]) -> None:
     command = tyro.cli(Command, args=list(argv), prog="python -m scripts.needle", description=__doc__)
     config, tokenizer = model_config_of(command.checkpoint), tokenizer_of(command.checkpoint)
-    limit, saved = config.max_positions, generation_config_of(command.checkpoint)
+    limit = config.max_positions
     doubles = itertools.takewhile(lambda length: length <= limit, (SHORTEST << i for i in itertools.count()))
     lengths = sorted(set(command.lengths)) or list(doubles) or [limit]
     check(command, lengths, limit)
     tokenizer.check_fits(config.vocab_size)
     trials = make_trials(tokenizer, lengths, command)
-    ends = saved.get("eos_token_id", tokenizer.eod_id)
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = ends_of(command.checkpoint, tokenizer)
     model = load_pretrained(command.checkpoint)
     engine = Engine(model, rows=command.batch_size, slots=max(lengths), stops=max(len(ends), 1))
     cells: Cells = {(trial.length, trial.depth): [] for trial in trials}

@@ -277,6 +277,65 @@ def test_a_wrong_flag_of_sample(message, folder, flags, words):
     assert_says(message(sample.main, "--checkpoint", run_dir, "--prompt", "a", *flags), *words)
 
 
+def saved_golden(folder: Path, **eos) -> Path:
+    """A HF folder with weights and a tokenizer."""
+    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("expected*", "grads*", "generate*"))
+    OWN.save(str(folder))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | eos))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-size", 0], ["--batch-size = 0", "at least 1"]),
+        (["--samples", 0], ["--samples = 0", "at least 1"]),
+        (["--context-length", 0], ["--context-length = 0", "at least 1"]),
+        (["--drafts", 99], ["drafts = 99", "from 0 to 8"]),
+        (["--system", "S"], ["--system", "--chat"]),
+        (["--thinking", "on"], ["--thinking", "--chat"]),
+        (["--prompt", "\udcff"], ["'\\udcff'", "surrogate"]),
+    ],
+    ids=["batch", "samples", "context", "drafts", "system", "thinking", "bytes"],
+)
+def test_a_flag_without_a_meaning(message, tmp_path, flags, words):
+    hf = saved_golden(tmp_path / "hf")
+    prompt = [] if "--prompt" in flags else ["--prompt", "a"]
+    assert_says(message(sample.main, "--checkpoint", hf, *prompt, *flags), *words)
+
+
+def test_a_file_of_prompts_is_checked_whole_before_weights_are_read(message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_pretrained", lambda *_, **__: 1 / 0)
+    file = tmp_path / "prompts.jsonl"
+    robot = {"messages": [{"role": "robot", "content": "a"}]}
+    file.write_text("\n".join(map(json.dumps, [robot, {"prompt": "a"}, {"prompt": "a " * 300}, {"messages": []}])))
+    text = message(sample.main, "--checkpoint", saved_golden(tmp_path / "hf"), "--prompt-file", file)
+    assert_says(text, str(file), "line 1: ", "unknown role robot in message 0", "line 3: a prompt of", "256 positions")
+    assert_says(text, "line 4: messages is empty")
+
+
+def test_a_broken_template_is_told_before_a_conversation_begins(message, tmp_path):
+    hf = saved_golden(tmp_path / "hf")
+    (hf / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    assert_says(message(sample.main, "--checkpoint", hf, "--chat"), "chat template", "division by zero")
+
+
+def test_a_generation_config_that_cannot_be_understood(message, tmp_path):
+    hf = saved_golden(tmp_path / "hf")
+    (hf / "generation_config.json").write_text('{"temperature": "hot"}')
+    text = message(sample.main, "--checkpoint", hf, "--prompt", "a")
+    assert_says(text, "generation_config.json", "temperature = 'hot'", "a number")
+
+
+def test_a_chat_ends_at_the_tokenizers_end_of_a_turn(tmp_path, capsys):
+    """Though no generation_config.json says so: token 4 is far likelier than any other."""
+    hf = saved_golden(tmp_path / "hf", eos_token="<|role_end|>")
+    flags = ["--temperature", "0", "--logit-bias", "4", "100", "--max-new-tokens", "6"]
+    assert sample.main(["--checkpoint", str(hf), "--chat", "--prompt", "hi", *flags]) == 0
+    assert capsys.readouterr().out == "\n"
+
+
 @pytest.mark.parametrize("main", [sample.main, evaluate.main])
 @pytest.mark.parametrize(
     ("name", "words"), [("nowhere", ["which does not exist"]), ("", ["no checkpoint in"])], ids=["missing", "empty"]

@@ -22,6 +22,7 @@ from ling_jax.generate.engine import Answer, Engine, Request, stream
 from ling_jax.generate.sampling import Sampling
 from ling_jax.model.model import split_model
 from tests.helpers import Oracle, assert_close, documents, jit, make_model, pack, probe, small, tiny
+from tests.test_tokenizer import OWN
 
 PROMPTS = documents([5, 1, 3])
 NEW = documents([4, 4, 4], seed=1)  # what each prompt is continued with
@@ -452,3 +453,24 @@ def test_a_beginning_taken_over_gives_the_drafts_of_one_that_was_run(drafter):
 def test_drafts_need_an_mtp_layer(model):
     with pytest.raises(ValueError, match="drafts = 1 must be 0 for a model without an MTP layer"):
         Engine(model, rows=1, slots=8, drafts=1)
+
+
+def test_a_stop_string_ends_its_row_and_no_other():
+    """With the ids of the text up to it; whatever the steps, it is found in the first that completes it."""
+    model = make_model(dataclasses.replace(SMALL, vocab_size=400, max_position_embeddings=64))
+    prompts = documents([5, 1, 3], vocab=400)
+    whole = generate(model, prompts, 40, temperature=HOT)
+    texts = [OWN.decode(ids) for ids in whole]
+    stop = next(OWN.decode([i]) for i in whole[0][20:] if OWN.decode([i]).isalpha() and len(OWN.decode([i])) > 1)
+    got = generate(model, prompts, 40, temperature=HOT, stop=[stop, "never said"], tokenizer=OWN)
+    for ids, all_ids, text in zip(got, whole, texts, strict=True):
+        assert ids == all_ids[: len(ids)]
+        if stop in text:
+            assert stop in OWN.decode(ids) and stop not in OWN.decode(ids[:-1])
+        else:
+            assert ids == all_ids
+    assert len(got[0]) < 40
+    with pytest.raises(ValueError, match="stop needs tokenizer"):
+        generate(model, prompts, 4, stop=["a"])
+    with pytest.raises(ValueError, match="stop = 'a' must be a list of texts"):
+        generate(model, prompts, 4, stop="a", tokenizer=OWN)

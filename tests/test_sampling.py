@@ -3,12 +3,16 @@
 Legend: B rows, V vocabulary, S slots.
 """
 
+import json
 from functools import partial
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sample
+from ling_jax.convert.tokenizer import ends_of, generation_config_of, tokenizer_of
 from ling_jax.generate.sampling import (
     Kinds,
     Options,
@@ -21,6 +25,7 @@ from ling_jax.generate.sampling import (
     with_option,
 )
 from tests.helpers import jit
+from tests.test_tokenizer import write_tokenizer
 
 LOGITS = np.array([0.5, 2.0, -1.0, 1.0, 1.5, -0.5, 0.0, -3.0], np.float32)
 DRAWS = 20_000
@@ -167,3 +172,109 @@ def test_biases_are_kept_for_their_row():
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**setting)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"])
+@pytest.mark.parametrize("value", ["0.5", None, True, [1.0]])
+def test_settings_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} = .* must be a (whole )?number"):
+        Sampling(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Sampling(temperature=np.float32(0.5), top_k=np.int64(3)).top_k == 3
+    with pytest.raises(ValueError, match="top_k = 2.5 must be a whole number"):
+        Sampling(top_k=2.5)
+
+
+# What generation_config.json and the flags of sample.py say together.
+
+
+def settings(saved: dict, **flags) -> tuple[float, float, int, float]:
+    sampling = sample.sampling_of(sample.Command(**flags), saved)
+    return sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty
+
+
+def test_flags_come_before_the_file_and_the_file_before_the_defaults():
+    saved = {"temperature": 1.5, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}
+    assert settings({}) == (0.7, 0.8, 0, 1.0)
+    assert settings(saved) == (1.5, 0.9, 20, 1.1)
+    assert settings(saved, temperature=0.0, top_k=5) == (0.0, 0.9, 5, 1.1)
+
+
+def test_nulls_are_defaults_and_minus_one_is_every_token():
+    nulls = dict.fromkeys(("temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "eos_token_id"))
+    assert settings(nulls) == settings({})
+    assert settings({"top_k": -1})[2] == settings({"top_k": 50}, top_k=-1)[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "temperature"),
+    [
+        ({}, 0.0),
+        ({"repetition_penalty": 1.2, "max_new_tokens": 3}, 0.0),
+        ({"temperature": 0.3}, 0.3),
+        ({"top_p": 0.9}, 0.6),  # who chooses what to draw from wants a draw
+        ({"min_p": 0.1}, 0.6),
+    ],
+)
+def test_do_sample_false_is_greedy_unless_a_flag_asks_for_a_draw(flags, temperature):
+    assert settings({"do_sample": False, "temperature": 0.6}, **flags)[0] == temperature
+    assert settings({"do_sample": True, "temperature": 0.6})[0] == 0.6
+
+
+def folder_with(folder: Path, generation: dict | None = None, eos: object = 1, **tokenizer) -> str:
+    """A HF folder whose tokens 1 to 5 are <|endoftext|>, <|role_end|>, A, B and C; its weights are none."""
+    write_tokenizer(folder, ["<|endoftext|>", "<|role_end|>", "A", "B", "C"], **tokenizer)
+    config = json.loads((Path(__file__).parent / "golden/tiny-ling/config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
+    (folder / "model.safetensors").touch()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("generation", "eos", "tokenizer", "ends"),
+    [
+        (None, 1, {}, {1, 2}),
+        ({"eos_token_id": None}, None, {}, {1, 2}),
+        ({"eos_token_id": [3, 4]}, 1, {}, {1, 2, 3, 4}),
+        ({"eos_token_id": 3}, [1, 5], {"eos_token": "B"}, {1, 2, 3, 4, 5}),
+        ({}, 1, {"eos_token": {"content": "A"}}, {1, 2, 3}),
+        ({"eos_token_id": [511, 156892]}, 1, {"eos_token": "not a token"}, {1, 2, 511}),
+    ],
+    ids=str,
+)
+def test_ends_are_those_of_all_the_files_together(tmp_path, generation, eos, tokenizer, ends):
+    path = folder_with(tmp_path, generation, eos, **tokenizer)
+    found = ends_of(path, tokenizer_of(path))
+    assert set(found) == ends and len(found) == len(ends)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("temperature", "hot", "a number"),
+        ("temperature", True, "a number"),
+        ("top_p", [0.9], "a number"),
+        ("top_k", 2.5, "a whole number"),
+        ("top_k", "50", "a whole number"),
+        ("do_sample", "no", "true or false"),
+        ("do_sample", 0, "true or false"),
+        ("eos_token_id", "1", "a token id, or a list of them"),
+        ("eos_token_id", [1, None], "a token id, or a list of them"),
+        ("eos_token_id", 1.5, "a token id, or a list of them"),
+        ("eos_token_id", -1, "a token id, or a list of them"),
+    ],
+)
+def test_a_generation_config_of_other_types_names_file_and_field(tmp_path, field, value, wanted):
+    path = folder_with(tmp_path, {field: value})
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {field} = .* must be {wanted}$") as error:
+        generation_config_of(path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_generation_config_loses_its_nulls(tmp_path):
+    path = folder_with(tmp_path, {"top_p": None, "top_k": 50.0, "x": [1]})
+    assert generation_config_of(path) == {"top_k": 50.0, "x": [1]}

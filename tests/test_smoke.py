@@ -17,7 +17,7 @@ from ling_jax.cli import parse_train
 from ling_jax.config import RunConfig
 from ling_jax.convert.to_hf import to_hf
 from ling_jax.data.sources import read_corpus
-from ling_jax.evaluate import evaluate
+from ling_jax.evaluate import evaluate, window_of
 from ling_jax.train.metrics import read_metrics
 
 KEYS = {
@@ -140,6 +140,7 @@ def test_evaluate_gives_the_bits_per_byte_that_the_run_logged(folder, whole):
     text = held_out_file(folder)
     logged = read_metrics(whole)[-1]
     score = evaluate(str(whole), text.read_text(), 32, 4)
+    assert window_of(str(whole)) == 32  # as it was trained
     assert score.bits_per_byte == pytest.approx(logged["eval/bits_per_byte"], rel=1e-6)
     assert score.nats_per_token == pytest.approx(logged["eval/nats_per_token"], rel=1e-6)
     out, _ = run("-m", "ling_jax.evaluate", "--checkpoint", whole, "--text", text, "--length", 32, "--batch-size", 4)

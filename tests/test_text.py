@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.engine import Engine, Request
 from ling_jax.generate.sampling import Sampling
 from ling_jax.generate.text import Asker, Reply, Stats, converse, read_prompts
+from sample import Command, encode
 from tests.helpers import make_model, small
 from tests.test_tokenizer import OWN
 
@@ -124,3 +126,74 @@ def test_random_text_through_a_batch_neither_hangs_nor_is_lost(asker):
     found = list(asker.complete([OWN.encode(text) for text in texts], 1))
     assert sorted(i for i, *_ in found) == list(range(60))
     assert all(text == text.encode("utf-8", "replace").decode() for _, _, text, _ in found)
+
+
+ROLE = {"role": "user", "content": "b"}
+LINES = {
+    '{"messages": []}': "messages is empty",
+    '{"messages": ["hi"]}': "message 0 is 'hi'",
+    '{"messages": "hi"}': "messages is a str",
+    '{"messages": [{"role": 3, "content": "a"}]}': "message 0 has role 3",
+    '{"messages": [{"role": "user"}]}': "message 0 has content None",
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "message 0 has content with a part of type",
+    '{"messages": [{"role": "user", "content": "\\ud83d"}]}': r"'messages': the text holds '\\ud83d'",
+    '{"prompt": "\\ud83d"}': r"'prompt': the text holds '\\ud83d' at character 0",
+    '{"prompt": "a", "id": ["\\udc00"]}': "'id': the text holds",
+    '{"prompt": "a", "\\udc00": 1}': r"'\\udc00': the text holds",
+    '{"messages": [{"role": "user", "content": "a"}], "tools": {}}': r"tools is \{\}",
+}
+
+
+@pytest.mark.parametrize(("line", "words"), LINES.items())
+def test_a_wrong_line_names_its_number_and_field(tmp_path, line, words):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "fine"}}\n\n{line}\n')
+    with pytest.raises(ValueError, match=rf"prompts\.jsonl line 3: {words}") as error:
+        read_prompts(str(file))
+    assert "\n" not in str(error.value).encode().decode()  # it can be printed, on one line
+
+
+def test_every_wrong_line_is_named_and_the_first_are_explained(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + "{}\n{\n" * 4 + json.dumps({"messages": [ROLE]}) + "\n")
+
+    def check(record):
+        if "messages" in record:
+            raise ValueError("too long")
+
+    with pytest.raises(ValueError) as error:
+        read_prompts(str(file), check)
+    text = str(error.value)
+    assert all(f"line {number} " in text for number in range(2, 7))
+    assert text.endswith("; and 4 more, in lines 7, 8, 9, 10")
+    file.write_text(json.dumps({"messages": [ROLE]}))
+    with pytest.raises(ValueError, match="line 1: too long"):
+        read_prompts(str(file), check)
+
+
+def test_prompts_of_other_programs_are_read(tmp_path):
+    """A byte-order mark, parts of text, nulls, tools."""
+    parts = {"role": "user", "content": [{"type": "text", "text": "b"}]}
+    records = [{"prompt": "a", "messages": None}, {"messages": [parts]}, {"messages": [ROLE], "tools": [{"name": "f"}]}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, records)).encode())
+    assert read_prompts(str(file)) == records
+
+
+def asked(tokenizer: Tokenizer, record: dict, **flags) -> str:
+    return tokenizer.decode(encode(tokenizer, Command(**flags), record))
+
+
+def test_a_record_is_asked_as_a_conversation_where_it_is_one():
+    said = {"messages": [ROLE]}
+    plain, chat = asked(OWN, {"prompt": "b", "messages": None}), asked(OWN, {"prompt": "b"}, chat=True)
+    assert plain == "<|startoftext|>b" and chat == asked(OWN, said) and chat.startswith("<role>SYSTEM</role>detailed")
+    assert "<role>SYSTEM</role>S\ndetailed thinking on" in asked(OWN, said, system="S", thinking="on")
+    assert "<role>SYSTEM</role>\ndetailed" in asked(OWN, said, system="")
+    assert "# Tools" in asked(OWN, {**said, "tools": [{"name": "f"}]})
+
+
+@pytest.mark.parametrize("flags", [{"system": "S"}, {"thinking": "on"}, {"system": ""}])
+def test_what_is_for_conversations_is_refused_without_one(flags):
+    with pytest.raises(ValueError, match="--system and --thinking are for conversations: add --chat"):
+        asked(OWN, {"prompt": "b"}, **flags)

@@ -19,6 +19,7 @@ from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
 from ling_jax.parallel.mesh import make_mesh
 
 READERS = 4  # arrays read at a time
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 @under_own_switches
@@ -28,19 +29,21 @@ def load_pretrained(path: str | Path, *, dtype: Any = None, mesh: MeshConfig | N
     Args:
       path: a HF folder, a hub id (ORG/NAME or ORG/NAME@REVISION), a run folder, its `checkpoints/`, one step of it, or
         what convert.py made.
-      dtype: of weights and computation. None computes in float32 on CPU, bfloat16 elsewhere, and keeps the weights as
-        stored, but for FP8, whose codes are multiplied by their scales in float32 and kept in the dtype of computation.
+      dtype: of weights and computation, float32 or bfloat16. None computes in float32 on CPU, bfloat16 elsewhere, and
+        keeps the weights as stored, but for FP8, whose codes are multiplied by their scales in float32 and kept in the
+        dtype of computation.
       mesh: splits the weights over all devices by `parallel.rules`; every process reads only its devices' parts.
         None puts them whole on one device.
     Raises:
-      ValueError: naming what is missing, extra, truncated or wrongly shaped, or a dim that the mesh does not divide,
-        before weights are read.
+      ValueError: before weights are read, for another dtype, a dim that the mesh does not divide, or weights that miss
+        something, have something extra, or are truncated or wrongly shaped: each is named.
     """
+    dtype = _checked(dtype)
     return load_weights(open_weights(path), dtype=dtype, mesh=mesh)
 
 
 @under_own_switches
-def load_weights(weights: Weights, *, dtype: Any = None, mesh: MeshConfig | None = None) -> Ling:
+def load_weights(weights: Weights, *, dtype: jnp.dtype | None = None, mesh: MeshConfig | None = None) -> Ling:
     """`load_pretrained` of weights that are open already."""
     (mesh or ONE_DEVICE).check(weights.config)
     compute = _compute_dtype(dtype)
@@ -58,9 +61,22 @@ def load_weights(weights: Weights, *, dtype: Any = None, mesh: MeshConfig | None
     return nnx.merge(graph, arrays["params"], arrays.get("bias", {}))
 
 
-def _compute_dtype(dtype: Any) -> jnp.dtype:
+def _checked(dtype: Any) -> jnp.dtype | None:
+    """The dtype that is asked for; ValueError for one whose products no kernel has."""
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r} must be {' or '.join(map(str, DTYPES))}, or None for as it is stored")
+    return found
+
+
+def _compute_dtype(dtype: jnp.dtype | None) -> jnp.dtype:
     if dtype is not None:
-        return jnp.dtype(dtype)
+        return dtype
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 

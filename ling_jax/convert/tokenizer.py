@@ -1,11 +1,12 @@
 """The tokenizer and generation settings that lie beside a checkpoint."""
 
+import json
 from typing import Any
 
 from etils import epath
 
 from ling_jax.checkpoint import read_meta
-from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER
+from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, model_config_of
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.whole import read_json
@@ -48,6 +49,45 @@ def tokenizer_of(path: str) -> Tokenizer:
 
 
 def generation_config_of(path: str) -> dict[str, Any]:
-    """The generation_config.json beside a checkpoint; empty without one."""
+    """The generation_config.json beside a checkpoint without its nulls; empty without one.
+
+    Raises:
+      ValueError: naming the file and the field, if a setting that is read here has another type than HF gives it.
+    """
     file = _beside(path, GENERATION)
-    return {} if file is None else read_json(file)
+    saved = {} if file is None else {name: value for name, value in read_json(file).items() if value is not None}
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        _check(_is_number(saved.get(name, 1)), file, name, saved, "a number")
+    top_k = saved.get("top_k", 0)
+    _check(_is_number(top_k) and float(top_k).is_integer(), file, "top_k", saved, "a whole number")
+    _check(isinstance(saved.get("do_sample", True), bool), file, "do_sample", saved, "true or false")
+    _ids(saved.get("eos_token_id"), file)
+    return saved
+
+
+def ends_of(path: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end an answer, by all that lies beside a checkpoint together: generation_config.json, config.json,
+    the tokenizer's eos_token, its end of a document and of a turn."""
+    config = model_config_of(path)
+    ends = _ids(generation_config_of(path).get("eos_token_id"), GENERATION)
+    ends += _ids(json.loads(config.hf_json or "{}").get("eos_token_id", config.eos_token_id), "config.json")
+    own = (tokenizer.eod_id, tokenizer.eos_id, tokenizer.role_end_id)
+    ends += [end for end in own if end is not None]
+    return [end for end in dict.fromkeys(ends) if end < config.vocab_size]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _ids(value: Any, file: Any) -> list[int]:
+    """`eos_token_id`, which is an id, a list of them, or null."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    valid = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids)
+    _check(valid, file, "eos_token_id", {"eos_token_id": value}, "a token id, or a list of them")
+    return list(ids)
+
+
+def _check(condition: bool, file: Any, name: str, values: dict[str, Any], wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{file}: {name} = {values.get(name)!r} must be {wanted}")

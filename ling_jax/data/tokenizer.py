@@ -15,11 +15,14 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 
 from ling_jax.data import chat
 from ling_jax.files import hub
-from ling_jax.files.whole import checksum
+from ling_jax.files.whole import checksum, read_json
 
 BOS = "<|startoftext|>"
 EOD = "<|endoftext|>"  # ends a document; also the padding of HF's files
 ROLE_END = "<|role_end|>"
+CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+# What a chat template is given of tokenizer_config.json, where it is there (HF's list, and GLM's mask).
+TOKEN_FIELDS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask", "gmask"))
 # Ling's own, then the tags of its chat format. A trained tokenizer gives them the ids 0, 1, ... in this order.
 SPECIAL_TOKENS = (
     BOS, EOD, "[CLS]", "[gMASK]", ROLE_END, "<role>", "</role>", "<think>", "</think>",
@@ -50,25 +53,26 @@ class Tokenizer:
 
     Attributes:
       vocab_size: the largest id plus 1.
-      bos_id, role_end_id: None where the vocabulary lacks the token.
+      bos_id, eos_id, role_end_id: None where the vocabulary lacks the token.
       eod_id: the id that ends every document.
-      chat_template: jinja2 source; Ling's where tokenizer_config.json brings none.
+      chat_templates: jinja2 sources by name, "default" being the one without a name; Ling's where the files bring none.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any], name: str):
         """`config` is tokenizer_config.json's content; `name` is what errors call this tokenizer.
 
         Raises:
-          ValueError: if a token that documents need is missing.
+          ValueError: if a token that documents need is missing, or `config` names its chat templates in no known way.
         """
         self._core = core
         self._config = dict(config)
         self.name = name
         self.vocab_size = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_token = _token_text(config.get("bos_token")) or BOS
+        self.bos_token = _token(config, "bos_token", name) or BOS
         self.bos_id = core.token_to_id(self.bos_token)
+        self.eos_id = core.token_to_id(_token(config, "eos_token", name) or EOD)
         self.role_end_id = core.token_to_id(ROLE_END)
-        self.chat_template = config.get("chat_template") or chat.LING_CHAT_TEMPLATE
+        self.chat_templates = _named_templates(config.get("chat_template"), name)
         eod_id = core.token_to_id(EOD)
         if eod_id is None:
             raise ValueError(
@@ -113,16 +117,18 @@ class Tokenizer:
             )
         # For readers of the saved file (HF adds the BOS through it); `encode` here never uses it.
         core.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
+            single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
         )
         return cls(core, _trained_config(), "trained here")
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
-        """Reads a tokenizer.json, the folder that holds one, or a hub's, and the tokenizer_config.json beside it.
+        """Reads a tokenizer.json, or that of a folder or hub id, and what lies beside it: tokenizer_config.json,
+        special_tokens_map.json, chat_template.jinja and additional_chat_templates/*.jinja, which replace the templates
+        of tokenizer_config.json as in transformers.
 
         Raises:
-          ValueError: if there is no such file, it is not a tokenizer, or it lacks a needed token.
+          ValueError: if there is no such file, one of them cannot be read, or it lacks a needed token.
         """
         file = epath.Path(hub.folder_of(path, hub.TOKENIZER) or path).expanduser()
         if file.is_dir():
@@ -133,22 +139,46 @@ class Tokenizer:
             core = tokenizers.Tokenizer.from_str(file.read_text())
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from error
-        config_file = file.parent / "tokenizer_config.json"
-        try:
-            config = json.loads(config_file.read_text()) if config_file.exists() else {}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config_file} is not JSON: {error}") from error
+        config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", CONFIG_FILE):
+            if (file.parent / name).exists():
+                config |= read_json(file.parent / name)
+        if templates := _template_files(file.parent):
+            config["chat_template"] = templates
         return cls(core, config, str(file))
 
+    @property
+    def chat_template(self) -> str:
+        """The template of a conversation without tools; ValueError where the files bring named ones only."""
+        return self._template_for(None)
+
+    def _template_for(self, tools: Any) -> str:
+        """As transformers chooses: "tool_use" for a conversation with tools where there is one, else "default"."""
+        for name in ("tool_use", "default") if tools else ("default",):
+            if name in self.chat_templates:
+                return self.chat_templates[name]
+        names = ", ".join(sorted(self.chat_templates))
+        raise ValueError(
+            f"tokenizer {self.name} has no chat template without a name, only {names}: put one into "
+            f"{TEMPLATE_FILE} beside it"
+        )
+
     def save(self, folder: str) -> None:
-        """Writes tokenizer.json, tokenizer_config.json (chat template included) and special_tokens_map.json."""
+        """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json, and the chat template in both places
+        where readers look for it: transformers from 4.47 on in chat_template.jinja, others in tokenizer_config.json.
+        Several templates are a list there, which all of them read, and no file."""
         target = epath.Path(folder).expanduser()
         target.mkdir(parents=True, exist_ok=True)
-        config = self._config | {"chat_template": self.chat_template}
-        names = ("bos_token", "eos_token", "pad_token", "cls_token", "gmask_token")
-        special = {name: config[name] for name in names if config.get(name)}
-        _write_json(target / "tokenizer_config.json", config)
+        named = [{"name": name, "template": template} for name, template in self.chat_templates.items()]
+        alone = list(self.chat_templates) == ["default"]
+        config = self._config | {"chat_template": self.chat_template if alone else named}
+        special = {name: config[name] for name in TOKEN_FIELDS if config.get(name)}
+        _write_json(target / CONFIG_FILE, config)
         _write_json(target / "special_tokens_map.json", special)
+        if alone:
+            _write_text(target / TEMPLATE_FILE, self.chat_template)
+        else:
+            (target / TEMPLATE_FILE).unlink(missing_ok=True)  # of an earlier tokenizer: it would win over the list
         # Last and in one move: a folder with a tokenizer.json is complete.
         _write_text(target / "tokenizer.json", self.to_json())
 
@@ -164,23 +194,40 @@ class Tokenizer:
         return self.encode_batch([text], parse_special)[0]
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
-        """`encode` of every text, on all cores. Not for several threads at once (it sets a library switch)."""
+        """`encode` of every text, on all cores. Not for several threads at once (it sets a library switch).
+
+        Raises:
+          ValueError: for what is no text, or holds half of a surrogate pair, which has no UTF-8.
+        """
         self._core.encode_special_tokens = not parse_special
-        return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except (TypeError, UnicodeError):
+            for text in texts:
+                check_text(text)
+            raise
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        thinking: bool = False,
+        thinking: bool | None = None,
     ) -> list[int]:
-        """Ids of a conversation under this tokenizer's chat template, `prefix_ids` first."""
-        variables: dict[str, Any] = {"bos_token": self.bos_token, "enable_thinking": thinking}
-        variables["eos_token"] = _token_text(self._config.get("eos_token")) or EOD
-        text = chat.render(messages, tools, add_generation_prompt, self.chat_template, variables)
-        ids = self.encode(text, parse_special=True)
-        return ids if ids[:1] == [self.bos_id] else self.prefix_ids + ids
+        """Ids of a conversation: exactly what this tokenizer's chat template renders, nothing added. So does
+        transformers' `apply_chat_template`: a template that wants the start token writes it (Ling's does not).
+
+        Args:
+          thinking: whether the model is to reason before it answers; None leaves it to the template.
+          The rest as in `chat.render`.
+        Raises:
+          ValueError: as `chat.render` does, and where no template fits.
+        """
+        texts = {field: _token(self._config, field, self.name) for field in TOKEN_FIELDS}
+        variables: dict[str, Any] = {field: text for field, text in texts.items() if text is not None}
+        variables["enable_thinking"] = thinking
+        text = chat.render(messages, tools, add_generation_prompt, self._template_for(tools), variables)
+        return self.encode(text, parse_special=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
@@ -244,9 +291,56 @@ def _trained_config() -> dict[str, Any]:
     }
 
 
-def _token_text(value: Any) -> str | None:
-    """tokenizer_config.json spells a token as a string or as a dict."""
-    return value["content"] if isinstance(value, Mapping) else value
+def _token(config: Mapping[str, Any], field: str, name: str) -> str | None:
+    """The text of a special token, which tokenizer_config.json spells as a string or as an object."""
+    value = config.get(field)
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if text is not None and not isinstance(text, str):
+        raise ValueError(
+            f"tokenizer {name}: {field} = {value!r} in {CONFIG_FILE} must be a string, or an object with its content"
+        )
+    return text
+
+
+def _named_templates(value: Any, name: str) -> dict[str, str]:
+    """Chat templates by name, from what tokenizer_config.json calls `chat_template`; Ling's if it has none."""
+    if not value:
+        return {"default": chat.LING_CHAT_TEMPLATE}
+    named: Any = {"default": value} if isinstance(value, str) else value
+    if isinstance(named, list) and all(isinstance(entry, Mapping) for entry in named):
+        named = {entry.get("name"): entry.get("template") for entry in named}
+    if not isinstance(named, Mapping) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise ValueError(
+            f'tokenizer {name}: chat_template in {CONFIG_FILE} must be a string, or a list of {{"name", "template"}}'
+        )
+    return dict(named)
+
+
+def _template_files(folder: epath.Path) -> dict[str, str]:
+    """The chat templates that lie in files of their own, by name."""
+    files = {"default": folder / TEMPLATE_FILE}
+    if (more := folder / "additional_chat_templates").is_dir():
+        files |= {path.stem: path for path in sorted(more.glob("*.jinja"))}
+    templates = {}
+    for name, file in files.items():
+        if file.exists():
+            try:
+                templates[name] = file.read_text()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not UTF-8: {error}") from error
+    return templates
+
+
+def check_text(text: Any) -> None:
+    """Raises ValueError for what no tokenizer can encode: something else than a string, or half a surrogate pair."""
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is a {type(text).__name__}, and only text can be encoded")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds {text[error.start]!a} at character {error.start}: half of a surrogate pair is no character"
+        ) from None
 
 
 def _write_text(path: epath.Path, text: str) -> None:

@@ -7,34 +7,37 @@ far) takes over those keys and values; only the rest is run.
 import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from ling_jax.config import ONE_DEVICE, ModelConfig, layer_kinds
+from ling_jax.config import ONE_DEVICE, layer_kinds
+from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.generate.reply import Reply
+from ling_jax.generate.requests import (
+    Request,
+    check_drafts,
+    check_request,
+    checked_ends,
+    checked_prompts,
+    lengths_of,
+)
 from ling_jax.generate.rows import Place, Rows, decode, empty_rows, place, prefill
 from ling_jax.generate.sampling import Kinds, Sampling, empty_options, with_option
 from ling_jax.generate.serving import row_specs, serve
 from ling_jax.kernels.precision import under_own_switches
+from ling_jax.model.inputs import is_whole
 from ling_jax.model.model import Ling
 from ling_jax.parallel.mesh import make_mesh
 
 SHORTEST = 8  # tokens of a prompt run at once, at least: fewer are padded
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt and how to go on with it."""
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = Sampling()
-    seed: int = 0  # the same request gives the same answer, whatever runs beside it
-    stop_ids: Sequence[int] = ()  # tokens that end the answer, and are its last
+LONGEST = 2**31 - 1  # steps of a call that ends when all rows have
+WATCHED = 16  # steps between looks for stop strings
 
 
 @dataclass(kw_only=True)
@@ -99,29 +102,6 @@ def replay_ids(rows: Sequence[Sequence[np.ndarray]], length: int) -> np.ndarray:
     return ids_LBTK
 
 
-def check_request(config: ModelConfig, request: Request, slots: int, stops: int) -> None:
-    """Raises ValueError for what can't be run."""
-    tokens, vocab, limit = request.prompt, config.vocab_size, config.max_positions
-    if not len(tokens):
-        raise ValueError("an empty prompt: give at least one token (a tokenizer's start token will do)")
-    if request.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {request.max_new_tokens} must be at least 1")
-    named = {"the prompt": tokens, "logit_bias": list(request.sampling.logit_bias)}
-    for where, ids in named.items():
-        bad = [t for t in ids if not 0 <= t < vocab]
-        if bad:
-            raise ValueError(f"{where} holds token id {bad[0]}, outside the vocabulary of {vocab}: wrong tokenizer?")
-    whole = f"a prompt of {len(tokens)} tokens and max_new_tokens = {request.max_new_tokens} exceed"
-    if len(tokens) + request.max_new_tokens > limit:
-        raise ValueError(f"{whole} the model's {limit} positions; shorten either, or set rope_scaling in its config")
-    if len(tokens) + request.max_new_tokens > slots:
-        raise ValueError(f"{whole} the cache's {slots} slots a row; shorten either, or make the cache longer")
-    if len(request.stop_ids) > stops:
-        raise ValueError(f"{len(request.stop_ids)} stop_ids are more than the {stops} that a row has room for")
-    if not 0 <= request.seed < 2**32:
-        raise ValueError(f"seed = {request.seed} must be from 0 to {2**32 - 1}")
-
-
 def _bucket(count: int, least: int = 1) -> int:
     """The next power of two, so that few shapes are compiled."""
     return max(1 << (count - 1).bit_length(), least)
@@ -134,7 +114,7 @@ def _in_common(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if differ.size else size
 
 
-def _on_host(arrays: list[jax.Array | None]) -> list[np.ndarray]:
+def on_host(arrays: list[jax.Array | None]) -> list[np.ndarray]:
     """Whole arrays, on each of several processes, which run the same requests."""
     if jax.process_count() == 1:
         return jax.device_get(arrays)
@@ -171,8 +151,7 @@ class Engine:
         for name, value in {"rows": rows, "slots": slots, "chunk": chunk, "stops": stops}.items():
             if value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
-        if drafts < 0 or (drafts and model.mtp is None):
-            raise ValueError(f"drafts = {drafts} must be 0 for a model without an MTP layer, and never negative")
+        check_drafts(model.config, drafts)
         if routing and not any(kind.endswith("_moe") for kind in layer_kinds(model.config)):
             raise ValueError("routing = True needs a model with MoE layers, and this one has none")
         self.config, self.slots, self.chunk, self.stops = model.config, slots, chunk, stops
@@ -305,7 +284,7 @@ class Engine:
         """Brings new tokens to the host and frees the rows that have ended."""
         rows = self.rows
         names = ("tokens_BS", "logprobs_BS", "model_logprobs_BS", "known_B", "active_B", "routing_BSLK", "drafted_B")
-        fetched = _on_host([getattr(rows, name) for name in (*names, "accepted_B")])
+        fetched = on_host([getattr(rows, name) for name in (*names, "accepted_B")])
         tokens_BS, logprobs_BS, model_BS, known_B, active_B, routing_BSLK, drafted_B, accepted_B = fetched
         updates = []
         for row, running in enumerate(self.running):
@@ -333,66 +312,106 @@ class Engine:
 def stream(
     model: Ling,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling,
     *,
     seed: int = 0,
     eos_ids: Sequence[int] = (),
+    stop: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
     every: int = 1,
 ) -> Iterator[list[list[int]]]:
     """Yields the new ids of every row, `every` tokens at a time; arguments and errors as in `generate`."""
-    if not prompts:
-        raise ValueError("an empty prompt: give at least one token (a tokenizer's start token will do)")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed} must be from 0 to {2**32 - 1}")
-    ends = tuple(eos_ids)
-    requests = [
-        Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=(seed + i) % 2**32, stop_ids=ends)
-        for i, prompt in enumerate(prompts)
-    ]
-    slots, stops = _bucket(max(map(len, prompts)) + max(max_new_tokens, 1)), max(len(ends), 1)
-    for row, request in enumerate(requests):
+    rows, ends = checked_prompts(prompts), checked_ends("eos_ids", eos_ids)
+    news = lengths_of(max_new_tokens, len(rows))
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed!r} must be from 0 to {2**32 - 1}")
+    requests, stops = [], max(len(ends), 1)
+    for row, (prompt, new) in enumerate(zip(rows, news, strict=True)):
+        request = Request(prompt=prompt, max_new_tokens=new, sampling=sampling, stop_ids=ends)
         try:
-            check_request(model.config, request, slots, stops)
+            check_request(model.config, request, model.config.max_positions, stops)
         except ValueError as e:
             raise ValueError(f"prompt {row}: {e}") from None
+        requests.append(replace(request, seed=(seed + row) % 2**32))
+    slots = _bucket(int(max(len(request.prompt) + request.max_new_tokens for request in requests)))
     if every < 1:
         raise ValueError(f"every = {every} must be at least 1")
-    return _stream(model, requests, slots, stops, every)
+    replies = _replies(stop, tokenizer, len(rows))
+    return _stream(model, requests, replies, slots, stops, every)
 
 
-def _stream(model: Ling, requests: list[Request], slots: int, stops: int, every: int) -> Iterator[list[list[int]]]:
+def _replies(stop: Any, tokenizer: Tokenizer | None, rows: int) -> list[Reply | None]:
+    """What watches each row's text for stop strings, if there are any."""
+    texts: Any = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (None,)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"stop = {stop!r} must be a list of texts")
+    if texts and tokenizer is None:
+        raise ValueError("stop needs tokenizer, to know the text of ids: give that of the model (load_tokenizer)")
+    return [Reply(tokenizer, texts) if texts and tokenizer is not None else None for _ in range(rows)]
+
+
+def _stream(
+    model: Ling, requests: list[Request], replies: list[Reply | None], slots: int, stops: int, every: int
+) -> Iterator[list[list[int]]]:
     engine = Engine(model, rows=len(requests), slots=slots, stops=stops)
     tickets = [engine.submit(request) for request in requests]
+    watching = dict(zip(tickets, replies, strict=True))
     while engine.busy:
-        new = {update.ticket: update.new_ids for update in engine.step(every)}
+        new = {update.ticket: _until_stop(engine, update, watching[update.ticket]) for update in engine.step(every)}
         yield [new.get(ticket, []) for ticket in tickets]
+
+
+def _until_stop(engine: Engine, update: Update, reply: Reply | None) -> list[int]:
+    """An update's new ids; where a stop string comes in their text, those up to its last, and the request ends."""
+    for count, token in enumerate(update.new_ids if reply is not None else [], start=1):
+        assert reply is not None
+        reply.push([token])
+        if reply.stopped:
+            if update.answer.end is None:
+                engine.withdraw(update.ticket)
+            return update.new_ids[:count]
+    return update.new_ids
 
 
 @under_own_switches
 def generate(
     model: Ling,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
     eos_ids: Sequence[int] = (),
+    stop: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> list[list[int]]:
     """Continues each prompt.
 
     Args:
-      prompts: token ids, of any lengths.
+      prompts: token ids, of any lengths: lists or 1-D arrays, or one array [B, T].
+      max_new_tokens: most ids to add, for all prompts or one number for each.
       temperature: 0 is greedy.  top_p, top_k: the part of the distribution to draw from.
       seed: same seed, same answers; prompt i is drawn with seed + i.
       eos_ids: ids that end a row; the end token is returned as its last.
+      stop: texts that end a row, whose ids are returned as its last; they need `tokenizer`.
     Returns:
       The new ids of each prompt, the prompt excluded.
     Raises:
-      ValueError: for ids outside the vocabulary, or more tokens than the model has positions.
+      ValueError: for ids outside the vocabulary, or more tokens than the model has positions; before compiling.
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-    chunks = stream(model, prompts, max_new_tokens, sampling, seed=seed, eos_ids=eos_ids, every=max_new_tokens)
+    chunks = stream(
+        model,
+        prompts,
+        max_new_tokens,
+        sampling,
+        seed=seed,
+        eos_ids=eos_ids,
+        stop=stop,
+        tokenizer=tokenizer,
+        every=WATCHED if stop else LONGEST,
+    )
     return [list(sum(rows, [])) for rows in zip(*chunks, strict=True)]

@@ -6,6 +6,7 @@ Legend: B rows, V vocabulary, S slots, E end tokens.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,12 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to a token's logit
 
     def __post_init__(self):
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"):
+            value, kind = getattr(self, name), Integral if name == "top_k" else Real
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"{name} = {value!r} must be a {'whole ' if kind is Integral else ''}number")
+        if not isinstance(self.logit_bias, Mapping) or not all(isinstance(b, Real) for b in self.logit_bias.values()):
+            raise ValueError(f"logit_bias = {self.logit_bias!r} must be numbers by token id, such as {{5: -1.0}}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature = {self.temperature} must be a number from 0 on; 0 is greedy")
         if not 0 < self.top_p <= 1:

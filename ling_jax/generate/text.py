@@ -8,46 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.data.chat import checked_messages
+from ling_jax.data.tokenizer import Tokenizer, check_text
 from ling_jax.generate.engine import Answer, Engine, Request
-
-
-class Reply:
-    """An answer's text as its ids come. Nothing is shown that may turn out to begin a stop string, nor half a
-    character."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()):
-        self.tokenizer, self.stop, self.stop_ids = tokenizer, [s for s in stop if s], set(stop_ids)
-        self.ids: list[int] = []
-        self.stream = tokenizer.stream()
-        self.text, self.shown, self.stopped = "", 0, False
-
-    def push(self, ids: Sequence[int]) -> str:
-        """What these ids let be shown; `stopped` is set once a stop string has come, which is cut off."""
-        for token in ids:
-            if self.stopped or token in self.stop_ids:
-                break
-            self.ids.append(token)
-            self.text += self.stream.push(token)
-            found = [at for s in self.stop if (at := self.text.find(s, max(self.shown - len(s), 0))) >= 0]
-            if found:
-                self.text, self.stopped = self.text[: min(found)], True
-        return self._show(len(self.text) if self.stopped else len(self.text) - self._held())
-
-    def finish(self) -> str:
-        """What is left once no more ids come; bytes that are no character become U+FFFD."""
-        if not self.stopped:
-            self.text += self.tokenizer.decode(self.ids)[len(self.text) :]
-        return self._show(len(self.text))
-
-    def _held(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        sizes = (n for s in self.stop for n in range(min(len(s) - 1, len(self.text)), 0, -1) if s[:n] == self.text[-n:])
-        return max(sizes, default=0)
-
-    def _show(self, end: int) -> str:
-        start, self.shown = self.shown, max(end, self.shown)
-        return self.text[start : self.shown]
+from ling_jax.generate.reply import Reply
 
 
 @dataclass
@@ -129,29 +93,62 @@ class Asker:
                 yield i, sample, reply.text, update.answer
 
 
-def read_prompts(file: str) -> list[dict[str, Any]]:
-    """Lines of a JSONL file, each an object with a "prompt" (text) or "messages" (a conversation).
+SHOWN = 5  # wrong lines of a file that are told in full; of the others the numbers
 
+
+def read_prompts(file: str, check: Callable[[dict[str, Any]], None] = lambda record: None) -> list[dict[str, Any]]:
+    """Lines of a JSONL file, each an object with a "prompt" (text) or "messages" (a conversation, which may bring
+    "tools").
+
+    Args:
+      check: raises ValueError for a record that cannot be used.
     Raises:
-      ValueError: names the line that is not one.
+      ValueError: names every line that is none, with what is wrong with it.
     """
-    records = []
-    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+    records, wrong = [], {}
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.encode("utf-8", "surrogateescape").decode("utf-8"))
+                records.append(_record(line))
+                check(records[-1])
             except ValueError as error:
-                raise ValueError(f"{file} line {number} is not JSON in UTF-8: {error}") from None
-            if not isinstance(record, dict) or not (
-                isinstance(record.get("prompt"), str) or isinstance(record.get("messages"), list)
-            ):
-                raise ValueError(f'{file} line {number} must be an object with a text "prompt" or a list "messages"')
-            records.append(record)
+                wrong[number] = f"line {number}{error}" if isinstance(error, _NoRecord) else f"line {number}: {error}"
+    if wrong:
+        others = ", ".join(map(str, list(wrong)[SHOWN:]))
+        more = f"; and {len(wrong) - SHOWN} more, in lines {others}" if others else ""
+        raise ValueError(f"{file} {'; '.join(list(wrong.values())[:SHOWN])}{more}")
     if not records:
         raise ValueError(f"{file} holds no prompts")
     return records
+
+
+class _NoRecord(ValueError):
+    """What follows the number of a line that holds none."""
+
+
+def _record(line: str) -> dict[str, Any]:
+    """The object in a line of a file of prompts; ValueError if it is none that can be asked and written out again."""
+    try:
+        record = json.loads(line.encode("utf-8", "surrogateescape").decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _NoRecord(f" is not JSON in UTF-8: {error}") from None
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or (messages is None and not isinstance(record.get("prompt"), str)):
+        raise _NoRecord(' must be an object with a text "prompt" or a list "messages"')
+    for name, value in record.items():
+        try:
+            check_text(name)
+            check_text(value if isinstance(value, str) else json.dumps([name, value], ensure_ascii=False))
+        except ValueError as error:
+            raise ValueError(f"{name!a}: {error}") from None
+    if messages is not None and not checked_messages(messages):
+        raise ValueError("messages is empty; give at least one")
+    tools = record.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools is {tools!r}; it must be a list of objects")
+    return record
 
 
 def converse(
@@ -163,7 +160,7 @@ def converse(
     after: Callable[[Stats], None],
 ) -> None:
     """A conversation until `read` raises EOFError. SIGINT ends the answer that is being given, not the program."""
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [] if system is None else [{"role": "system", "content": system}]
     interrupted: list[bool] = []
     while True:
         try:

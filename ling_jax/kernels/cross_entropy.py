@@ -59,7 +59,21 @@ def _local_targets(targets_N, w_VD, vocab_axis):
     return targets_N if vocab_axis is None else targets_N - jax.lax.axis_index(vocab_axis) * w_VD.shape[0]
 
 
+def target_scores(
+    x_ND: jax.Array, w_VD: jax.Array, whole_rows: Callable[[jax.Array], jax.Array], targets_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(float32 [N], bool [N]): `target_logprobs`, and whether no token is likelier than the target."""
+    picked_N, lse_N, top_N = _sweep(x_ND, w_VD, whole_rows, targets_N, None)
+    return picked_N - lse_N, picked_N >= top_N
+
+
 def _forward(x_ND, w_VD, whole_rows, targets_N, vocab_axis):
+    picked_N, lse_N, _ = _sweep(x_ND, w_VD, whole_rows, targets_N, vocab_axis)
+    return picked_N - lse_N, lse_N
+
+
+def _sweep(x_ND, w_VD, whole_rows, targets_N, vocab_axis):
+    """float32 [N] each: the targets' logits, the logsumexps, the largest logits."""
     targets_N = _local_targets(targets_N, w_VD, vocab_axis)
 
     def step(carry, w_cD, start):
@@ -79,7 +93,7 @@ def _forward(x_ND, w_VD, whole_rows, targets_N, vocab_axis):
         parts = total_N * jnp.exp(top_N - whole_top_N), picked_N
         top_N, (total_N, picked_N) = whole_top_N, jax.lax.psum(parts, vocab_axis)
     lse_N = top_N + jnp.log(total_N)
-    return picked_N - lse_N, lse_N
+    return picked_N, lse_N, top_N
 
 
 def _fwd(x_ND, w_VD, whole_rows, targets_N, vocab_axis):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
@@ -27,6 +26,7 @@ from ling_jax.kernels.precision import dot, under_own_switches
 from ling_jax.kernels.swiglu import after_all
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
+from ling_jax.model.inputs import check_names, checked_batch
 from ling_jax.model.linear import Init, Linear
 from ling_jax.model.mtp import MTP, next_tokens
 from ling_jax.model.norm import RMSNorm
@@ -171,12 +171,19 @@ class Ling(nnx.Module):
         *,
         capture: Sequence[str] = (),
         routing_ids: jax.Array | None = None,
+        mtp: bool = True,
     ) -> Output:
-        """Logits of every token, compiled once per shape; arguments as in `hidden`."""
+        """Logits of every token, compiled once per shape; arguments as in `hidden`, lists taken too.
+
+        Raises:
+          ValueError: for tokens that are no [B, T] of ids of the vocabulary, or more than the model has positions.
+        """
+        inputs = checked_batch(self.config, tokens_BT, positions_BT, segment_ids_BT)
         if routing_ids is not None:  # once it is traced, its values cannot be checked
-            routing_ids = replayed(routing_ids, self.config, np.shape(tokens_BT), self.mtp is not None)
+            with_mtp = mtp and self.mtp is not None
+            routing_ids = replayed(routing_ids, self.config, inputs[0].shape, with_mtp)
         graph, params, bias = split_model(self)
-        return _apply(graph, tuple(capture), params, bias, tokens_BT, positions_BT, segment_ids_BT, routing_ids)
+        return _apply(graph, check_names("capture", capture), mtp, params, bias, *inputs, routing_ids)
 
     @under_own_switches
     def hidden(
@@ -188,6 +195,7 @@ class Ling(nnx.Module):
         capture: Sequence[str] = (),
         routing_ids: jax.Array | None = None,
         cache: Any = None,
+        mtp: bool = True,
     ) -> Hidden:
         """The network without its head: what losses, log-probabilities and decoding use.
 
@@ -200,13 +208,14 @@ class Ling(nnx.Module):
           routing_ids: a routing to replay, [MoE layers, B, T, K], as `model.router.replayed` takes it: that of another
             call (`Hidden.routing.ids`), or what `generate.engine.replay_ids` makes of an engine's answers.
           cache: a `generate.cache.Cache`, which knows the positions; the MTP layer does not run with one.
+          mtp: False leaves the MTP layer out, and what it costs: a layer, and in a call a second head.
         """
+        with_mtp = mtp and self.mtp is not None and cache is None
         unknown = sorted(set(capture) - set(CAPTURES))
         if unknown:
             raise ValueError(f"cannot capture {', '.join(unknown)}; choose from {', '.join(CAPTURES)}")
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if routing_ids is not None:
-            with_mtp = self.mtp is not None and cache is None
             routing_ids = replayed(routing_ids, self.config, tokens_BT.shape, with_mtp)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
@@ -223,7 +232,7 @@ class Ling(nnx.Module):
         x_BTD, per_layer, cache = self._run_layers(x_BTD, context, routing_ids, cache, capture)
         final_BTD = self.norm(x_BTD)
         mtp_out = None
-        if self.mtp is not None and cache is None:
+        if with_mtp:
             with jax.named_scope("mtp"):
                 mtp_out = self._run_mtp(tokens_BT, segment_ids_BT, final_BTD, context, routing_ids)
             per_layer.append(mtp_out._replace(captured=_without(mtp_out.captured, "hidden_states")))
@@ -388,12 +397,12 @@ def _rows(tree: Any, first: int, repeats: int, count: int) -> list[Any]:
     return [jax.tree.map(lambda a, i=i: a[first + i : last : count], tree) for i in range(count)]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _apply(graph, capture, params, bias, tokens_BT, positions_BT, segment_ids_BT, routing_ids) -> Output:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _apply(graph, capture, mtp, params, bias, tokens_BT, positions_BT, segment_ids_BT, routing_ids) -> Output:
     model: Ling = nnx.merge(graph, params, bias)
-    out = model.hidden(tokens_BT, positions_BT, segment_ids_BT, capture=capture, routing_ids=routing_ids)
-    mtp = None if out.mtp_hidden_BTD is None else model.logits(out.mtp_hidden_BTD)
-    return Output(model.logits(out.hidden_BTD), mtp, out.routing, out.captured)
+    out = model.hidden(tokens_BT, positions_BT, segment_ids_BT, capture=capture, routing_ids=routing_ids, mtp=mtp)
+    mtp_logits_BTV = None if out.mtp_hidden_BTD is None else model.logits(out.mtp_hidden_BTD)
+    return Output(model.logits(out.hidden_BTD), mtp_logits_BTV, out.routing, out.captured)
 
 
 def split_model(model: Ling) -> tuple[nnx.GraphDef, dict, dict]:

@@ -81,27 +81,29 @@ def replayed(ids_LBTK: jax.Array | np.ndarray, config: ModelConfig, shape: tuple
     Args:
       ids_LBTK: integers of the trunk's MoE layers, and the MTP layer's last or left out; of T tokens, or all but each
         row's last; of each token K different experts, or K times -1. Values that are traced are not looked at.
-      shape: [B, T] of the tokens.  mtp: whether the MTP layer runs.
+      shape: [B, T] of the tokens.  mtp: whether the MTP layer runs; those of one that does not are dropped.
     Raises:
       ValueError: for another shape or dtype, an expert that is none, or one that a token has twice.
     """
     ids_LBTK = ids_LBTK if isinstance(ids_LBTK, jax.Array) else np.asarray(ids_LBTK)
     layers = sum(kind.endswith("_moe") for kind in layer_kinds(config))
     (rows, tokens), choices = shape, config.num_experts_per_tok
-    allowed = [(n, rows, t, choices) for n in (layers, layers + 1)[: 1 + mtp] for t in (tokens, tokens - 1)]
+    known = layers + config.num_nextn_predict_layers
+    allowed = [(n, rows, t, choices) for n in {layers, known} for t in (tokens, tokens - 1)]
     if ids_LBTK.shape not in allowed:
-        more = " (the last may be left out: the MTP layer's)" if mtp else ""
+        more = " (the last may be left out: the MTP layer's)" if known > layers else ""
         raise ValueError(
             f"routing_ids has the shape {list(ids_LBTK.shape)}, not [layers, rows, tokens, experts per token]: this "
-            f"model routes in {layers + mtp} layers{more}, {choices} experts per token, and was given {rows} rows of "
+            f"model routes in {known} layers{more}, {choices} experts per token, and was given {rows} rows of "
             f"{tokens} tokens (of which each row's last may be left out)"
         )
     if not jnp.issubdtype(ids_LBTK.dtype, jnp.integer):
         raise ValueError(f"routing_ids is {ids_LBTK.dtype}: experts are integers")
     if not isinstance(ids_LBTK, Tracer) and getattr(ids_LBTK, "is_fully_addressable", True):
         _check_choices(np.asarray(jax.device_get(ids_LBTK)), config.num_experts)
+    ids_LBTK = jnp.asarray(ids_LBTK, jnp.int32)[: layers + mtp]
     missing = [(0, layers + mtp - ids_LBTK.shape[0]), (0, 0), (0, tokens - ids_LBTK.shape[2]), (0, 0)]
-    return jnp.pad(jnp.asarray(ids_LBTK, jnp.int32), missing, constant_values=-1)
+    return jnp.pad(ids_LBTK, missing, constant_values=-1)
 
 
 def _check_choices(ids_LBTK: np.ndarray, experts: int) -> None:

@@ -3,15 +3,19 @@
 Legend: B rows, T tokens, D hidden, L MoE layers, E experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.cross_entropy import target_logprobs
 from ling_jax.kernels.precision import under_own_switches
-from ling_jax.model.model import Ling
+from ling_jax.model.inputs import checked_batch, known
+from ling_jax.model.model import Ling, split_model
+from ling_jax.model.router import replayed
 from ling_jax.parallel.context import shift_left
 from ling_jax.parallel.mesh import axis_size
 
@@ -104,13 +108,50 @@ def token_logprobs(
 ) -> jax.Array:
     """float32 [B, T-1]: log-probability of each token after the first given those before it.
 
-    Chunked over the vocabulary, differentiable; arguments as in `Ling.hidden`. Where the next token is of
-    another document, or padding, the value is 0.
+    Chunked over the vocabulary, differentiable; compiled once for each number of rows and each of few lengths, to which
+    shorter rows are padded; the MTP layer does not run. Arguments as in `Ling.hidden`, lists taken too. Where the next
+    token is of another document, or padding, the value is 0.
+
+    Raises:
+      ValueError: for tokens that are no [B, T] of ids of the vocabulary, or more than the model has positions.
     """
+    inputs = checked_batch(model.config, tokens_BT, positions_BT, segment_ids_BT)
+    graph, params, bias = split_model(model)
+    if jax.sharding.get_abstract_mesh().manual_axes:  # of a program over a mesh, where rows may be in pieces
+        return row_logprobs(graph, params, bias, *inputs, routing_ids)
+    tokens, positions, segments = inputs
+    length = tokens.shape[1]
+    segments = np.ones(tokens.shape, np.int32) if segments is None else segments
+    padded = [None if x is None else _pad(x, bucket(length), 1) for x in (tokens, positions, segments)]
+    ids = None if routing_ids is None else replayed(routing_ids, model.config, tokens.shape, mtp=False)
+    ids = None if ids is None else _pad(ids, bucket(length), 2, -1)
+    return _compiled_logprobs(graph, params, bias, *padded, ids)[:, : length - 1]
+
+
+def _pad(array: Any, length: int, axis: int, value: int = 0) -> Any:
+    """An array of which one dim is `length`, by padding at its end; on the host where its values are known."""
+    widths = [(0, length - size if dim == axis else 0) for dim, size in enumerate(array.shape)]
+    pad, array = (np.pad, jax.device_get(array)) if known(array) else (jnp.pad, array)
+    return pad(array, widths, constant_values=value)
+
+
+def bucket(length: int) -> int:
+    """The next number of 16, 24, 32, 48, 64, 96, ...: lengths that are padded to these are few, and half longer at
+    most."""
+    whole = max(1 << (length - 1).bit_length(), 16)
+    return whole * 3 // 4 if length <= whole * 3 // 4 and whole > 16 else whole
+
+
+def row_logprobs(graph, params, bias, tokens_BT, positions_BT, segment_ids_BT, routing_ids) -> jax.Array:
+    """`token_logprobs` of a model that has been split, for a program to be compiled of."""
+    model: Ling = nnx.merge(graph, params, bias)
     tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
-    out = model.hidden(tokens_BT, positions_BT, segment_ids_BT, routing_ids=routing_ids)
+    out = model.hidden(tokens_BT, positions_BT, segment_ids_BT, routing_ids=routing_ids, mtp=False)
     logprobs = _logprobs(model, out.hidden_BTD[:, :-1], tokens_BT[:, 1:])
     same = (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]) & (segment_ids_BT[:, 1:] > 0)
     return jnp.where(same, logprobs, 0)
+
+
+_compiled_logprobs = jax.jit(row_logprobs, static_argnums=0)
