@@ -143,6 +143,7 @@ def test_a_copy_another_cache_new_times_a_weight_alone_and_another_batch_are_the
 
 
 def test_another_bound_of_the_held_out_side_goes_on_with_one_line(config, tmp_path, caplog):
+    config = replace(config, holdout_fraction=0.4)
     earlier = begun(config, tmp_path)
     assert go_on(replace(config, holdout_max_bytes=50), tmp_path, earlier) == 40
     said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]

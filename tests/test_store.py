@@ -121,7 +121,7 @@ except ValueError as error:
     print("ERROR", error, os.listdir("{disk}"))
 """
     prefix = mount_prefix(disk, "size=1m")
-    for room in (0, 4096, 16384, 24576):
+    for room in (0, 16384):
         command = [*prefix, sys.executable, "-c", script, str(corpus), str(disk), "0", str(room)]
         env = {**os.environ, "PYTHONPATH": str(REPO)}
         done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
