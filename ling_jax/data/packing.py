@@ -158,8 +158,8 @@ def pieces_of(blocks: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tupl
     """(text, whether it ends a document): the documents, long ones in pieces whose ids, one after the other, are those
     of the whole.
 
-    A text is cut after a line end or before a space where the tokenizer gives the text around the cut the same ids
-    whole and in two; one that it never does so for stays whole.
+    A text is cut after a line end or before a space where the tokenizer cuts the text around it too
+    (`Tokenizer.cuts_between`); one where it never does stays whole.
     """
     text, at = "", 0
     for block in blocks:
@@ -178,7 +178,6 @@ def _cut(text: str, begin: int, tokenizer: Tokenizer) -> int:
         for found in itertools.islice(pattern.finditer(text, begin, begin + PIECE_CHARACTERS), CUTS_TRIED):
             cut = found.start()
             left, right = text[max(0, cut - CUT_CONTEXT) : cut], text[cut : cut + CUT_CONTEXT]
-            whole, one, two = tokenizer.encode_batch([left + right, left, right])
-            if whole == one + two:
+            if tokenizer.cuts_between(left, right):
                 return cut
     return 0

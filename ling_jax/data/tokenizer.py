@@ -167,6 +167,18 @@ class Tokenizer:
         self._core.encode_special_tokens = not parse_special
         return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def cuts_between(self, left: str, right: str) -> bool:
+        """Whether no token of both texts together reaches from one into the other: the pre-tokenizer cuts there, and the
+        ids are those of each."""
+        split = self._core.pre_tokenizer
+        if split is None:
+            return False
+        pieces, one, two = ([piece for piece, _ in split.pre_tokenize_str(t)] for t in (left + right, left, right))
+        if pieces != one + two:
+            return False
+        ids, one, two = self.encode_batch([left + right, left, right])
+        return ids == one + two
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
