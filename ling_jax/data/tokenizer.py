@@ -168,7 +168,7 @@ class Tokenizer:
         return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def cuts_between(self, left: str, right: str) -> bool:
-        """Whether no token of both texts together reaches from one into the other: the pre-tokenizer cuts there, and the
+        """Whether no token of two texts in a row reaches from one into the other: the pre-tokenizer cuts there, and the
         ids are those of each."""
         split = self._core.pre_tokenizer
         if split is None:
