@@ -25,8 +25,7 @@ from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
 from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of, open_weights
 from ling_jax.data.baselines import baselines
-from ling_jax.data.pipeline import Data, open_data, train_batches
-from ling_jax.data.sources import read_corpus
+from ling_jax.data.pipeline import Data, Earlier, open_data, train_batches
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.one_writer import OneWriter
@@ -53,19 +52,25 @@ TEMPERATURE, TOP_P = 0.7, 0.8  # what the releases recommend (spec 9)
 class RunSaver:
     """Saves whole training states: weights, biases, moments and counters as arrays, the rest as JSON.
 
-    The data's state is the step; every random draw follows from `train.seed` and `data.seed`, both in the
-    config.
+    The data's state is how many rows have been read; every random draw follows from `train.seed` and `data.seed`, both
+    in the config.
     """
 
     checkpointer: Checkpointer
     config: RunConfig
     tokenizer: str = ""  # its fingerprint
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `Data.facts`
+    start: tuple[int, int] = (0, 0)  # step and row at which this session begins
+
+    def rows_read(self, step: int) -> int:
+        first, row = self.start
+        return row + (step - first) * self.config.data.global_batch_size
 
     def save(self, state: TrainState, fallen: Sequence[str] = ()) -> None:
         step = int(state.step)
         meta = {
             "config": dataclasses.asdict(self.config),
-            "data": {"next_step": step},
+            "data": {"next_step": step, "next_row": self.rows_read(step), "text": self.text},
             "fp8_fallen": list(fallen),
             "tokenizer": self.tokenizer,
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
@@ -243,7 +248,8 @@ def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], or
     wanted = config.data
     if origin is not None:
         wanted = dataclasses.replace(wanted, tokenizer=origin_tokenizer(origin, wanted.tokenizer))
-    data = open_data(wanted, config.model.vocab_size, folder, trained_with)
+    earlier = Earlier(RunConfig.from_json(json.dumps(meta["config"])).data, meta["data"]) if meta else None
+    data = open_data(wanted, config.model.vocab_size, folder, trained_with, earlier)
     _check_special_ids(data.tokenizer, config.model)
     if jax.process_index() == 0:
         if origin is not None:
@@ -316,18 +322,16 @@ def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: s
     return prompt + tokenizer.decode(new)
 
 
-def _report(trainer: Trainer, step: int, data: Data, run_dir: epath.Path, seconds: float, sample: str | None) -> None:
+def _report(saver: RunSaver, step: int, data: Data, run_dir: epath.Path, seconds: float, sample: str | None) -> None:
     """Writes report.html and logs its headline figures."""
-    config = trainer.config
-    corpus = read_corpus(config.data)
-    sides = ([d.text for docs in side.values() for d in docs] for side in (corpus.train, corpus.heldout))
-    others = baselines(*sides)
+    config = saver.config
+    others = baselines(data.training_sample(), [d.text for documents in data.heldout.values() for d in documents])
     records = read_metrics(run_dir)
     scores = next((r for r in reversed(records) if "eval/bits_per_byte" in r), {})
     counts = count_params(config.model)
     summary = {
         "steps": f"{step} of {config.train.steps}",
-        "tokens seen": f"{step * config.data.global_batch_size * config.data.sequence_length:,}",
+        "tokens seen": f"{saver.rows_read(step) * config.data.sequence_length:,}",
         "parameters": f"{counts.total:,} in all, {counts.active:,} active per token",
         "wall time of this session": f"{seconds:.0f} s",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, {jax.device_count()} {jax.devices()[0].platform}",
@@ -373,6 +377,7 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
         trainer = trainer.without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, origin)
         step = int(state.step)
+        saver.text, saver.start = data.facts, (step, data.start_row)
         _log_start(config, step)
         batches, held_out = _texts(trainer, data, step)
         with MetricsWriter(run_dir, step or None) if lead else contextlib.nullcontext() as writer:
@@ -387,7 +392,7 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
             return 0  # whoever sent the signal does not wait long
     sample = _sample(trainer, state, data.tokenizer)
     if lead:
-        _report(trainer, int(state.step), data, run_dir, time.perf_counter() - started, sample)
+        _report(saver, int(state.step), data, run_dir, time.perf_counter() - started, sample)
     barrier("the report is written")
     return 0
 
@@ -400,7 +405,7 @@ def _texts(trainer: Trainer, data: Data, step: int) -> tuple[Iterator[dict[str, 
         for source, documents in data.heldout.items()
     }
     here = rows_here(trainer.mesh, config.global_batch_size).tolist()
-    return train_batches(data.rows, config, step, here), held_out
+    return train_batches(data.rows, config, step, here, data.start_row), held_out
 
 
 def _log_start(config: RunConfig, step: int) -> None:

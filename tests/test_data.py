@@ -1,27 +1,31 @@
-"""Sources, split, packing, batches and scoring windows."""
+"""Packing, batches, scoring windows, and what a run goes on with."""
 
 import ast
+import functools
+import hashlib
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 import ling_jax.data
 from ling_jax.config import DataConfig, DataSource, MeshConfig
-from ling_jax.data import sources
+from ling_jax.data import packing, store
 from ling_jax.data.baselines import baselines
-from ling_jax.data.packing import IGNORE, Rows, Stream, build_stream
+from ling_jax.data.packing import IGNORE, Rows, Stream, build_stream, pieces_of
 from ling_jax.data.pipeline import open_data, scoring_windows, train_batches
-from ling_jax.data.sources import Document, read_corpus
-from ling_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from ling_jax.data.reading import Document
+from ling_jax.data.sources import Training, read_corpus
+from ling_jax.data.tokenizer import PRE_TOKENIZER_PATTERN, SPECIAL_TOKENS, Tokenizer
 from ling_jax.parallel.mesh import make_mesh, place_batch, rows_here
 
 VOCAB = 256 + len(SPECIAL_TOKENS)  # bytes only
@@ -38,169 +42,9 @@ def write_texts(folder: Path, count: int, size: int = 300) -> Path:
     return folder
 
 
-def texts(documents) -> list[str]:
-    return [document.text for document in documents]
-
-
 def make_stream(lengths: list[int]) -> Stream:
     """Documents whose tokens are all different: token t of the stream is t + 1."""
     return Stream(np.arange(1, sum(lengths) + 1, dtype=np.uint32), np.cumsum([0, *lengths[:-1]], dtype=np.int64))
-
-
-# --- sources and split
-
-
-def test_the_standard_library_is_a_corpus_without_leaks():
-    config = config_of("python-stdlib")
-    corpus = read_corpus(config)
-    train, heldout = corpus.train["python-stdlib"], corpus.heldout["python-stdlib"]
-    assert {d.origin for d in train}.isdisjoint(d.origin for d in heldout)
-    assert {d.text.strip() for d in train}.isdisjoint(d.text.strip() for d in heldout)
-    assert {d.kind for d in train} == {d.kind for d in heldout} == {"code", "docs"}
-    assert {d.licence for d in train} == {"PSF-2.0"}
-    assert sources.size(train) > 5e6 and 2e4 < sources.size(heldout) <= config.holdout_max_bytes
-    assert not any("/test/" in f"/{d.origin}" or "pydoc_data/topics.py" == d.origin and d.kind == "code" for d in train)
-
-
-def test_the_split_depends_on_the_path_alone(tmp_path):
-    folder = write_texts(tmp_path / "a", 200)
-    first = read_corpus(config_of(folder, holdout_fraction=0.2))
-    second = read_corpus(config_of(folder, holdout_fraction=0.2, seed=7))
-    assert first == second
-    held = {d.origin for d in first.heldout["a"]}
-    assert 20 <= len(held) <= 60
-    (folder / "new.txt").write_text("one more file moves no other")
-    third = read_corpus(config_of(folder, holdout_fraction=0.2))
-    assert {d.origin for d in third.heldout["a"]} - {"new.txt"} == held
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_small_folder_has_documents_on_both_sides(tmp_path, count):
-    for fraction in (1e-6, 1 - 1e-6):
-        folder = tmp_path / "a"
-        corpus = read_corpus(
-            config_of(folder if folder.exists() else write_texts(folder, count), holdout_fraction=fraction)
-        )
-        assert corpus.train["a"] and corpus.heldout["a"]
-
-
-def test_of_a_single_text_the_end_is_held_out(tmp_path):
-    text = "".join(f"line {i} of one long text\n" for i in range(40_000))
-    (tmp_path / "one.txt").write_text(text)
-    corpus = read_corpus(config_of(tmp_path / "one.txt", holdout_fraction=0.1))
-    train, heldout = texts(corpus.train["one"]), texts(corpus.heldout["one"])
-    assert "".join(train) + "".join(heldout) == text
-    assert 0.09 < sum(map(len, heldout)) / len(text) < 0.11
-    assert len(train) > 1 and max(map(len, train)) <= sources.MAX_DOCUMENT
-
-
-def test_equal_documents_stay_once_and_the_held_out_one_wins(tmp_path):
-    a, b = write_texts(tmp_path / "a", 30), tmp_path / "b"
-    b.mkdir()
-    for file in a.iterdir():
-        (b / f"copy-{file.name}").write_text("\n" + file.read_text() + "  \n")
-    (b / "own-1.txt").write_text("only here")
-    (b / "own-2.txt").write_text("only here, too")
-    (b / "own-3.txt").write_text("and this")
-    corpus = read_corpus(config_of(a, b, holdout_fraction=0.3))
-    everything = [d.text.strip() for side in (corpus.train, corpus.heldout) for ds in side.values() for d in ds]
-    assert len(everything) == len(set(everything)) == 33
-
-
-def test_docstrings_go_with_a_dropped_copy_of_their_file(tmp_path):
-    def documents(origin, docs):
-        return [Document("code", "s", "l", "code", origin), Document(docs, "s", "l", "docs", origin)]
-
-    heldout, train = sources._drop_duplicates(
-        {"s": documents("a.py", "docs")}, {"s": [*documents("b.py", "docs, otherwise cut"), *documents("c.py", "x")]}
-    )
-    assert len(heldout["s"]) == 2 and train["s"] == []
-
-
-def test_docstrings_share_the_origin_of_their_file(tmp_path):
-    long = "A docstring of some length." * 10
-    (tmp_path / "m.py").write_text(f'"""{long}"""\ndef f():\n    """short"""\n')
-    (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "t.py").write_text("x = 1\n")
-    code, docs = sources._read_python_tree(tmp_path, "s", "l")
-    assert (code.kind, docs.kind) == ("code", "docs") and code.origin == docs.origin == "m.py"
-    assert docs.text == long
-
-
-def test_jsonl_and_parquet_records_carry_their_own_source_and_licence(tmp_path):
-    records = [{"body": f"record {i}\u2028still {i}", "source": "s", "licence": "CC0"} for i in range(8)] + [
-        {"body": "bare"}
-    ]
-    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    (tmp_path / "j.jsonl").write_text(lines + "\n\n")
-    table = pyarrow.table({"body": [f"row {i}" for i in range(8)], "licence": ["MIT"] * 8})
-    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
-    source = DataSource(path=str(tmp_path), licence="mine", text_field="body")
-    corpus = read_corpus(DataConfig(sources=(source,)))
-    found = {d.text: d for side in (corpus.train, corpus.heldout) for ds in side.values() for d in ds}
-    assert len(found) == 17
-    one, bare, row = found["record 3\u2028still 3"], found["bare"], found["row 5"]
-    assert (one.source, one.licence, one.origin) == ("s", "CC0", "j.jsonl:4")
-    assert (bare.source, bare.licence) == (tmp_path.name, "mine")
-    assert (row.licence, row.origin) == ("MIT", "p.parquet:6")
-
-
-def test_max_bytes_takes_a_seeded_sample_and_leaves_the_held_out_side_alone(tmp_path):
-    folder = write_texts(tmp_path / "a", 100)
-    whole = read_corpus(config_of(folder))
-    sample, other = (read_corpus(config_of(folder, max_bytes=5000, seed=seed)) for seed in (0, 1))
-    assert 4000 < sources.size(sample.train["a"]) <= 5000
-    assert set(texts(sample.train["a"])) < set(texts(whole.train["a"]))
-    assert texts(sample.train["a"]) != texts(other.train["a"])
-    assert sample.heldout == whole.heldout
-
-
-def test_the_held_out_side_is_bounded_but_never_empty(tmp_path):
-    folder = write_texts(tmp_path / "a", 100)
-    assert (
-        sources.size(read_corpus(config_of(folder, holdout_fraction=0.5, holdout_max_bytes=1000)).heldout["a"]) <= 1000
-    )
-    assert len(read_corpus(config_of(folder, holdout_fraction=0.5, holdout_max_bytes=1)).heldout["a"]) == 1
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.txt", b"", "a.txt is empty"),
-        ("a.txt", b"abc\xff", "a.txt is not UTF-8: byte 0xff at offset 3"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl:2: a JSON object is needed, not list"),
-        ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: field 'text' is NoneType, not a string \(fields: body\)"),
-        ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: field 'text' is int"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: field 'text' is no Unicode text"),
-        ("a.parquet", b"PAR0", "a.parquet is not a parquet file"),
-        ("a.txt", b" \n ", "no documents with text"),
-        ("a.txt", b"one line", "no line end"),
-        ("a.csv", b"x", "holds no documents"),
-    ],
-)
-def test_a_bad_corpus_file_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_corpus(config_of(tmp_path))
-
-
-def test_a_bad_corpus_path_is_named(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; give"):
-        read_corpus(config_of(tmp_path / "none"))
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match="ends in '.csv'; give"):
-        read_corpus(config_of(tmp_path / "a.csv"))
-    with pytest.raises(ValueError, match="listed twice"):
-        read_corpus(config_of(tmp_path, tmp_path))
-
-
-def test_the_same_text_only_is_too_little(tmp_path):
-    for name in "abc":
-        (tmp_path / f"{name}.txt").write_text("the same")
-    with pytest.raises(ValueError, match="0 to train on and 1 held out"):
-        read_corpus(config_of(tmp_path))
 
 
 # --- packing
@@ -244,41 +88,165 @@ def test_a_row_outside_the_plan_is_an_error():
         Rows(make_stream([5]), 4)[1]
 
 
-def make_documents(count: int) -> list[Document]:
-    return [Document(f"document {i} " * (i + 1), "s", "l", "text", str(i)) for i in range(count)]
+def make_corpus(folder: Path, documents: list[str], **changes) -> tuple[Training, Path]:
+    """The training side of a JSONL file of documents, and the cache."""
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    cache = folder / "cache"
+    config = config_of(folder / "a.jsonl", cache_dir=str(cache), holdout_fraction=1e-9, **changes)
+    return read_corpus(config, cache).train["a"], cache
 
 
-def test_a_stream_is_each_document_with_its_prefix_and_end(tmp_path):
+DOCUMENTS = [f"document {i} " * (i + 1) for i in range(10)]
+
+
+def pieces_of_stream(stream: Stream) -> list[np.ndarray]:
+    """The documents' tokens, in the stream's order."""
+    ids, _ = stream.read(0, len(stream.tokens_S))
+    return np.split(ids, stream.starts_D[1:])
+
+
+@pytest.fixture(params=[1, 3, 1 << 20])
+def at_once(monkeypatch, request) -> None:
+    """Tables in parts of so many entries, which must not show."""
+    monkeypatch.setattr(store, "AT_ONCE", request.param)
+
+
+def test_a_stream_is_each_document_with_its_prefix_and_end_in_the_order_of_old(tmp_path, at_once):
     tokenizer = Tokenizer.train([], VOCAB)
-    stream = build_stream(make_documents(9), tokenizer, "s", 0, str(tmp_path))
-    pieces = np.split(stream.tokens_S, stream.starts_D[1:])
-    assert stream.tokens_S.dtype == np.uint16
+    train, cache = make_corpus(tmp_path / "c", DOCUMENTS)
+    stream = build_stream(train, tokenizer, "s", 5, cache)
+    pieces = pieces_of_stream(stream)
+    assert stream.tokens_S.dtype == np.uint16 and isinstance(stream.tokens_S, np.memmap)
     assert all(piece[0] == tokenizer.bos_id and piece[-1] == tokenizer.eod_id for piece in pieces)
     decoded = [tokenizer.decode(piece[1:-1].tolist()) for piece in pieces]
-    assert sorted(decoded) == sorted(texts(make_documents(9))) and decoded != texts(make_documents(9))
+    texts = [document.text for document in train]
+    # What runs of old versions began with: sorted by the SHA-256 of seed, name and number.
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(f"5:documents of s:{i}".encode()).digest())
+    assert len(texts) == 9 and decoded == [texts[i] for i in order]
 
 
-def test_the_cache_serves_equal_inputs_only_and_leaves_no_temporary_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_the_stable_order_is_that_of_whole_digests_also_where_their_beginnings_agree(tmp_path, monkeypatch, count):
+    real = hashlib.sha256
+
+    class Short:  # of which many agree in their first eight bytes
+        def __init__(self, data):
+            self.data = data
+
+        def digest(self):
+            full = real(self.data).digest()
+            return bytes([full[0] & 0xF0, *[0] * 7]) + full
+
+    monkeypatch.setattr(store, "AT_ONCE", 8)
+    if count == 50:
+        monkeypatch.setattr(hashlib, "sha256", Short)
+    found = [i for part in store.stable_order(count, 3, "salt", tmp_path) for i in part.tolist()]
+    expected = sorted(range(count), key=lambda i: hashlib.sha256(f"3:salt:{i}".encode()).digest())
+    assert found == expected and list(tmp_path.iterdir()) == []
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 20), st.randoms())
+def test_rows_of_a_stream_in_another_order_are_those_of_its_tokens_in_that_order(lengths, length, draw):
+    plain = make_stream(lengths)
+    order = draw.sample(range(len(lengths)), len(lengths))
+    pieces = np.split(plain.tokens_S, plain.starts_D[1:])
+    moved = Stream(
+        np.concatenate([pieces[i] for i in order]),
+        plain.starts_D,
+        np.cumsum([0, *(lengths[i] for i in order)])[[order.index(i) for i in range(len(order))]],
+    )
+    for index in range(len(Rows(plain, length))):
+        one, other = Rows(plain, length)[index], Rows(moved, length)[index]
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+# Cut points are looked for at line ends and spaces; these have few, many, misleading ones.
+LONG = st.text(alphabet="ab中é🙂 \n\r\t.,!/'s19\u00a0", max_size=400)
+PATTERNS = {
+    "ling": PRE_TOKENIZER_PATTERN,
+    "slashes": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "byte level": None,
+    "lines": r"[^\n]*\n?",
+}
+
+
+@functools.cache
+def tokenizer_of(pattern: str) -> Tokenizer:
+    """With merges of all kinds, over white space and punctuation too."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = PATTERNS[pattern]
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
+    if split is not None:
+        steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(split), "isolated"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    draw = random.Random(0)
+    core.train_from_iterator(["".join(draw.choices("ab \n\r.,!/'s19", k=4000)) for _ in range(20)], trainer)
+    return Tokenizer(core, {}, pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 40), st.integers(1, 60))
+def test_the_pieces_of_a_text_have_the_ids_of_the_whole(pattern, data, size, block):
+    tokenizer, text = tokenizer_of(pattern), data.draw(LONG)
+    blocks = [text[i : i + block] for i in range(0, len(text), block)] or [""]
+    documents = [Document(t, "s", "l", "text", "o", i + 1 < len(blocks)) for i, t in enumerate(blocks)]
+    before, packing.PIECE_CHARACTERS = packing.PIECE_CHARACTERS, size
+    try:
+        pieces = list(pieces_of(documents, tokenizer))
+    finally:
+        packing.PIECE_CHARACTERS = before
+    assert "".join(piece for piece, _ in pieces) == text
+    assert [end for _, end in pieces] == [False] * (len(pieces) - 1) + [True]
+    ids = [i for piece_ids in tokenizer.encode_batch([piece for piece, _ in pieces]) for i in piece_ids]
+    assert ids == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("pattern", ["ling", "slashes", "byte level"])
+def test_prose_code_and_one_endless_line_are_cut(pattern, monkeypatch):
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 500)
+    prose = "It was so.\n\nAnd then, it was not: 17 of them came.\n" * 200
+    for text in (prose, Path(__file__).read_text()[:20_000], prose.replace("\n", " ")):
+        pieces = list(pieces_of([Document(text, "s", "l", "text", "o")], tokenizer_of(pattern)))
+        assert len(pieces) > len(text) / 1200
+        ids = tokenizer_of(pattern).encode_batch([piece for piece, _ in pieces])
+        assert sum(ids, []) == tokenizer_of(pattern).encode(text)
+
+
+def test_a_long_document_in_pieces_is_one_document_with_one_end(tmp_path, monkeypatch):
     tokenizer = Tokenizer.train([], VOCAB)
-    first = build_stream(make_documents(5), tokenizer, "s", 0, str(tmp_path))
-    build_stream(make_documents(6), tokenizer, "s", 0, str(tmp_path))
-    build_stream(make_documents(5), Tokenizer.train(["ab ab ab"], VOCAB + 1), "s", 0, str(tmp_path))
-    assert len(list(tmp_path.iterdir())) == 6 and not list(tmp_path.glob("*.tmp"))
+    book = "".join(f"line {i} of a book\n" for i in range(2000))
+    train, cache = make_corpus(tmp_path / "a", ["x", book, "y", "z", book + "more"])
+    whole = build_stream(train, tokenizer, "s", 0, cache)
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 700)
+    monkeypatch.setattr(packing, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(packing, "LAYOUT", "in pieces")
+    pieces = build_stream(train, tokenizer, "s", 0, cache)
+    assert pieces.checksum == whole.checksum
+    assert len(pieces.starts_D) == 4 == (np.asarray(pieces.tokens_S) == tokenizer.eod_id).sum()
+    row = Rows(pieces, len(pieces.tokens_S))[0]
+    assert row["segment_ids"].max() == 4 and row["positions"].max() > len(book)
+
+
+def test_the_cache_serves_equal_inputs_only(tmp_path, monkeypatch):
+    tokenizer = Tokenizer.train([], VOCAB)
+    train, cache = make_corpus(tmp_path / "a", DOCUMENTS)
+    first = build_stream(train, tokenizer, "s", 0, cache)
+    other = build_stream(make_corpus(tmp_path / "b", DOCUMENTS[:6])[0], tokenizer, "s", 0, cache)
+    merged = build_stream(train, Tokenizer.train(["document"], VOCAB + 1), "s", 0, cache)
+    assert len({first.checksum, other.checksum, merged.checksum}) == 3
+    assert len(list(cache.glob("*.tokens.npy"))) == 3
     monkeypatch.setattr(Tokenizer, "encode_batch", None)
-    again = build_stream(make_documents(5), tokenizer, "s", 0, str(tmp_path))
-    np.testing.assert_array_equal(first.tokens_S, again.tokens_S)
-    assert isinstance(again.tokens_S, np.memmap)
-
-
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full_disk(file, array):
-        file.write(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(np, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        build_stream(make_documents(3), Tokenizer.train([], VOCAB), "s", 0, str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
+    again, shuffled = (build_stream(train, tokenizer, "s", seed, cache) for seed in (0, 1))
+    assert again.checksum == first.checksum == shuffled.checksum
+    assert again.places_D.tolist() == first.places_D.tolist() != shuffled.places_D.tolist()
 
 
 # --- batches
@@ -430,7 +398,17 @@ def test_baselines_are_what_the_compressors_and_the_counts_say():
 
 
 def test_the_data_room_imports_neither_jax_nor_later_rooms():
-    allowed = {"grain", "numpy", "tokenizers", "jinja2", "pyarrow", "etils", "ling_jax.config", "ling_jax.data"}
+    allowed = {
+        "grain",
+        "numpy",
+        "tokenizers",
+        "jinja2",
+        "pyarrow",
+        "etils",
+        "xxhash",
+        "ling_jax.config",
+        "ling_jax.data",
+    }
     allowed |= {
         "ling_jax.files.whole",
         "ling_jax.files.cache",

@@ -20,14 +20,15 @@ MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 class DataSource:
     """Documents under one name.
 
-    `path` is a folder or file of .jsonl, .txt or .parquet, or one of the built-in corpora:
-    `python-stdlib` (any Python has it), `site-packages` (the installed requirements).
+    `path` is a folder or file of .jsonl, .txt, .parquet or .json, all but parquet also packed as .gz or .zst, or one of
+    the built-in corpora: `python-stdlib` (any Python has it), `site-packages` (the installed requirements); see
+    docs/data.md.
     """
 
     path: str
     weight: float = 1.0  # share of training tokens, relative to the other sources
     licence: str = "unknown"  # used where a document does not state its own
-    text_field: str = "text"  # of a JSONL object or parquet row
+    text_field: str = "text"  # of a JSON object or parquet row
 
     def __post_init__(self):
         check(self.weight > 0, f"weight = {self.weight} of data source {self.path!r} must be positive")
@@ -42,7 +43,7 @@ class DataConfig:
     holdout_fraction: float = 0.02  # share of files kept for validation, chosen by a hash of their path
     holdout_max_bytes: int = 400_000  # of each source, scored at every validation
     max_bytes: int | None = None  # use a seeded sample of each source of about this size
-    cache_dir: str = "~/.cache/ling_jax"
+    cache_dir: str = "~/.cache/ling_jax"  # of tokens, and of what is known of each document
     seed: int = 0
 
     def __post_init__(self):

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
+BLOCK = 1 << 22  # bytes that are counted at a time: each takes 17 in memory meanwhile
+
 
 def baselines(train_texts: Iterable[str], heldout_texts: Iterable[str]) -> dict[str, float]:
     """Bits per byte of the held-out texts as one stream: gzip -9, xz -9, and a byte trigram.
 
-    The compressors see the held-out bytes only; the trigram is fitted on the training texts.
+    The compressors see the held-out bytes only; the trigram is fitted on the training texts, joined in memory.
 
     Raises:
       ValueError: if either side is empty.
@@ -37,7 +39,7 @@ def _trigram_bits(train_S: np.ndarray, heldout_N: np.ndarray) -> float:
     """
     probability_N = np.full(len(heldout_N), 1 / 256)
     for order in range(min(3, len(train_S), len(heldout_N))):
-        counts = np.bincount(_ngrams(train_S, order + 1), minlength=256 ** (order + 1)).reshape(-1, 256)
+        counts = _counts(train_S, order + 1).reshape(-1, 256)
         gram = _ngrams(heldout_N, order + 1)
         context, byte = gram // 256, gram % 256
         kinds, total = (counts > 0).sum(1)[context], counts.sum(1)[context]
@@ -45,6 +47,14 @@ def _trigram_bits(train_S: np.ndarray, heldout_N: np.ndarray) -> float:
         mixed = (counts[context, byte] + kinds * lower) / np.maximum(total + kinds, 1)
         probability_N[order:] = np.where(total > 0, mixed, lower)  # an unseen context knows nothing
     return float(-np.log2(probability_N).mean())
+
+
+def _counts(data: np.ndarray, n: int) -> np.ndarray:
+    """How often each run of n bytes occurs: int64 [256^n]."""
+    counts = np.zeros(256**n, np.int64)
+    for start in range(0, len(data) - n + 1, BLOCK):
+        counts += np.bincount(_ngrams(data[start : start + BLOCK + n - 1], n), minlength=256**n)
+    return counts
 
 
 def _ngrams(data: np.ndarray, n: int) -> np.ndarray:

@@ -7,27 +7,28 @@ its last target, so every token of a document but its first is predicted exactly
 Legend: T tokens per row, S tokens of a stream, D documents.
 """
 
-import hashlib
-import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
-from etils import epath
 
-from ling_jax.data.sources import Document, stable_order
+from ling_jax.data.reading import Document
+from ling_jax.data.sources import Training
+from ling_jax.data.store import Columns, keep, stable_order
+from ling_jax.data.survey import key_of
 from ling_jax.data.tokenizer import Tokenizer
-from ling_jax.files.one_writer import HOLDER, OneWriter
-
-log = logging.getLogger(__name__)
 
 IGNORE = -100  # the target of a position that has none
 CHUNK_CHARACTERS = 4_000_000  # text given to the tokenizer at a time
-FORMAT = "ling_jax stream 1"  # part of the cache key: change it when a stream's layout changes
+PIECE_CHARACTERS = 1_000_000  # of a document from which it is tokenized in pieces
+CUTS = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))  # where a text may be cut, the better place first
+CUTS_TRIED = 64
+CUT_CONTEXT = 200  # characters on either side of a cut that must keep their ids
+LAYOUT = "ling_jax stream 2"  # part of the key: change it when the columns or what is in them change
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,28 @@ class Stream:
     """Documents one after the other.
 
     Attributes:
-      tokens_S: uint16 or uint32.
-      starts_D: int64, where each document begins in tokens_S; ascending, the first is 0.
+      tokens_S: uint16 or uint32, in the order of the files.
+      starts_D: int64, where each document begins in the stream, in the stream's order; ascending, the first is 0.
+      places_D: int64, where it begins in tokens_S; None: at the same place.
+      checksum: follows from tokens_S and the documents' lengths.
     """
 
     tokens_S: np.ndarray
     starts_D: np.ndarray
+    places_D: np.ndarray | None = None
+    checksum: str = ""
+
+    def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, cuts): int32 tokens begin .. end-1 of the stream, and the places in them where a document begins, the
+        first of them 0 in any case."""
+        end = min(end, len(self.tokens_S))
+        first, last = np.searchsorted(self.starts_D, (begin + 1, end))
+        cuts = np.concatenate(([0], self.starts_D[first:last] - begin))
+        if self.places_D is None:
+            return self.tokens_S[begin:end].astype(np.int32), cuts
+        shifts = self.places_D[first - 1 : last] - self.starts_D[first - 1 : last]
+        places = np.arange(begin, end) + np.repeat(shifts, np.diff(cuts, append=end - begin))
+        return self.tokens_S[places].astype(np.int32), cuts
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,7 @@ class Rows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         begin = index * self.sequence_length
-        ids = self.stream.tokens_S[begin : begin + self.sequence_length + 1].astype(np.int32)
-        first, last = np.searchsorted(self.stream.starts_D, (begin + 1, begin + len(ids)))
-        cuts = np.concatenate(([0], self.stream.starts_D[first:last] - begin))
+        ids, cuts = self.stream.read(begin, begin + self.sequence_length + 1)
         lengths = np.diff(cuts, append=len(ids))
         segments = np.repeat(np.arange(1, len(cuts) + 1), lengths)
         positions = np.arange(len(ids)) - np.repeat(cuts, lengths)
@@ -81,79 +96,88 @@ def pad(values: np.ndarray, length: int, name: str) -> np.ndarray:
     return padded
 
 
-def build_stream(
-    documents: Sequence[Document], tokenizer: Tokenizer, name: str, seed: int, cache: str | Path
-) -> Stream:
-    """Tokenizes a source's documents in a seeded order, or maps the result of an earlier run, in `cache`, into memory.
+def build_stream(documents: Training, tokenizer: Tokenizer, name: str, seed: int, cache: Path) -> Stream:
+    """Tokenizes a source's documents, or finds that an earlier run did in `cache`, and puts them in a seeded order.
 
-    The cache is keyed by the texts, their order and the tokenizer; a killed run leaves no broken file behind.
+    Tokens lie in the order of the files, whatever the seed; the order is an entry of its own. Entries follow from the
+    texts and the tokenizer; a killed run leaves none that is not whole.
     """
-    ordered = [documents[i] for i in stable_order(len(documents), seed, f"documents of {name}")]
-    key, folder = _cache_key(ordered, tokenizer), Path(cache)
-    starts_file, tokens_file = folder / f"{key}.starts.npy", folder / f"{key}.tokens.npy"
-    if (found := _kept(tokens_file, starts_file)) is not None:
-        return found
-    with OneWriter(epath.Path(folder), f"{key}.{HOLDER}", wait=True):
-        if (found := _kept(tokens_file, starts_file)) is not None:  # another process has just made it
-            return found
-        log.info("%s: tokenizing %d documents into %s", name, len(ordered), tokens_file)
-        stream = _tokenize(ordered, tokenizer)
-        _write_atomically(starts_file, lambda file: np.save(file, stream.starts_D))
-        _write_atomically(tokens_file, lambda file: np.save(file, stream.tokens_S))
-    return Stream(np.load(tokens_file, mmap_mode="r"), np.load(starts_file))
+    key = key_of("tokens", LAYOUT, documents.digest, tokenizer.prefix_ids, tokenizer.to_json())
+    what = f"{name}: tokenizing {len(documents)} documents"
+    tokens = keep(cache, key, what, lambda columns: _tokenize(documents, tokenizer, columns))
+
+    def put_in_order(columns: Columns) -> dict[str, Any]:
+        starts_D, total, at = tokens["starts"], len(tokens["tokens"]), 0
+        for numbers in stable_order(len(starts_D), seed, f"documents of {name}", cache):
+            ends = np.where(numbers + 1 < len(starts_D), starts_D[np.minimum(numbers + 1, len(starts_D) - 1)], total)
+            after = at + np.cumsum(ends - starts_D[numbers])
+            columns.append("starts", np.concatenate(([at], after[:-1])))
+            columns.append("places", starts_D[numbers])
+            at = int(after[-1])
+        return {}
+
+    order = keep(cache, key_of("order", tokens.checksum, seed, name), f"{name}: shuffling", put_in_order)
+    return Stream(tokens["tokens"], order["starts"], order["places"], tokens.checksum)
 
 
-def _kept(tokens_file: Path, starts_file: Path) -> Stream | None:
-    """The stream that an earlier run left, if it did and both files are whole."""
-    if not tokens_file.exists():  # written last: where it exists, both do
-        return None
-    try:
-        return Stream(np.load(tokens_file, mmap_mode="r"), np.load(starts_file))
-    except (ValueError, OSError, EOFError) as error:
-        log.warning("%s is damaged (%s): it is made anew", tokens_file, error)
-        return None
-
-
-def _cache_key(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {tokenizer.prefix_ids} {tokenizer.to_json()}".encode())
-    for document in documents:
-        data = document.text.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()[:32]
-
-
-def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Stream:
+def _tokenize(documents: Training, tokenizer: Tokenizer, columns: Columns) -> dict[str, Any]:
+    """Fills the columns `tokens` (uint16 or uint32) and `starts` (int64), in the order of the files."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    pieces: list[np.ndarray] = []
-    for texts in _chunks(documents):
-        for ids in tokenizer.encode_batch(texts):
-            pieces.append(np.array([*tokenizer.prefix_ids, *ids, tokenizer.eod_id], dtype))
-    lengths = [len(piece) for piece in pieces]
-    return Stream(np.concatenate(pieces), np.cumsum([0, *lengths[:-1]], dtype=np.int64))
+    texts: list[str] = []
+    ends: list[bool] = []
+    total, begins = 0, True
+
+    def write() -> None:
+        nonlocal total, begins
+        pieces, starts = [], []
+        for ids, end in zip(tokenizer.encode_batch(texts), ends, strict=True):
+            if begins:
+                starts.append(total)
+            prefix, suffix = tokenizer.prefix_ids * begins, [tokenizer.eod_id] * end
+            pieces.append(np.array([*prefix, *ids, *suffix], dtype))
+            total, begins = total + len(pieces[-1]), end
+        columns.append("tokens", np.concatenate(pieces))
+        columns.append("starts", np.array(starts, np.int64))
+        texts.clear()
+        ends.clear()
+
+    waiting = 0
+    for text, end in pieces_of(documents.blocks(), tokenizer):
+        texts.append(text)
+        ends.append(end)
+        waiting += len(text)
+        if waiting >= CHUNK_CHARACTERS:
+            write()
+            waiting = 0
+    if texts:
+        write()
+    return {}
 
 
-def _chunks(documents: Sequence[Document]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    characters = 0
-    for document in documents:
-        chunk.append(document.text)
-        characters += len(document.text)
-        if characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+def pieces_of(blocks: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """(text, whether it ends a document): the documents, long ones in pieces whose ids, one after the other, are those
+    of the whole.
+
+    A text is cut after a line end or before a space where the tokenizer cuts the text around it too
+    (`Tokenizer.cuts_between`); one where it never does stays whole.
+    """
+    text, at = "", 0
+    for block in blocks:
+        text, at = text[at:] + block.text if text else block.text, 0
+        while len(text) - at > PIECE_CHARACTERS and (cut := _cut(text, at + PIECE_CHARACTERS, tokenizer)):
+            yield text[at:cut], False
+            at = cut
+        if not block.continues:
+            yield text[at:] if at else text, True
+            text, at = "", 0
 
 
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then moves it there."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            write(file.file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+def _cut(text: str, begin: int, tokenizer: Tokenizer) -> int:
+    """Where to cut a text, at `begin` or a little later; 0 if nowhere."""
+    for pattern in CUTS:
+        for found in itertools.islice(pattern.finditer(text, begin, begin + PIECE_CHARACTERS), CUTS_TRIED):
+            cut = found.start()
+            left, right = text[max(0, cut - CUT_CONTEXT) : cut], text[cut : cut + CUT_CONTEXT]
+            if tokenizer.cuts_between(left, right):
+                return cut
+    return 0

@@ -1,19 +1,19 @@
 """From a data configuration to training batches and scoring windows.
 
-The state of the data is one number, the step: batch s holds the global examples s*B .. s*B+B-1 of an endless
-sequence that the seed fixes, so a run resumes by starting there, on any number of hosts.
+The state of the data is one number, how many rows have been read: the rows of all sources form one endless sequence
+that the seed fixes, and a batch is the next B of them, so a run resumes by going on there, on any number of hosts and
+with any B.
 
 Legend: B rows of a global batch, T tokens per row, N windows.
 """
 
 import hashlib
+import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -21,77 +21,95 @@ from etils import epath
 
 from ling_jax.config import DataConfig
 from ling_jax.data.packing import IGNORE, Rows, build_stream, pad
-from ling_jax.data.sources import Corpus, Document, read_corpus, size, source_names, stable_order
+from ling_jax.data.reading import Document
+from ling_jax.data.sources import Corpus, read_corpus, size, source_names, training_sample
+from ling_jax.data.store import Kept, cache_dir
 from ling_jax.data.tokenizer import Tokenizer
-from ling_jax.files.cache import can_write
+from ling_jax.files.whole import checksum
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_SAMPLE_BYTES = 20_000_000  # of training text; more changes a vocabulary little
 READ_THREADS = 2
 PREFETCHED_BATCHES = 8
-FINGERPRINT_TOKENS = 100_000  # of a source that are compared between hosts
+ANEW = "start a new run from these weights with another --run and --init-from"
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: rows to train on and whole documents to score, each by source name."""
+    """What a run reads: rows to train on and whole documents to score, each by source name.
+
+    Attributes:
+      facts: see `Corpus.facts`; a run's checkpoints have them.
+      start_row: how many rows the run has read when it goes on.
+      chosen: where the sample of the training text is.
+    """
 
     tokenizer: Tokenizer
     rows: dict[str, Rows]
     heldout: dict[str, list[Document]]
+    facts: dict[str, dict[str, Any]]
+    start_row: int
+    chosen: Kept
 
     def fingerprint(self) -> int:
-        """A number below 2^31 that follows from the tokenizer, the order of the documents and samples of the text."""
-        digest = hashlib.sha256(self.tokenizer.to_json().encode())
-        for name, rows in self.rows.items():
-            tokens = rows.stream.tokens_S
-            sample = np.ascontiguousarray(tokens[:: max(1, len(tokens) // FINGERPRINT_TOKENS)])
-            for part in (name.encode(), str(tokens.shape).encode(), sample.tobytes(), rows.stream.starts_D.tobytes()):
-                digest.update(part)
-        for name, documents in self.heldout.items():
-            digest.update("\0".join([name, *(document.text for document in documents)]).encode())
-        return int.from_bytes(digest.digest()[:4]) >> 1
+        """A number below 2^31 that follows from the tokenizer, the texts, their tokens and order."""
+        tokens = [rows.stream.checksum for rows in self.rows.values()]
+        facts = json.dumps([self.tokenizer.to_json(), self.facts, tokens])
+        return int(checksum(facts.encode())[:8], 16) >> 1
+
+    def training_sample(self) -> Iterator[str]:
+        """Texts of the training split, all of them or about 20 MB, in the order of the files."""
+        return (text for _, text in training_sample(self.chosen))
 
 
-def open_data(config: DataConfig, vocab_size: int, tokenizer_dir: str, trained_with: str | None = None) -> Data:
+class Earlier(NamedTuple):
+    """The data of a run as its checkpoint has them.
+
+    Attributes:
+      state: `next_step`, and since there are fingerprints `next_row`, and as `text` the facts of `Data`.
+    """
+
+    config: DataConfig
+    state: Mapping[str, Any]
+
+
+def open_data(
+    config: DataConfig,
+    vocab_size: int,
+    tokenizer_dir: str,
+    trained_with: str | None = None,
+    earlier: Earlier | None = None,
+) -> Data:
     """Reads the corpus, finds or trains the tokenizer (kept in `tokenizer_dir`), and packs the training split.
+
+    What has been read and tokenized before is found in the cache, by the names, sizes and times of the files.
 
     Args:
       trained_with: the fingerprint of the tokenizer that the run's checkpoint was trained with.
+      earlier: the run that goes on.
     Raises:
-      ValueError: for a source, tokenizer or cache that can't be used; naming it, before any long work.
+      ValueError: for a source, tokenizer or cache that can't be used; naming it, before any long work. For data whose
+        rows are not those that the earlier run would have read next, with both values and the remedy.
     """
-    cache = _cache(config.cache_dir, epath.Path(tokenizer_dir).expanduser().parent)
-    corpus = read_corpus(config)
-    for name in corpus.train:
-        train, heldout = corpus.train[name], corpus.heldout[name]
+    cache = cache_dir(config.cache_dir, epath.Path(tokenizer_dir).expanduser().parent)
+    if earlier is not None:
+        _check_sequence(earlier.config, config)
+    corpus = read_corpus(config, cache)
+    for name, train in corpus.train.items():
+        heldout = corpus.heldout[name]
         log.info("%s: %d documents, %.2f MB to train on; %d documents, %.3f MB held out",
-                 name, len(train), size(train) / 1e6, len(heldout), size(heldout) / 1e6)  # fmt: skip
+                 name, len(train), train.bytes / 1e6, len(heldout), size(heldout) / 1e6)  # fmt: skip
+    facts = corpus.facts()
+    start_row = 0 if earlier is None else _next_row(earlier, config, facts)
     tokenizer = _open_tokenizer(config, corpus, vocab_size, tokenizer_dir, trained_with)
     rows = {}
-    for name, documents in corpus.train.items():
-        stream = build_stream(documents, tokenizer, name, config.seed, cache)
+    for name, train in corpus.train.items():
+        stream = build_stream(train, tokenizer, name, config.seed, cache)
         rows[name] = Rows(stream, config.sequence_length)
         count = len(stream.tokens_S)
         log.info("%s: %d tokens in %d rows, %.2f bytes per token",
-                 name, count, len(rows[name]), size(documents) / count)  # fmt: skip
-    return Data(tokenizer, rows, corpus.heldout)
-
-
-def _cache(wanted: str, run_dir: epath.Path) -> Path:
-    """The folder for tokens: the one that is `wanted`, or one in the run's folder if that cannot be written."""
-    hint = "set --data.cache-dir to a folder of this machine that can be written"
-    if "://" in wanted:
-        raise ValueError(f"data.cache_dir = {wanted!r} must be local, since tokens are mapped into memory: {hint}")
-    folder = Path(os.path.expanduser(wanted))
-    if can_write(folder):
-        return folder
-    own = Path(run_dir) / "cache"
-    if "://" in str(run_dir) or not can_write(own):
-        raise ValueError(f"data.cache_dir = {wanted!r} cannot be written: {hint}")
-    log.info("%s cannot be written: tokens are kept in %s; --data.cache-dir names another place", folder, own)
-    return own
+                 name, count, len(rows[name]), train.bytes / count)  # fmt: skip
+    return Data(tokenizer, rows, corpus.heldout, facts, start_row, corpus.chosen)
 
 
 def _open_tokenizer(
@@ -114,7 +132,7 @@ def _open_tokenizer(
                 f"{tokenizer_dir}; leave data.tokenizer unset, or start a new run"
             )
     else:
-        tokenizer = Tokenizer.train(_tokenizer_sample(corpus, config.seed), vocab_size)
+        tokenizer = Tokenizer.train((text for _, text in sorted(training_sample(corpus.chosen))), vocab_size)
     _check_unchanged(tokenizer, trained_with, tokenizer_dir)
     tokenizer.save(tokenizer_dir)
     return tokenizer
@@ -129,35 +147,75 @@ def _check_unchanged(tokenizer: Tokenizer, trained_with: str | None, tokenizer_d
         )
 
 
-def _tokenizer_sample(corpus: Corpus, seed: int) -> Iterator[str]:
-    """Training documents in a seeded order, up to TOKENIZER_SAMPLE_BYTES of them."""
-    documents = [document for source in corpus.train.values() for document in source]
-    room = TOKENIZER_SAMPLE_BYTES
-    for index in stable_order(len(documents), seed, "tokenizer"):
-        if room <= 0:
-            return
-        room -= size([documents[index]])
-        yield documents[index].text
+def _check_sequence(saved: DataConfig, config: DataConfig) -> None:
+    """Refuses settings under which the rows that follow would not be the next ones of the same sequence."""
+    old, new = _sequence(saved), _sequence(config)
+    if changed := [f"data.{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]:
+        raise ValueError(
+            f"the run has read its text with other settings ({'; '.join(changed)}): rows would come twice or never; "
+            f"give the old ones (a source is called as its file or folder is; a link will do), or {ANEW}"
+        )
+
+
+def _sequence(config: DataConfig) -> dict[str, Any]:
+    """What decides the sequence of rows, besides the text."""
+    names = source_names(config)
+    shares = [f"{name} (weight {source.weight})" for name, source in zip(names, config.sources, strict=True)]
+    sources = ", ".join(shares if len(shares) > 1 else names)  # alone, a source has all rows
+    return {"seed": config.seed, "sequence_length": config.sequence_length, "sources": sources}
+
+
+def _next_row(earlier: Earlier, config: DataConfig, facts: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many rows a run has read, whatever its batch was.
+
+    Raises:
+      ValueError: if the text is not the one that it read.
+    """
+    saved, state = earlier
+    if "text" not in state:
+        log.warning("the checkpoint is from before texts had fingerprints: whether this is its text is not checked")
+        return state["next_step"] * saved.global_batch_size
+    splits = ("holdout_fraction", "max_bytes", "holdout_max_bytes")
+    changed = [(name, getattr(saved, name), getattr(config, name)) for name in splits]
+    told = "; ".join(f"data.{name}: {old} -> {new}" for name, old, new in changed if old != new)
+    why = f" ({told})" if told else ""
+    for name, new in facts.items():
+        old = state["text"][name]
+        if any(old[key] != new[key] for key in ("documents", "bytes", "checksum")):
+            there, here = (f"{f['documents']} documents, {f['bytes']} bytes, {f['checksum']}" for f in (old, new))
+            raise ValueError(
+                f"the text of data source {name!r} is not the one that the run has read{why}: {there} in the "
+                f"checkpoint, {here} here; bring back files and settings as they were, or {ANEW}"
+            )
+        if old["heldout"] != new["heldout"]:
+            log.warning("%s: other text is held out than in the checkpoint%s: compare no scores", name, why)
+    return state["next_row"]
 
 
 def train_batches(
-    rows: Mapping[str, Rows], config: DataConfig, start_step: int, here: Sequence[int] | None = None
+    rows: Mapping[str, Rows],
+    config: DataConfig,
+    start_step: int,
+    here: Sequence[int] | None = None,
+    start_row: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps start_step, start_step + 1, ... without end; threads read ahead.
 
     Args:
       rows: by source name, as `open_data` gives them.
       here: which rows of each global batch to read, all by default; the batches are the same whoever reads them.
+      start_row: how many rows the steps before have read; by default as many as with this batch size.
 
     Returns:
       Dicts of int32 [len(here), T]: tokens, targets, positions, segment_ids (see `Rows`).
     """
     total = config.global_batch_size
     examples = _examples(rows, config)
+    first = start_step * total if start_row is None else start_row
     wanted = range(total) if here is None else [int(row) for row in here]
 
     def load(step: int) -> dict[str, np.ndarray]:
-        batch: list[Any] = [examples[step * total + row] for row in wanted]
+        batch: list[Any] = [examples[first + (step - start_step) * total + row] for row in wanted]
         return {name: np.stack([row[name] for row in batch]) for name in batch[0]}
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(load)

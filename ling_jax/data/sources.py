@@ -1,73 +1,105 @@
-"""Documents from files, split into training and held-out by the file they come from.
+"""A corpus: which documents of the data sources are trained on, which are held out, and the text of both.
 
 The split looks only at a document's origin, so it is the same for every seed, machine and sample size, and text
-derived from a file (its docstrings) stays on the file's side.
+derived from a file (its docstrings) stays on the file's side. What is decided is kept beside the sources' tables, with
+the held-out text and a sample of the rest; a table takes one byte a document in memory, and the text none.
+
+Legend: D documents of a source, in the order of its files.
 """
 
-import ast
-import hashlib
+import itertools
 import json
 import logging
-import os
-import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from etils import epath
+import numpy as np
 
-from ling_jax.config import DataConfig, DataSource
+from ling_jax.config import DataConfig
+from ling_jax.data.built_in import BUILT_IN
+from ling_jax.data.reading import PACKED, Document, whole
+from ling_jax.data.store import Columns, Kept, by_range, cache_dir, keep, parts, stable_order
+from ling_jax.data.survey import DERIVED, Source, key_of
+from ling_jax.files.whole import checksum
 
 log = logging.getLogger(__name__)
 
-STDLIB = "python-stdlib"
-SITE_PACKAGES = "site-packages"
-# Packages under permissive licences that a run's requirements bring along.
-PACKAGE_LICENCES = {
-    "chex": "Apache-2.0", "etils": "Apache-2.0", "flax": "Apache-2.0", "grain": "Apache-2.0", "jax": "Apache-2.0",
-    "jinja2": "BSD-3-Clause", "networkx": "BSD-3-Clause", "numpy": "BSD-3-Clause", "optax": "Apache-2.0",
-    "orbax": "Apache-2.0", "scipy": "BSD-3-Clause", "sympy": "BSD-3-Clause",
-}  # fmt: skip
-# Tests; what is not the project's own; and code pages: tables so alike that held-out ones would be known by heart.
-SKIPPED_FOLDERS = {
-    "encodings", "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__",
-}  # fmt: skip
-MIN_DOCSTRING = 200  # characters; shorter ones are seldom prose
-MAX_DOCUMENT = 250_000  # characters; a longer text is cut at line ends into documents of one origin
-SUFFIXES = (".jsonl", ".txt", ".parquet")
+TOKENIZER_SAMPLE_BYTES = 20_000_000  # of training text; more changes a vocabulary little
+LONGEST_SAMPLED = 250_000  # characters of a document that a sample takes whole, however small the sample
+SAMPLED_AT_ONCE = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text and where it is from.
+@dataclass(frozen=True)
+class Training:
+    """The training documents of a source, which every iteration reads anew, each in one piece.
 
     Attributes:
-      source: who wrote it: the data source's name, or what a record states.
-      kind: "code", "docs" or "text".
-      origin: the file's path relative to its root, with ":row" for one record of many.
+      kept_D: uint8, 1 for a document that is trained on.
+      limit: characters of the only document, where it alone is more than `data.max_bytes`.
+      bytes: of all their texts, in UTF-8.
+      digest: follows from their texts and origins.
     """
 
-    text: str
-    source: str
-    licence: str
-    kind: str
-    origin: str
+    source: Source
+    kept_D: np.ndarray
+    limit: int | None
+    count: int
+    bytes: int
+    digest: str
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Document]:
+        return whole(self.blocks())
+
+    def blocks(self) -> Iterator[Document]:
+        """The documents as they are read: a long one comes in blocks."""
+        kept = memoryview(self.kept_D)
+        blocks = (block for index, block in _numbered(self.source.read()) if index < len(kept) and kept[index])
+        return blocks if self.limit is None else whole(blocks, self.limit)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by data source (`source_names`), in the order of the config; no text is on both sides."""
+    """Documents by data source (`source_names`), in the order of the config; no text is on both sides.
 
-    train: dict[str, list[Document]]
+    Attributes:
+      chosen: the entry that says so; see `training_sample`.
+    """
+
+    train: dict[str, Training]
     heldout: dict[str, list[Document]]
+    chosen: Kept
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint says of the text of each source, as JSON: it follows from the files' contents and their
+        paths in the source, not from where that is or when they were written."""
+        return {
+            name: {
+                "documents": len(train),
+                "bytes": train.bytes,
+                "checksum": train.digest,
+                "heldout": checksum("\0".join(document.text for document in self.heldout[name]).encode()),
+            }
+            for name, train in self.train.items()
+        }
+
+
+def training_sample(chosen: Kept) -> list[tuple[int, str]]:
+    """(rank, text) of a seeded sample of a corpus's training documents, in the order of the files.
+
+    It has about TOKENIZER_SAMPLE_BYTES, or all there is; of a long document only a share of that is taken.
+    """
+    return [tuple(json.loads(line)) for line in chosen["sample"].tobytes().splitlines()]
 
 
 def source_names(config: DataConfig) -> list[str]:
     """A name per data source: the built-in's own, or the file's or folder's; the whole path where two agree."""
     paths = [source.path for source in config.sources]
-    stems = [path if path in BUILT_IN else Path(path).stem or path for path in paths]
+    stems = [path if path in BUILT_IN else _stem(path) or path for path in paths]
     names = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)]
     for name in names:
         if names.count(name) > 1:
@@ -75,30 +107,38 @@ def source_names(config: DataConfig) -> list[str]:
     return names
 
 
-def read_corpus(config: DataConfig) -> Corpus:
-    """Reads, splits, deduplicates and samples every source; held-out text wins over equal training text.
+def _stem(path: str) -> str:
+    name = Path(path)
+    return Path(name.stem).stem if name.suffix.lower() in PACKED else name.stem
 
+
+def read_corpus(config: DataConfig, cache: Path | None = None) -> Corpus:
+    """Reads every source that has not been read before, splits, deduplicates and samples; held-out text wins over
+    equal training text.
+
+    Args:
+      cache: where tables and samples are kept; `data.cache_dir` by default.
     Raises:
       ValueError: naming the path and what is wrong with it: missing, empty, undecodable, no documents.
     """
-    train: dict[str, list[Document]] = {}
-    heldout: dict[str, list[Document]] = {}
-    for name, source in zip(source_names(config), config.sources, strict=True):
-        documents = [piece for document in _read(name, source) for piece in _cut(document)]
-        if not documents:
-            raise ValueError(f"data source {source.path!r} holds no documents with text")
-        train[name], heldout[name] = _split(documents, config.holdout_fraction)
-    heldout, train = _drop_duplicates(heldout, train)
-    for name in train:
-        if not train[name] or not heldout[name]:
-            raise ValueError(
-                f"data source {name!r} has too few distinct documents: {len(train[name])} to train on and "
-                f"{len(heldout[name])} held out; add text, or change data.holdout_fraction"
-            )
-        if config.max_bytes is not None:
-            train[name] = _sample(train[name], config.max_bytes, config.seed)
-        heldout[name] = _sample(heldout[name], config.holdout_max_bytes, config.seed)
-    return Corpus(train, heldout)
+    cache = cache_dir(config.cache_dir) if cache is None else cache
+    settings = zip(source_names(config), config.sources, strict=True)
+    sources = [Source(name, source, cache, config.holdout_fraction) for name, source in settings]
+    facts = [[source.name, source.settings.licence, source.table.facts["content"], source.cut] for source in sources]
+    limits = [config.holdout_fraction, config.holdout_max_bytes, config.max_bytes, config.seed]
+    what = f"{', '.join(source.name for source in sources)}: choosing what to hold out"
+    chosen = keep(
+        cache, key_of("corpus", facts, limits), what, lambda columns: _choose(sources, config, cache, columns)
+    )
+    heldout: dict[str, list[Document]] = {source.name: [] for source in sources}
+    for line in chosen["heldout"].tobytes().splitlines():
+        number, *fields = json.loads(line)
+        heldout[sources[number].name].append(Document(*fields))
+    train = {
+        source.name: Training(source, chosen[f"train{i}"], **chosen.facts["train"][i])
+        for i, source in enumerate(sources)
+    }
+    return Corpus(train, heldout, chosen)
 
 
 def size(documents: Iterable[Document]) -> int:
@@ -106,237 +146,185 @@ def size(documents: Iterable[Document]) -> int:
     return sum(len(document.text.encode()) for document in documents)
 
 
-def stable_order(count: int, seed: int, salt: str) -> list[int]:
-    """A shuffle of range(count) that no library's version can change."""
-    return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}:{salt}:{i}".encode()).digest())
-
-
 # ---------------------------------------------------------------------------------------------------
-# The split.
+# What goes where.
 
 
-def _share(origin: str) -> float:
-    """A number in [0, 1) that depends on the origin alone."""
-    return int.from_bytes(hashlib.sha256(origin.encode()).digest()[:8]) / 2**64
-
-
-def _split(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """(training, held out): about `fraction` of the origins are held out, at least one and not all of them.
-
-    Of a source with a single origin (one text file), the last `fraction` of the text is held out.
-    """
-    origins = {document.origin for document in documents}
-    if len(origins) == 1:
-        text = "".join(document.text for document in documents)
-        cut = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1
-        if cut == 0:
+def _choose(sources: Sequence[Source], config: DataConfig, cache: Path, columns: Columns) -> dict[str, Any]:
+    """Fills the columns `train0`, `train1`, ... (uint8 [D]), `heldout` and `sample` (lines of JSON)."""
+    tables = [source.table for source in sources]
+    heldout = [held_out(table, config.holdout_fraction) for table in tables]
+    train = [~held for held in heldout]
+    for source, dropped, held, rest in zip(sources, duplicates(tables, heldout), heldout, train, strict=True):
+        held &= ~dropped
+        rest &= ~dropped
+        if dropped.any():
+            log.info("%s: %d duplicate documents dropped", source.name, dropped.sum())
+        if not held.any() or not rest.any():
             raise ValueError(
-                f"the only text of data source {documents[0].source!r} ({documents[0].origin}) has no line end to "
-                "cut a held-out part at; add documents"
+                f"data source {source.name!r} has too few distinct documents: {rest.sum()} to train on and "
+                f"{held.sum()} held out; add text, or change data.holdout_fraction"
             )
-        head, tail = replace(documents[0], text=text[:cut]), replace(documents[0], text=text[cut:])
-        return list(_cut(head)), list(_cut(tail))
-    ranked = sorted(origins, key=_share)
-    held = {origin for origin in ranked[1:-1] if _share(origin) < fraction} | {ranked[0]}
-    return [d for d in documents if d.origin not in held], [d for d in documents if d.origin in held]
+    facts: list[dict[str, Any]] = []
+    held_limit = max(LONGEST_SAMPLED, config.holdout_max_bytes)
+    for i, table in enumerate(tables):
+        limit = None
+        if config.max_bytes is not None and _sample(table, train[i], config.max_bytes, config.seed, cache):
+            limit = max(LONGEST_SAMPLED, config.max_bytes)
+        _sample(table, heldout[i], config.holdout_max_bytes, config.seed, cache)
+        columns.append(f"train{i}", train[i].view(np.uint8))
+        count, total = int(train[i].sum()), _bytes(table, train[i])
+        digest = checksum(json.dumps([table.facts["content"], limit, checksum(train[i])]).encode())
+        facts.append({"count": count, "bytes": min(total, limit or total), "limit": limit, "digest": digest})
+    picks, longest = _ranked_sample(tables, train, config.seed, cache)
+    for name in ("heldout", "sample"):
+        columns.append(name, np.empty(0, np.uint8))
+    for i, source in enumerate(sources):
+        indices = set(np.flatnonzero(heldout[i]).tolist())
+        for index, document in _picked(source, indices | picks[i].keys(), max(held_limit, longest)):
+            if index in indices:
+                [short] = whole([document], held_limit)
+                columns.append("heldout", _line([i, *astuple(short)]))
+            else:
+                [short] = whole([document], min(longest, facts[i]["limit"] or longest))
+                columns.append("sample", _line([picks[i][index], short.text]))
+    return {"train": facts}
 
 
-def _drop_duplicates(*sides: dict[str, list[Document]]) -> list[dict[str, list[Document]]]:
-    """Keeps the first of equal texts (white space at the ends aside) over all sides, in the order given.
+def _line(value: list[Any]) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode() + b"\n", np.uint8)
 
-    With a dropped file go the docstrings taken from it.
+
+def held_out(table: Kept, fraction: float) -> np.ndarray:
+    """bool [D]: about `fraction` of the origins are held out, at least one and not all of them."""
+    least, most = table.facts["least"], table.facts["most"]
+    held = np.empty(len(table["share"]), bool)
+    for part in parts(len(held)):
+        share = table["share"][part]
+        held[part] = (share == np.uint64(least)) | ((share * 2.0**-64 < fraction) & (share < np.uint64(most)))
+    return held
+
+
+def duplicates(tables: Sequence[Mapping[str, np.ndarray] | Kept], heldout: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """bool [D] of every source: all but the first of equal texts, held-out ones before others.
+
+    Texts are equal where 128 bits of their digests are. With a dropped file go the docstrings taken from it.
     """
-    seen: set[bytes] = set()
-    kept_sides = []
-    for side in sides:
-        kept_side: dict[str, list[Document]] = {}
-        for name, documents in side.items():
-            kept_side[name] = []
-            dropped: set[str] = set()
-            for document in documents:
-                digest = hashlib.sha256(document.text.strip().encode()).digest()
-                if digest in seen:
-                    if document.kind == "code":
-                        dropped.add(document.origin)
-                elif document.origin not in dropped:
-                    seen.add(digest)
-                    kept_side[name].append(document)
-            if len(kept_side[name]) < len(documents):
-                log.info("%s: %d duplicate documents dropped", name, len(documents) - len(kept_side[name]))
-        kept_sides.append(kept_side)
-    return kept_sides
+    dropped = [np.zeros(len(held), bool) for held in heldout]
+    begins = np.cumsum([0, *map(len, heldout)])
 
+    def gathered(column: str, part: slice) -> np.ndarray:
+        """The values of a slice of all documents, one source after the other."""
+        pieces = [
+            table[column][max(0, part.start - begin) : max(0, part.stop - begin)]
+            for table, begin in zip(tables, begins.tolist(), strict=False)
+        ]
+        return np.concatenate(pieces)
 
-def _sample(documents: list[Document], max_bytes: int, seed: int) -> list[Document]:
-    """Whole documents of at most `max_bytes` together, a seeded choice in the given order; at least one."""
-    sizes = [size([document]) for document in documents]
-    chosen: set[int] = set()
-    room = max_bytes
-    for index in stable_order(len(documents), seed, "sample"):
-        if sizes[index] <= room:
-            chosen.add(index)
-            room -= sizes[index]
-    chosen = chosen or {min(range(len(documents)), key=sizes.__getitem__)}
-    return [document for index, document in enumerate(documents) if index in chosen]
-
-
-def _cut(document: Document) -> Iterator[Document]:
-    """The document in pieces of at most MAX_DOCUMENT characters, at line ends where there are any."""
-    text = document.text
-    while len(text) > MAX_DOCUMENT:
-        end = text.rfind("\n", 0, MAX_DOCUMENT) + 1 or MAX_DOCUMENT
-        yield replace(document, text=text[:end])
-        text = text[end:]
-    if text.strip():
-        yield replace(document, text=text)
+    for numbers in by_range(int(begins[-1]), lambda part: gathered("high", part)):
+        source = np.searchsorted(begins, numbers, side="right") - 1
+        high, low = (np.empty(len(numbers), np.uint64) for _ in range(2))
+        later = np.empty(len(numbers), bool)
+        for i, table in enumerate(tables):
+            at = numbers[source == i] - begins[i]
+            high[source == i], low[source == i], later[source == i] = (
+                table["high"][at],
+                table["low"][at],
+                ~heldout[i][at],
+            )
+        order = np.lexsort((numbers, later, low, high))
+        equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+        again = order[1:][equal]
+        for i in range(len(tables)):
+            dropped[i][numbers[again[source[again] == i]] - begins[i]] = True
+    for table, gone in zip(tables, dropped, strict=True):
+        for part in parts(len(gone)):
+            derived = part.start + np.flatnonzero(table["kind"][part] == DERIVED)
+            gone[derived] |= gone[derived - 1]
+    return dropped
 
 
 # ---------------------------------------------------------------------------------------------------
-# Built-in sources.
+# Samples.
 
 
-def _read_stdlib() -> Iterator[Document]:
-    """The running Python's library: its code, its longer docstrings, and the chapters of `help()`."""
-    from pydoc_data import topics
-
-    # Chapters repeat each other's sections, so all of them are one origin; the module itself holds the same text.
-    origin, licence = "pydoc_data/topics.py", "PSF-2.0"
-    for _, chapter in sorted(topics.topics.items()):
-        yield Document(chapter, STDLIB, licence, "docs", origin)
-    for document in _read_python_tree(Path(sysconfig.get_path("stdlib")), STDLIB, licence):
-        if document.origin != origin:
-            yield document
+def _bytes(table: Kept, chosen_D: np.ndarray) -> int:
+    return sum(int(table["bytes"][part][chosen_D[part]].sum()) for part in parts(len(chosen_D)))
 
 
-def _read_site_packages() -> Iterator[Document]:
-    """Code and docstrings of the installed packages of PACKAGE_LICENCES; each has its own licence."""
-    root = Path(sysconfig.get_path("purelib"))
-    for package, licence in PACKAGE_LICENCES.items():
-        if (root / package).is_dir():
-            yield from _read_python_tree(root, package, licence, package)
+def _sample(table: Kept, chosen_D: np.ndarray, max_bytes: int, seed: int, cache: Path) -> bool:
+    """Leaves whole documents of at most `max_bytes` together, a seeded choice; where not even one fits, the smallest,
+    and returns True."""
+    if _bytes(table, chosen_D) <= max_bytes:
+        return False
+    places = np.flatnonzero(chosen_D)
+    sizes = table["bytes"][places]
+    chosen_D[:] = False
+    room, least = max_bytes, int(sizes.min())
+    for order in stable_order(len(places), seed, "sample", cache):
+        for index in order[sizes[order] <= room].tolist():
+            if sizes[index] <= room:
+                chosen_D[places[index]] = True
+                room -= int(sizes[index])
+        if room < least:
+            break
+    if room < max_bytes:
+        return False
+    chosen_D[places[np.argmin(sizes)]] = True
+    return True
 
 
-def _read_python_tree(root: Path, source: str, licence: str, under: str = "") -> Iterator[Document]:
-    """Each .py file of root/under as a document, followed by one with its longer docstrings."""
-    unread = 0
-    for folder, folders, files in os.walk(root / under):
-        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
-        for file in sorted(name for name in files if name.endswith(".py")):
-            path = Path(folder, file)
-            try:
-                text = path.read_bytes().decode()
-                docstrings = _docstrings(text)
-            except (UnicodeDecodeError, SyntaxError):  # old encodings, code templates
-                unread += 1
-                continue
-            origin = path.relative_to(root).as_posix()
-            yield Document(text, source, licence, "code", origin)
-            if docstrings:
-                yield Document("\n\n".join(docstrings), source, licence, "docs", origin)
-    if unread:
-        log.info("%s: %d .py files skipped that are no UTF-8 Python", source, unread)
+def _ranked_sample(
+    tables: Sequence[Kept], train: Sequence[np.ndarray], seed: int, cache: Path
+) -> tuple[list[dict[int, int]], int]:
+    """(rank by number for each source, longest) of training documents in a seeded order, up to TOKENIZER_SAMPLE_BYTES
+    of them; of each at most `longest` characters are taken."""
+    ends = np.cumsum([int(chosen.sum()) for chosen in train])
+    total = sum(_bytes(table, chosen) for table, chosen in zip(tables, train, strict=True))
+    room = longest = TOKENIZER_SAMPLE_BYTES
+    if total > room:
+        longest = max(LONGEST_SAMPLED, room // int(ends[-1]))
+    picks: list[dict[int, int]] = [{} for _ in tables]
+    ranks = itertools.count()
+    for order in stable_order(int(ends[-1]), seed, "tokenizer", cache):
+        for start in range(0, len(order), SAMPLED_AT_ONCE):
+            batch = order[start : start + SAMPLED_AT_ONCE]
+            source = np.searchsorted(ends, batch, side="right")
+            places, sizes = np.empty_like(batch), np.empty_like(batch)
+            for i, (table, chosen) in enumerate(zip(tables, train, strict=True)):
+                mine = source == i
+                places[mine] = _places(chosen, batch[mine] - (ends[i] - int(chosen.sum())))
+                sizes[mine] = table["bytes"][places[mine]]
+            for i, place, length in zip(source.tolist(), places.tolist(), sizes.tolist(), strict=True):
+                if room <= 0:
+                    return picks, longest
+                room -= min(length, longest)
+                picks[i][place] = next(ranks)
+    return picks, longest
 
 
-def _docstrings(text: str) -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        tree = ast.parse(text)
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return [docstring for docstring in found if docstring and len(docstring) > MIN_DOCSTRING]
+def _places(chosen_D: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Where among all documents the chosen ones of these ranks are."""
+    places, before = np.empty_like(ranks), 0
+    for part in parts(len(chosen_D)):
+        found = np.flatnonzero(chosen_D[part])
+        here = (ranks >= before) & (ranks < before + len(found))
+        places[here] = part.start + found[ranks[here] - before]
+        before += len(found)
+    return places
 
 
-BUILT_IN = {STDLIB: _read_stdlib, SITE_PACKAGES: _read_site_packages}
+def _picked(source: Source, wanted: set[int], limit: int) -> Iterator[tuple[int, Document]]:
+    """(number, document) of the wanted ones, each in one piece of about `limit` characters at most."""
+    last = max(wanted, default=-1)
+    numbered = itertools.takewhile(lambda pair: pair[0] <= last, _numbered(source.read()))
+    documents = whole((block for index, block in numbered if index in wanted), limit)
+    return zip(sorted(wanted), documents, strict=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Users' files.
-
-
-def _read(name: str, source: DataSource) -> Iterator[Document]:
-    if source.path in BUILT_IN:
-        yield from BUILT_IN[source.path]()
-        return
-    for file, relative in _files(source.path):
-        if file.suffix == ".parquet":
-            yield from _read_parquet(file, relative, name, source)
-            continue
-        text = _decode(file)
-        if file.suffix == ".jsonl":
-            yield from _read_jsonl(text, file, relative, name, source)
-        else:
-            yield Document(text, name, source.licence, "text", relative)
-
-
-def _files(path: str) -> list[tuple[epath.Path, str]]:
-    """(file, path relative to the root) of the corpus files at `path`, sorted."""
-    root = epath.Path(path).expanduser()
-    known = f"a file or folder of {', '.join(SUFFIXES)}, or one of {', '.join(BUILT_IN)}"
-    if not root.exists():
-        raise ValueError(f"data source {path!r} does not exist; give {known}")
-    if not root.is_dir():
-        if root.suffix not in SUFFIXES:
-            raise ValueError(f"data source {path!r} ends in {root.suffix!r}; give {known}")
-        return [(root, root.name)]
-    files = [folder / file for folder, _, files in root.walk() for file in files if file.endswith(SUFFIXES)]
-    if not files:
-        raise ValueError(f"data source {path!r} holds no documents; give {known}")
-    return sorted(((file, file.relative_to(root).as_posix()) for file in files), key=lambda pair: pair[1])
-
-
-def _decode(file: epath.Path) -> str:
-    data = file.read_bytes()
-    if not data:
-        raise ValueError(f"corpus file {file} is empty; remove it or write text to it")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"corpus file {file} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it"
-        ) from error
-
-
-def _read_jsonl(text: str, file: epath.Path, relative: str, name: str, source: DataSource) -> Iterator[Document]:
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{file}:{number}: a JSON object is needed, not {type(record).__name__}")
-        yield _from_record(record, f"{file}:{number}", f"{relative}:{number}", name, source)
-
-
-def _read_parquet(file: epath.Path, relative: str, name: str, source: DataSource) -> Iterator[Document]:
-    import pyarrow  # a slow import that most runs don't need
-    import pyarrow.parquet as parquet
-
-    with file.open("rb") as stream:
-        try:
-            table = parquet.ParquetFile(stream)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"corpus file {file} is not a parquet file: {error}") from error
-        columns = [c for c in (source.text_field, "source", "licence") if c in table.schema_arrow.names]
-        number = 0
-        for batch in table.iter_batches(columns=columns):
-            for record in batch.to_pylist():
-                number += 1
-                yield _from_record(record, f"{file}:{number}", f"{relative}:{number}", name, source)
-
-
-def _from_record(record: dict[str, Any], where: str, origin: str, name: str, source: DataSource) -> Document:
-    """Records of one file don't derive from each other, so each is its own origin."""
-    text = record.get(source.text_field)
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{where}: field {source.text_field!r} is {type(text).__name__}, not a string (fields: "
-            f"{', '.join(record) or 'none'}); set text_field of the data source"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is JSON but no text
-        raise ValueError(f"{where}: field {source.text_field!r} is no Unicode text: {error}") from error
-    licence, author = record.get("licence") or source.licence, record.get("source") or name
-    return Document(text, str(author), str(licence), "text", origin)
+def _numbered(blocks: Iterable[Document]) -> Iterator[tuple[int, Document]]:
+    """Each block with its document's number."""
+    number = 0
+    for block in blocks:
+        yield number, block
+        number += not block.continues

@@ -207,6 +207,18 @@ class Tokenizer:
                 check_text(text)
             raise
 
+    def cuts_between(self, left: str, right: str) -> bool:
+        """Whether no token of two texts in a row reaches from one into the other: the pre-tokenizer cuts there, and the
+        ids are those of each."""
+        split = self._core.pre_tokenizer
+        if split is None:
+            return False
+        pieces, one, two = ([piece for piece, _ in split.pre_tokenize_str(t)] for t in (left + right, left, right))
+        if pieces != one + two:
+            return False
+        ids, one, two = self.encode_batch([left + right, left, right])
+        return ids == one + two
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

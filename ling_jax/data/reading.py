@@ -1,0 +1,415 @@
+"""Users' files as a stream of documents: which files of a folder are read, and how each format is.
+
+Nothing is held in memory but the record or the block of text at hand, so a file may be larger than memory, packed or
+not, and may come from a bucket.
+"""
+
+import codecs
+import contextlib
+import gzip
+import itertools
+import json
+import os
+import re
+import stat
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import IO, Any
+
+from etils import epath
+
+from ling_jax.config import DataSource
+
+SUFFIXES = (".jsonl", ".txt", ".parquet", ".json")
+PACKED = (".gz", ".zst")  # around all but parquet, which packs its own columns
+BLOCK = 1 << 20  # bytes read, and characters of a text given on, at a time
+ROWS = 1024  # of a parquet file at a time, at most
+NAMED = 5  # files that are not read
+BOM = "\ufeff"
+ABOUT = re.compile(r"(readme|notice|citation|(licen[cs]e|copying)([._-].*)?)\.txt", re.IGNORECASE)
+INDICES = {  # that programs write beside the data
+    "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "manifest.json", "metadata.json", "state.json",
+}  # fmt: skip
+CONVERSATIONS = ("messages", "conversations")
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and where it is from.
+
+    Attributes:
+      source: who wrote it: the data source's name, or what a record states.
+      kind: "code", "docs" or "text".
+      origin: the file's path relative to its root, with ":row" for one record of many.
+      continues: the text goes on in the next `Document` of the stream; together they are one.
+    """
+
+    text: str
+    source: str
+    licence: str
+    kind: str
+    origin: str
+    continues: bool = False
+
+
+def whole(blocks: Iterable[Document], limit: int | None = None) -> Iterator[Document]:
+    """Documents in one piece; of a text longer than `limit` characters, its beginning, up to a line end if there is
+    one."""
+    texts: list[str] = []
+    length = 0
+    for block in blocks:
+        if limit is None or length < limit:
+            texts.append(block.text)
+        length += len(block.text)
+        if not block.continues:
+            text = "".join(texts) if len(texts) > 1 else texts[0]
+            if limit is not None and length > limit:
+                text = text[: text.rfind("\n", 0, limit) + 1 or limit]
+            yield replace(block, text=text)
+            texts, length = [], 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which files.
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a data source that are read, by their paths under `root`, sorted; and those that are not.
+
+    Attributes:
+      stamps: of each file that is read, what changes when the file does.
+    """
+
+    root: epath.Path
+    names: list[str]
+    stamps: list[str]
+    newest: float
+    left_out: list[str]
+
+
+def list_files(path: str, built_in: Iterable[str]) -> Listing:
+    """What is read at `path`, a file or a folder.
+
+    Raises:
+      ValueError: where nothing is, naming what could be, `built_in` among it.
+    """
+    root = epath.Path(path).expanduser()
+    known = f"a file or folder of {', '.join(SUFFIXES)} (or packed: {', '.join(PACKED)}), or one of "
+    known += ", ".join(built_in)
+    if not root.exists():
+        raise ValueError(f"data source {path!r} does not exist; give {known}")
+    if not root.is_dir():
+        if _format(root.name) is None:
+            raise ValueError(f"data source {path!r} ends in {root.suffix!r}; give {known}")
+        mark, newest = stamp(root) or ("", 0.0)
+        return Listing(root.parent, [root.name], [mark], newest, [])
+    found, left_out = [], []
+    for folder, folders, files in root.walk(on_error=_refuse):
+        links = [name for name in folders if "://" not in path and os.path.islink(folder / name)]
+        for name in [*files, *links]:
+            relative = (folder / name).relative_to(root).as_posix()
+            marked = stamp(folder / name) if _is_text(relative) else None
+            if marked is None:
+                left_out.append(relative)
+            else:
+                found.append((relative, *marked))
+    if not found:
+        only = f" ({few(left_out)})" if left_out else ""
+        raise ValueError(f"data source {path!r} holds no documents{only}; give {known}")
+    found.sort()
+    names, stamps, times = zip(*found, strict=True)
+    return Listing(root, list(names), list(stamps), max(times), sorted(left_out))
+
+
+def few(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def stamp(file: Any) -> tuple[str, float] | None:
+    """What changes when a file does, and when it last did; None for what is no file."""
+    if "://" in str(file):
+        about = file.stat()
+        return f"{about.length} {about.mtime}", float(about.mtime)
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise ValueError(f"corpus file {file} cannot be read: {error.strerror}; mend it, or remove it") from error
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}", max(found.st_mtime, found.st_ctime)
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"folder {error.filename} of the corpus cannot be read: {error.strerror}") from error
+
+
+def _format(name: str) -> str | None:
+    """The suffix that tells how a file is read, without that of its packing; None for no format."""
+    plain = name.lower()
+    for packing in PACKED:
+        plain = plain.removesuffix(packing)
+    suffix = next((s for s in SUFFIXES if plain.endswith(s)), None)
+    return None if suffix == ".parquet" and not name.lower().endswith(suffix) else suffix
+
+
+def _is_text(relative: str) -> bool:
+    """Whether a file of a folder is to be trained on: hidden files, and those about the data, are not."""
+    *folders, name = relative.split("/")
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in (*folders, name))
+    plain = re.sub(r"\.(gz|zst)$", "", name, flags=re.IGNORECASE)
+    return not (hidden or _format(name) is None or ABOUT.fullmatch(plain) or plain.lower() in INDICES)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Formats.
+
+
+def read_file(file: epath.Path, relative: str, name: str, source: DataSource) -> Iterator[Document]:
+    """The documents of one file; a long text comes in blocks.
+
+    Raises:
+      ValueError: naming the file, and the line where there are lines, and what is wrong with it.
+    """
+    kind = _format(file.name)
+    with _opened(file) as stream:
+        if kind == ".parquet":
+            records = _parquet(stream, file, source)
+        elif kind == ".jsonl":
+            records = _jsonl(stream, file)
+        elif kind == ".json":
+            records = _json(_decoded(stream, file), file)
+        else:
+            for text, continues in _followed(_decoded(stream, file)):
+                yield Document(text, name, source.licence, "text", relative, continues)
+            return
+        for number, line, record in records:
+            yield _from_record(record, f"{file}:{line}", f"{relative}:{number}", name, source)
+
+
+@contextlib.contextmanager
+def _opened(file: epath.Path) -> Iterator[Any]:
+    """A file's bytes, unpacked."""
+    name, packed = file.name.lower(), file.name.lower().endswith(PACKED)
+    try:
+        with file.open("rb") as raw:
+            if name.endswith(".gz"):
+                yield gzip.GzipFile(fileobj=raw)
+            elif name.endswith(".zst"):
+                import pyarrow  # a slow import that most runs don't need
+
+                yield pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+            else:
+                yield raw
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        what = "is damaged or cut short" if packed else "cannot be read"
+        raise ValueError(f"corpus file {file} {what}: {why}; copy it again, or remove it") from error
+
+
+def _blocks(stream: IO[bytes], file: epath.Path) -> Iterator[bytes]:
+    empty = True
+    while block := stream.read(BLOCK):
+        empty = False
+        yield block
+    if empty:
+        raise ValueError(f"corpus file {file} is empty; remove it or write text to it")
+
+
+def _decoded(stream: IO[bytes], file: epath.Path) -> Iterator[str]:
+    """The text of a UTF-8 file without its byte-order mark, in blocks."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, begun = 0, False
+    for block in itertools.chain(_blocks(stream, file), [b""]):
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(error, str(file), offset - waiting) from error
+        offset += len(block)
+        if text and not begun:
+            text, begun = text.removeprefix(BOM), True
+        if text:
+            yield text
+
+
+def _not_utf8(error: UnicodeDecodeError, where: str, offset: int) -> ValueError:
+    """`offset`: of the decoded bytes in the file."""
+    byte, at = error.object[error.start], offset + error.start
+    mark = " (it begins with the byte-order mark of UTF-16)" if at == 0 and byte in (0xFE, 0xFF) else ""
+    return ValueError(f"corpus file {where} is not UTF-8: byte 0x{byte:02x} at offset {at}{mark}; convert it")
+
+
+def _followed(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Each text, and whether another one follows it."""
+    last = next(texts, None)
+    for text in texts:
+        assert last is not None
+        yield last, True
+        last = text
+    if last is not None:
+        yield last, False
+
+
+def _jsonl(stream: IO[bytes], file: epath.Path) -> Iterator[tuple[int, int, Any]]:
+    """(number, line, record) of every line that is not blank; the number is the line's."""
+    offset = 0
+    for number, data in enumerate(_lines(_blocks(stream, file)), start=1):
+        if data.strip():
+            try:
+                line = data.decode().removeprefix(BOM)  # files with marks may have been joined
+            except UnicodeDecodeError as error:
+                raise _not_utf8(error, f"{file}:{number}", offset) from error
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}:{number}: not JSON: {error}") from error
+            yield number, number, record
+        offset += len(data) + 1
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without their ends; only \\n ends one, since text may hold every other kind of line end."""
+    parts: list[bytes] = []
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        if others:
+            yield b"".join(parts)
+            yield from others[:-1]
+            parts = [others[-1]]
+    yield b"".join(parts)
+
+
+class _Json:
+    """Values of JSON that comes in blocks, which are forgotten once they are read."""
+
+    def __init__(self, texts: Iterator[str]):
+        self._texts, self._text, self._at = texts, "", 0
+        self.line = 1  # of the next character
+
+    def _go_to(self, at: int) -> None:
+        self.line += self._text.count("\n", self._at, at)
+        self._at = at
+
+    def next(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            space = SPACE.match(self._text, self._at)
+            assert space is not None
+            self._go_to(space.end())
+            if self._at < len(self._text):
+                return self._text[self._at]
+            self._text, self._at = next(self._texts, ""), 0
+            if not self._text:
+                return ""
+
+    def skip(self) -> None:
+        self._go_to(self._at + 1)
+
+    def value(self) -> Any:
+        """The value that begins here; JSONDecodeError for none."""
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                # A value that is only cut off fails at its end, or in a string that does not end.
+                cut = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - len("-Infinity")
+                if not cut or not self._read_on():
+                    self._go_to(min(error.pos, len(self._text)))
+                    raise
+            else:
+                self._go_to(end)
+                return value
+
+    def _read_on(self) -> bool:
+        """Adds as much text as is waiting, so that a long value is parsed a few times only; whether there was more."""
+        waiting = self._text[self._at :]
+        more: list[str] = []
+        while sum(map(len, more)) <= len(waiting) and (block := next(self._texts, "")):
+            more.append(block)
+        self._text, self._at = "".join([waiting, *more]), 0
+        return bool(more)
+
+
+def _json(texts: Iterator[str], file: epath.Path) -> Iterator[tuple[int, int, Any]]:
+    """(number, line, record) of a file of objects in a row, each on one line or on many, or of lists of objects."""
+    values, number = _Json(texts), 0
+    in_list = after_entry = False
+    while char := values.next():
+        if in_list and char == "]":
+            in_list = False
+            values.skip()
+        elif in_list and after_entry:
+            if char != ",":
+                raise ValueError(f"{file}:{values.line}: not JSON: an entry of a list is followed by {char!r}")
+            after_entry = False
+            values.skip()
+        elif char == "[" and not in_list:
+            in_list, after_entry = True, False
+            values.skip()
+        else:
+            number, line = number + 1, values.line
+            try:
+                record = values.value()
+            except (ValueError, RecursionError) as error:
+                why = error.msg if isinstance(error, json.JSONDecodeError) else error  # its place is that in a block
+                raise ValueError(f"{file}:{values.line}: not JSON: {why}") from error
+            yield number, line, record
+            after_entry = True
+    if in_list:
+        raise ValueError(f"{file}:{values.line}: not JSON: the file ends inside a list; copy it again")
+
+
+def _parquet(stream: IO[bytes], file: epath.Path, source: DataSource) -> Iterator[tuple[int, int, Any]]:
+    import pyarrow  # a slow import that most runs don't need
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.ParquetFile(stream, buffer_size=BLOCK, pre_buffer=False)
+        names = table.schema_arrow.names
+        if source.text_field not in names:
+            raise ValueError(_no_text(str(file), source.text_field, "missing", names))
+        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups) // max(1, table.metadata.num_rows)
+        rows = max(1, min(ROWS, 4 * BLOCK // (size + 1)))
+        columns = [c for c in (source.text_field, "source", "licence") if c in names]
+        number = 0
+        for batch in table.iter_batches(rows, columns=columns, use_threads=False):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, number, record
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"corpus file {file} is not a parquet file, or is damaged: {error}") from error
+
+
+def _from_record(record: Any, where: str, origin: str, name: str, source: DataSource) -> Document:
+    """Records of one file don't derive from each other, so each is its own origin."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a JSON object is needed, not {type(record).__name__}")
+    text = record.get(source.text_field)
+    if not isinstance(text, str):
+        raise ValueError(_no_text(where, source.text_field, type(text).__name__, record))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "\ud800" is JSON but no text
+        raise ValueError(f"{where}: field {source.text_field!r} is no Unicode text: {error}") from error
+    licence, author = record.get("licence") or source.licence, record.get("source") or name
+    return Document(text, str(author), str(licence), "text", origin)
+
+
+def _no_text(where: str, field: str, found: str, fields: Iterable[str]) -> str:
+    fields = list(fields)
+    if chat := next((key for key in CONVERSATIONS if key in fields), None):
+        return (
+            f"{where}: field {chat!r} holds a conversation, which train.py does not train on: that will be "
+            f"fine-tuning, `python post.py sft`; train.py needs text, in the field {field!r}"
+        )
+    return (
+        f"{where}: field {field!r} is {found}, not a string (fields: {', '.join(fields) or 'none'}); set text_field of "
+        "the data source"
+    )

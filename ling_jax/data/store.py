@@ -1,0 +1,275 @@
+"""Arrays on this machine's disk that are made once, whole or not at all, and mapped into memory.
+
+An entry is one .npy file per column and an index, a JSON object with its own checksum that tells each column's length
+and checksums. The index is written last: without it, and with columns that are not as it says, there is no entry.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+from etils import epath
+
+from ling_jax.files.cache import can_write
+from ling_jax.files.one_writer import HOLDER, OneWriter
+from ling_jax.files.whole import checksum, read_sealed, sealed
+
+log = logging.getLogger(__name__)
+
+BLOCK = 1 << 26  # bytes of a column that share a checksum
+CHECKED_BLOCKS = 16  # of a column are compared when it is opened: all of 1 GiB, evenly spread ones of more
+AT_ONCE = 1 << 20  # entries of a column that are in memory together
+HINT = "set --data.cache-dir to a folder of this machine that can be written"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A whole entry.
+
+    Attributes:
+      facts: what its maker said of it.
+      checksum: follows from the columns' contents alone.
+    """
+
+    columns: dict[str, np.ndarray]
+    facts: dict[str, Any]
+    checksum: str
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+
+class _Column:
+    """One file that grows; its blocks' checksums are taken from memory."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype, self.bytes = path, dtype, 0
+        self.checksums: list[str] = []
+        self._file: IO[bytes] = path.open("wb")
+        self._file.write(_header(dtype, 0))
+        self._block = xxhash.xxh3_64()
+
+    def append(self, values: np.ndarray) -> None:
+        data = memoryview(np.ascontiguousarray(values, self.dtype)).cast("B")
+        self._file.write(data)
+        while len(data):
+            room = BLOCK - self.bytes % BLOCK
+            self._block.update(data[:room])
+            self.bytes += len(data[:room])
+            data = data[room:]
+            if self.bytes % BLOCK == 0:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self.checksums.append(self._block.hexdigest())
+        self._block = xxhash.xxh3_64()
+
+    def seal(self, to: Path) -> dict[str, Any]:
+        """Moves the file, safe on the disk, to its name; returns its part of the index."""
+        if self.bytes % BLOCK:
+            self._end_block()
+        self._file.seek(0)
+        self._file.write(_header(self.dtype, self.bytes // self.dtype.itemsize))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.path.replace(to)
+        return {"bytes": self.bytes, "checksums": self.checksums}
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk, which has been met before
+            self._file.close()
+
+
+class Columns:
+    """The columns of an entry that is being made."""
+
+    def __init__(self, folder: Path, key: str):
+        self._folder, self._key = folder, key
+        self._columns: dict[str, _Column] = {}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Adds values to the end of a column, whose dtype its first values decide."""
+        if name not in self._columns:
+            path = self._folder / f"{self._key}.{name}.{uuid.uuid4().hex}.tmp"
+            self._columns[name] = _Column(path, values.dtype.newbyteorder("<"))
+        if len(values):
+            self._columns[name].append(values)
+
+    def seal(self, facts: dict[str, Any]) -> None:
+        columns = {name: column.seal(_file(self._folder, self._key, name)) for name, column in self._columns.items()}
+        temporary = self._folder / f"{self._key}.{uuid.uuid4().hex}.tmp"
+        with temporary.open("w") as file:
+            json.dump(sealed({"columns": columns, "facts": facts}), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(_index(self._folder, self._key))
+
+    def close(self) -> None:
+        for column in self._columns.values():
+            column.close()
+
+
+def keep(folder: Path, key: str, what: str, build: Callable[[Columns], dict[str, Any]]) -> Kept:
+    """The entry `key` of a folder, made by `build` if it is not there whole; other processes wait meanwhile.
+
+    Args:
+      key: follows from everything that the entry depends on.
+      what: is being made, for the log and for errors.
+      build: appends to the columns and returns the entry's facts, a JSON object.
+    Raises:
+      ValueError: where the folder takes no more; half an entry is never left behind.
+    """
+    if (found := _open(folder, key)) is not None:
+        return found
+    with OneWriter(epath.Path(folder), f"{key}.{HOLDER}", wait=True):
+        if (found := _open(folder, key)) is not None:  # another process has just made it
+            return found
+        _sweep(folder, key)  # after a process that was killed
+        _index(folder, key).unlink(missing_ok=True)
+        log.info("%s, into %s", what, folder)
+        columns = Columns(folder, key)
+        try:
+            columns.seal(build(columns))
+        except OSError as error:
+            if error.filename is not None and not str(error.filename).startswith(str(folder)):
+                raise  # a file of the corpus
+            raise ValueError(
+                f"{what} failed: {folder} does not take it ({error.strerror or error}); make room there, or name "
+                "another folder with --data.cache-dir, and run the same command again"
+            ) from error
+        finally:
+            columns.close()
+            _sweep(folder, key)
+    found = _open(folder, key)
+    if found is None:
+        raise ValueError(f"{what} failed: what was written to {folder} is not what is there now; look at that disk")
+    return found
+
+
+def _sweep(folder: Path, key: str) -> None:
+    for left in folder.glob(f"{key}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def _index(folder: Path, key: str) -> Path:
+    return folder / f"{key}.json"
+
+
+def _file(folder: Path, key: str, name: str) -> Path:
+    return folder / f"{key}.{name}.npy"
+
+
+def _open(folder: Path, key: str) -> Kept | None:
+    """The entry that an earlier run left, if it did and all of it is whole."""
+    if not _index(folder, key).exists():
+        return None
+    try:
+        index = read_sealed(epath.Path(_index(folder, key)))
+        columns = {name: _mapped(_file(folder, key, name), told) for name, told in index["columns"].items()}
+    except (ValueError, OSError, EOFError) as error:
+        log.warning("%s; it is made anew", error)
+        return None
+    contents = {name: [told["bytes"], told["checksums"]] for name, told in index["columns"].items()}
+    return Kept(columns, index["facts"], checksum(json.dumps(contents, sort_keys=True).encode()))
+
+
+def _header(dtype: np.dtype, count: int) -> bytes:
+    """The beginning of a .npy file; it leaves room for any count."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
+    return header.getvalue()
+
+
+def _mapped(file: Path, told: dict[str, Any]) -> np.ndarray:
+    try:
+        values = np.load(file, mmap_mode="r" if told["bytes"] else None)  # nothing can't be mapped
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({error})") from error
+    if values.nbytes != told["bytes"]:
+        raise ValueError(f"{file} is damaged: it has {values.nbytes} bytes of values, not {told['bytes']}")
+    sums = told["checksums"]
+    data = memoryview(values).cast("B") if sums else memoryview(b"")
+    for block in range(0, len(sums), max(1, len(sums) // CHECKED_BLOCKS)):
+        if checksum(data[block * BLOCK : (block + 1) * BLOCK]) != sums[block]:
+            raise ValueError(f"{file} is damaged: it does not have the checksum it was written with")
+    return values
+
+
+def cache_dir(wanted: str, run_dir: epath.Path | None = None) -> Path:
+    """The folder for entries: the one that is `wanted`, or one in the run's folder if that cannot be written.
+
+    Raises:
+      ValueError: if neither can be, or `wanted` is a bucket.
+    """
+    if "://" in wanted:
+        raise ValueError(f"data.cache_dir = {wanted!r} must be local, since tokens are mapped into memory: {HINT}")
+    folder = Path(os.path.expanduser(wanted))
+    if can_write(folder):
+        return folder
+    if run_dir is None or "://" in str(run_dir) or not can_write(Path(run_dir) / "cache"):
+        raise ValueError(f"data.cache_dir = {wanted!r} cannot be written: {HINT}")
+    own = Path(run_dir) / "cache"
+    log.info("%s cannot be written: tokens are kept in %s; --data.cache-dir names another place", folder, own)
+    return own
+
+
+def parts(count: int) -> Iterator[slice]:
+    """Slices of at most AT_ONCE entries that cover range(count)."""
+    for start in range(0, count, AT_ONCE):
+        yield slice(start, min(start + AT_ONCE, count))
+
+
+def stable_order(count: int, seed: int, salt: str, folder: Path) -> Iterator[np.ndarray]:
+    """A shuffle of range(count) that no library's version can change, as int64 arrays in a row.
+
+    It is the order of the SHA-256 of seed, salt and number. Eight bytes a number lie in a file in `folder` meanwhile,
+    and in memory at most some AT_ONCE of them at a time.
+    """
+
+    def digest(i: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{salt}:{i}".encode()).digest()
+
+    if not count:
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for part in parts(count):
+            file.write(b"".join([digest(i)[:8] for i in range(part.start, part.stop)]))
+        file.flush()
+        keys = np.memmap(file, ">u8", "r")
+        for numbers in by_range(count, lambda part: keys[part].astype(np.uint64)):
+            values = keys[numbers].astype(np.uint64)
+            order = np.argsort(values, kind="stable")
+            ranked, values = numbers[order], values[order]
+            if np.any(values[1:] == values[:-1]):  # once in thousands of corpora of 100 million documents
+                ranked = np.array(sorted(ranked.tolist(), key=digest))
+            yield ranked
+
+
+def by_range(count: int, keys: Callable[[slice], np.ndarray]) -> Iterator[np.ndarray]:
+    """Numbers below `count`, ascending, whose keys fall into one range of uint64 after the other.
+
+    Args:
+      keys: uint64 of a slice of numbers, evenly spread, so that some AT_ONCE numbers share a range.
+    """
+    ranges = -(-count // AT_ONCE)
+    for i in range(ranges):
+        low, high = i * 2**64 // ranges, (i + 1) * 2**64 // ranges - 1
+        found = []
+        for part in parts(count):
+            values = keys(part)
+            found.append(part.start + np.flatnonzero((values >= np.uint64(low)) & (values <= np.uint64(high))))
+        numbers = np.concatenate(found)
+        if len(numbers):
+            yield numbers
