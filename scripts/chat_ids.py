@@ -20,6 +20,7 @@ from ling_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "zwei"}}}
 THOUGHT = "<think>\ntwo and two\n</think>\n\n4"
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "a + b", "parameters": {"type": "object"}}}]
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "question": [{"role": "user", "content": "Wie viel ist 2+2?"}],
     "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<role>"}],
@@ -58,9 +59,9 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         cases = []
         for i, (name, messages) in enumerate(CONVERSATIONS.items()):
-            options = {"add_generation_prompt": i % 2 == 0, "return_dict": False}
-            ids = tokenizer.apply_chat_template(messages, chat_template=template, **options)
-            cases.append({"name": name, "messages": messages, "add_generation_prompt": i % 2 == 0, "ids": ids})
+            more = {"add_generation_prompt": i % 2 == 0, "tools": TOOLS if name == "tools" else None}
+            ids = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False, **more)
+            cases.append({"name": name, "messages": messages, **more, "ids": ids})
     lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
     print(f'{{"transformers": "{transformers.__version__}", "cases": [\n{lines}\n]}}')
 

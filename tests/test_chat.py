@@ -52,7 +52,7 @@ def test_tools_are_listed_one_json_line_each_between_system_text_and_thinking_li
     system = text.split("<|role_end|>")[0]
     assert system.startswith("<role>SYSTEM</role>S\n")
     assert '\n<tools>\n{"name": "add", "parameters": {"a": "<int>"}}\n{"name": "groß"}\n</tools>\n' in system
-    assert "<tool_call>" in system.split("</tools>")[1]
+    assert "<tool_call>" in system.split("\n</tools>")[1]
     assert system.endswith("\ndetailed thinking off")
 
 
@@ -259,6 +259,6 @@ CASES = json.loads((Path(__file__).parent / "chat_ids.json").read_text())["cases
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_conversations_have_the_ids_that_transformers_gives_them_with_the_official_template(case):
     tokenizer = Tokenizer.train(["-"], 256 + len(SPECIAL_TOKENS))
-    ids = tokenizer.encode_chat(case["messages"], add_generation_prompt=case["add_generation_prompt"])
+    ids = tokenizer.encode_chat(case["messages"], case["tools"], add_generation_prompt=case["add_generation_prompt"])
     assert tokenizer.decode(ids) == tokenizer.decode(case["ids"])
     assert ids == case["ids"]

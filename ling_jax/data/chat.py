@@ -19,8 +19,8 @@ SWITCHES: dict[str, tuple[Any, Any]] = {
     "thinking_option": ("off", "on"),
 }
 
-# Written from the format's description; a release brings its own template, which is then used instead (the words
-# around its tools are others). Roles: system, user, assistant, tool.
+# Written from the format's description; a release brings its own template, which is then used instead. The words around
+# the tools are part of the format: the models were trained on them. Roles: system, user, assistant, tool.
 # - The first turn is always SYSTEM: the system text, the tools, and the line that switches thinking off.
 # - Reasoning of an assistant turn is shown only after the last user query, and so never without one. A user message
 #   that is nothing but a tool's response is no query.
@@ -40,12 +40,14 @@ LING_CHAT_TEMPLATE = """\
     {{- messages[0].content + '\\n' }}
 {%- endif %}
 {%- if tools %}
-    {{- '# Tools\\n\\nYou may call these functions; each line describes one of them as JSON:\\n<tools>' }}
+    {{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' }}
+    {{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
     {%- for tool in tools %}
         {{- '\\n' + (tool | tojson) }}
     {%- endfor %}
-    {{- '\\n</tools>\\n\\nTo call a function, answer with its name and arguments as JSON inside tool_call tags:' }}
-    {{- '\\n<tool_call>\\n{"name": <function name>, "arguments": <object>}\\n</tool_call>\\n' }}
+    {{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within ' }}
+    {{- '<tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}' }}
+    {{- '\\n</tool_call>\\n' }}
 {%- endif %}
 {{- 'detailed thinking ' + ('on' if enable_thinking else 'off') + '<|role_end|>' }}
 {%- for message in messages %}
