@@ -46,8 +46,8 @@ LING_CHAT_TEMPLATE = """\
         {{- '\\n' + (tool | tojson) }}
     {%- endfor %}
     {{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within ' }}
-    {{- '<tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}' }}
-    {{- '\\n</tool_call>\\n' }}
+    {{- '<tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, ' }}
+    {{- '"arguments": <args-json-object>}\\n</tool_call>\\n' }}
 {%- endif %}
 {{- 'detailed thinking ' + ('on' if enable_thinking else 'off') + '<|role_end|>' }}
 {%- for message in messages %}
