@@ -259,6 +259,9 @@ def test_an_adapter_in_a_models_place_is_told_with_the_command(tmp_path, read):
     words = f"{adapter} is a LoRA adapter of somewhere/{SOURCE.name}, not a model: merge it first with python convert"
     with pytest.raises(ValueError, match=words):
         read(str(adapter))
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=f"{adapter} is a LoRA adapter of BASE, not a model: merge it first"):
+        read(str(adapter))
 
 
 # The command, and kills.

@@ -359,9 +359,10 @@ class StoredWeights(Weights):
 
 
 def _refuse_adapter(folder: pathlib.Path) -> None:
-    if not (folder / hub.ADAPTER_CONFIG).exists() or (folder / INDEX).exists() or (folder / hub.WHOLE).exists():
+    parts = [name for name in (hub.ADAPTER_CONFIG, hub.ADAPTER_WEIGHTS) if (folder / name).exists()]
+    if not parts or (folder / INDEX).exists() or (folder / hub.WHOLE).exists():
         return
-    told = read_json(folder / hub.ADAPTER_CONFIG)
+    told = read_json(folder / hub.ADAPTER_CONFIG) if hub.ADAPTER_CONFIG in parts else {}
     base, kind = told.get("base_model_name_or_path") or "BASE", told.get("peft_type") or "LORA"
     raise ValueError(
         f"{folder} is a {'LoRA' if kind == 'LORA' else kind} adapter of {base}, not a model: merge it first with "
