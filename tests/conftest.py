@@ -1,6 +1,7 @@
 """What every test runs under: the CPU as eight devices, a cache of compiled programs, and the golden cases' place."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level=0 {PATIENT
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# A closed terminal's signal is as it is for a user, also where nohup started the suite.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure():

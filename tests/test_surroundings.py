@@ -226,11 +226,10 @@ def test_how_a_librarys_version_spells_a_tokenizer_is_no_change(copied):
 
 def test_a_lost_tokenizer_is_made_anew_only_if_it_is_the_same(folder, copied):
     shutil.rmtree(copied / "tokenizer")
-    other = folder / "other text"
-    shutil.copytree(folder / "text", other, dirs_exist_ok=True)
-    (other / "more.txt").write_text("quite other words stand here\n" * 300)
+    other = folder / "other tokenizer"
+    Tokenizer.train(["quite other words stand here\n" * 300], 280).save(str(other))
     with pytest.raises(ValueError, match="is not the one that this run's checkpoint was trained with"):
-        goes_on(folder, 5, data__sources__0__path=other)
+        goes_on(folder, 5, data__tokenizer=other)
     assert not (copied / "tokenizer" / "tokenizer.json").exists()
     goes_on(folder, 4)
 
