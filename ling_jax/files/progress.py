@@ -9,9 +9,8 @@ import rich.progress
 
 log = logging.getLogger(__name__)
 
-CONSOLE = rich.console.Console(
-    stderr=True
-)  # the log handler's too, so that lines and the bar do not overwrite each other
+# The log handler's too, so that lines and the bar do not overwrite each other.
+CONSOLE = rich.console.Console(stderr=True)
 LOG_SECONDS = 10.0  # between two lines where there is no terminal
 
 
