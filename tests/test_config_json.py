@@ -17,6 +17,7 @@ ORIGINS = {
         ["mtp_loss_scaling_factor", "num_nextn_predict_layers", "initializer_range", "max_window_layers"],
         {"transformers_version": "4.52.3", "use_rmsnorm": True, "rope_theta": 600000.0},
     ),
+    "saved again by the official class": (["model_type"], {}),
     "rotary_dim, as Ling-1T": (["partial_rotary_factor"], {"rotary_dim": 64}),
     "both spellings": ([], {"rotary_dim": 64}),
     "an MTP scale without an MTP layer": ([], {"mtp_loss_scaling_factor": 0.1}),
@@ -45,7 +46,7 @@ def test_files_of_every_origin_read_to_the_same_model(left_out: list[str], said:
     read, release = ModelConfig.from_hf(file), ModelConfig.from_hf(HF_MINI)
     assert read == release and hash(read) == hash(release)
     assert architecture_diff(read, release) == model_settings_diff(read, release) == []
-    assert read.to_hf() == file
+    assert read.to_hf() == {"model_type": "bailing_moe"} | file
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,12 @@ def test_what_cannot_be_understood_is_an_error(said: dict, message: str):
 def test_a_changed_rotary_embedding_is_changed_in_every_place_that_names_it(file: dict, changes: dict):
     changed = dataclasses.replace(ModelConfig.from_hf(file), **changes)
     assert ModelConfig.from_hf(json.loads(json.dumps(changed.to_hf()))) == changed
+
+
+def test_a_model_type_that_was_lost_is_written_again():
+    assert ModelConfig.from_hf(without("model_type")).to_hf() == HF_MINI | {"model_type": "bailing_moe"}
+    with pytest.raises(ValueError, match="model_type = None"):
+        ModelConfig.from_hf(without("model_type") | {"architectures": None})
 
 
 def test_a_config_of_our_own_is_written_as_the_official_converter_writes():

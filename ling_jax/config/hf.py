@@ -8,6 +8,8 @@ from ling_jax.config.checks import check
 from ling_jax.config.rope import PLACES, read_rope, rope_changes
 
 MODEL_TYPES = ("bailing_moe", "bailing_moe_v2", "bailing_moe_linear")
+# What the official class saves again has no model_type, only its own name.
+CLASSES = {"BailingMoeV2ForCausalLM": "bailing_moe", "BailingMoeLinearV2ForCausalLM": "bailing_moe_linear"}
 OLDER = "BailingMoeForCausalLM"  # Ling 1.x: `model_type` bailing_moe too, but another router and no groups
 LINEAR_HF_FIELDS = ("layer_group_size", "group_norm_size", "linear_silu")  # of bailing_moe_linear only
 
@@ -89,9 +91,14 @@ def read_config_json(config: Mapping[str, Any], names: set[str]) -> dict[str, An
     return values | _rotary(read_rope(config), values["head_dim"])
 
 
+def _kind(config: Mapping[str, Any]) -> str | None:
+    named = (CLASSES[name] for name in config.get("architectures") or () if name in CLASSES)
+    return config["model_type"] if "model_type" in config else next(named, None)
+
+
 def _check_kind(config: Mapping[str, Any]) -> bool:
     """Whether it is a linear model; ValueError if it is none of ours."""
-    kind, classes = config.get("model_type"), config.get("architectures") or ()
+    kind, classes = _kind(config), config.get("architectures") or ()
     check(
         kind in MODEL_TYPES,
         f"model_type = {kind!r} in config.json: this version reads {', '.join(MODEL_TYPES)} only",
@@ -155,4 +162,5 @@ def changed_config_json(
     """`original` with the fields that changed from `before` to `now`, and what must follow them."""
     changed = {name: value for name, value in now.items() if value != before[name]}
     rope = {name: now[name] for name in ("rope_theta", "partial_rotary_factor", "rotary_dim", "rope_scaling")}
-    return {**original, **changed, **rope_changes(original, changed, rope)}
+    kind = {"model_type": _kind(original)}  # many programs go by it
+    return {**original, **kind, **changed, **rope_changes(original, changed, rope)}
