@@ -51,7 +51,8 @@ def with_mlx(folder: str, request: dict[str, Any]) -> dict[str, np.ndarray]:
             logits = model(mx.array([new[-1:]]), cache=cache)[0]
         answer[f"greedy_{index}"] = np.array(new)
     for index, messages in enumerate(request["conversations"]):
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        # Left out, mlx-lm turns it on for every vocabulary that has <think>.
+        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
         answer[f"chat_{index}"] = np.array(made)
     return answer
 
