@@ -29,8 +29,9 @@ def pytest_configure():
 
 # The files that take longest, longest first: so both processes of pytest-xdist end at about the same time.
 LONGEST = (
-    "one_writer", "surroundings", "processes", "fp8_training", "resume", "topology", "plan", "smoke", "damage", "origin",
-    "golden", "parallel", "bf16_params", "native", "same_bits", "generate", "going_on", "model", "dispatch", "errors",
+    "one_writer", "surroundings", "processes", "fp8_training", "resume", "topology", "plan", "smoke", "damage",
+    "origin", "golden", "parallel", "bf16_params", "native", "same_bits", "generate", "going_on", "model", "dispatch",
+    "errors",
 )  # fmt: skip
 
 
