@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sources import config_of, write_texts
 from tokenizers import pre_tokenizers
 
 import ling_jax.data
@@ -29,17 +30,6 @@ from ling_jax.data.tokenizer import PRE_TOKENIZER_PATTERN, SPECIAL_TOKENS, Token
 from ling_jax.parallel.mesh import make_mesh, place_batch, rows_here
 
 VOCAB = 256 + len(SPECIAL_TOKENS)  # bytes only
-
-
-def config_of(*paths, **changes) -> DataConfig:
-    return DataConfig(sources=tuple(DataSource(path=str(path)) for path in paths), **changes)
-
-
-def write_texts(folder: Path, count: int, size: int = 300) -> Path:
-    folder.mkdir()
-    for i in range(count):
-        (folder / f"{i:03}.txt").write_text(f"text {i}\n" + f"{i} is a number\n" * (size // 15))
-    return folder
 
 
 def make_stream(lengths: list[int]) -> Stream:
