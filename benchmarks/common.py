@@ -1,4 +1,4 @@
-"""What every benchmark reports."""
+"""The report that every benchmark prints."""
 
 import json
 import platform

@@ -7,12 +7,13 @@ anonymous memory (RssAnon of /proc/self/status), beyond what the process had aft
 
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ import tyro
 from etils import epath
 
 from configs.ling_mini_2_0 import config as ling_mini
-from ling_jax.checkpoint import arrays_to_write, make_checkpoint
+from ling_jax.checkpoint import make_checkpoint
 from ling_jax.cli import run_main
 from ling_jax.convert.mapping import layout
-from ling_jax.convert.tensorfile import DTYPES, TensorFile, TensorFileWriter
-from ling_jax.convert.to_hf import to_hf
+from ling_jax.convert.tensorfile import DTYPES, TensorFile, write_tensors
+from ling_jax.convert.to_hf import Export, tensors_of, to_hf
 from ling_jax.convert.to_jax import to_jax
-from ling_jax.convert.transfer import pieces, tensors_in
+from ling_jax.convert.transfer import pieces, strides, tensors_in
 from ling_jax.convert.weights import INDEX, HFFolder, StoredWeights
 from ling_jax.files.arrays import Layout
 
@@ -80,33 +81,32 @@ def make_source(folder: Path, layers: int) -> None:
     names, draw, weight_map = list(tensors), np.random.default_rng(0), {}
     for i in range(SHARDS):
         file, mine = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors", names[i::SHARDS]
-        writer = TensorFileWriter(folder / file, {name: tensors[name] for name in mine}, {"format": "pt"})
-        for name in mine:
-            dtype, shape = tensors[name]
-            if dtype == "F32":
-                writer.write(name, 0, draw.standard_normal(shape, np.float32))
-            else:
-                bits = draw.integers(0, 1 << 16, shape, np.uint16) & np.uint16(0xBFFF)  # no exponent of all ones
-                writer.write(name, 0, bits.view(DTYPES["BF16"]))
-        writer.close()
+        parts = ((name, numbers(draw, *tensors[name])) for name in mine)
+        write_tensors(epath.Path(folder / file), {name: tensors[name] for name in mine}, {"format": "pt"}, parts)
         weight_map |= dict.fromkeys(mine, file)
     (folder / "config.json").write_text(json.dumps(model.to_hf()))
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
+def numbers(draw: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    bits = draw.integers(0, 1 << 16, math.prod(shape) * DTYPES[dtype].itemsize // 2, np.uint16)
+    return (bits & np.uint16(0xBFFF)).view(DTYPES[dtype]).reshape(shape)  # no exponent of all ones
+
+
 def bare_arrays(source: str, made: str, target: Path) -> Callable[[], None]:
     """Reads the arrays of the HF folder `source` and writes them through the same store, in the pieces of the
     checkpoint `made`: no checks, no checksums, no journal, one thread."""
-    weights, sizes = HFFolder(Path(source)), StoredWeights(made)
+    weights, sizes = HFFolder(epath.Path(source)), StoredWeights(made)
     arrays = {
         path: Layout(stack.full_shape, weights.dtype(path), sizes.chunk(path)) for path, stack in weights.stacks.items()
     }
 
     def work() -> None:
-        make_checkpoint(epath.Path(target), arrays, {})
-        opened = arrays_to_write(epath.Path(target), arrays)
+        opened = make_checkpoint(epath.Path(target), arrays)
         for path, new in arrays.items():
-            for piece in pieces(path, weights.stacks[path], new.chunk, new.dtype.itemsize, 128):
+            for piece in pieces(
+                path, weights.stacks[path], strides(weights.stacks[path], new.chunk, new.dtype.itemsize)
+            ):
                 for part in piece.parts:
                     opened[path][part].write(weights.read(path, part)).result()
 
@@ -117,22 +117,18 @@ def bare_files(source: str, made: str, target: Path) -> Callable[[], None]:
     """Reads the arrays of the checkpoint `source` and writes their tensors to files like those of the HF folder `made`,
     through the same writer: no checks, no checksums, no journal, one thread."""
     weights = StoredWeights(source)
+    export = Export(weights, tensors_of(weights, "keep"), None)
+
+    def parts(names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for (path, part), _ in export.jobs(names):
+            yield from tensors_in(weights.stacks[path], part, weights.read(path, part))
 
     def work() -> None:
         target.mkdir()
-        writers: dict[str, TensorFileWriter] = {}
         for file in sorted(Path(made).glob("*.safetensors")):
-            tensors = TensorFile(file).tensors
+            tensors = TensorFile(epath.Path(file)).tensors
             entries = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-            writers |= dict.fromkeys(tensors, TensorFileWriter(target / file.name, entries, {}))
-        for path, stack in weights.stacks.items():
-            for piece in pieces(path, stack, weights.chunk(path), weights.dtype(path).itemsize, 128):
-                for part in piece.parts:
-                    row = part[stack.names.ndim].start
-                    for name, rows in tensors_in(stack, part, weights.read(path, part)):
-                        writers[name].write(name, row * (rows.nbytes // len(rows)), rows)
-        for writer in set(writers.values()):
-            writer.close()
+            write_tensors(epath.Path(target / file.name), entries, {}, parts(list(tensors)))
 
     return work
 

@@ -73,7 +73,7 @@ class Command:
 
 
 class Kind(NamedTuple):
-    """What one process measures, and whose."""
+    """A thing that one process measures, and whose it is."""
 
     side: Literal["ours", "peer"]
     what: What

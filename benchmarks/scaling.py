@@ -1,4 +1,4 @@
-"""What a training token costs as the batch and the number of experts grow: python -m benchmarks.scaling [--dtype ...].
+"""The cost of a training token as the batch and the number of experts grow: python -m benchmarks.scaling [--dtype ...].
 
 The train step of bench_moe with 2 to 16 rows, and with 32 to 256 experts of which a token takes 8: each size in a
 process of its own, so that none has another's memory, and in turns, so that a machine whose speed wanders slows all
@@ -27,8 +27,9 @@ from ling_jax.cli import named_config, run_main
 from ling_jax.config import RunConfig
 from ling_jax.config.text import columns
 from ling_jax.train.figures import bars_figure
+from ling_jax.train.objective import step_counts
 from ling_jax.train.state import TrainState, make_trainer
-from ling_jax.train.step import accumulate_gradients, in_microbatches, make_train_step
+from ling_jax.train.step import accumulate_gradients, make_train_step
 
 SPAWN = multiprocessing.get_context("spawn")
 BATCHES, EXPERTS = (2, 4, 8, 16), (32, 64, 128, 256)
@@ -52,13 +53,13 @@ def resized(config: RunConfig, rows: int, experts: int) -> RunConfig:
 
 
 def timed_step(config: RunConfig, part: str) -> Callable[[], float]:
-    """What runs one step, or a part of it, and returns its microseconds per token."""
+    """Returns a function that runs one step, or a part of it, and gives its microseconds per token."""
     trainer = make_trainer(config)
     held, batch, step = [trainer.new_state()], random_batch(config), make_train_step(trainer)
 
     @jax.jit
     def gradients(state: TrainState, batch: Any) -> Any:
-        return accumulate_gradients(trainer, state.params, state.bias, in_microbatches(batch, 1))
+        return accumulate_gradients(trainer, state.params, state.bias, batch, step_counts(trainer.objective, batch))
 
     def run() -> float:
         started = time.perf_counter()

@@ -72,7 +72,7 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 
 
 def uncompiled(model: Ling, pair: Pair) -> float:
-    """What a request cost before: the whole row's log-probabilities, operation by operation."""
+    """A request as it was scored before: the whole row's log-probabilities, operation by operation."""
     context, continuation = pair
     tokens = np.array([context + continuation], np.int32)
     values = row_logprobs(*split_model(model), tokens, None, None, None)

@@ -1,4 +1,4 @@
-"""What speculation gains: python -m benchmarks.speculation --checkpoint DIR [--drafts 1] [--prompts 50] [...]
+"""Measures what speculation gains: python -m benchmarks.speculation --checkpoint DIR [--drafts 1] [--prompts 50] [...]
 
 Windows of held-out text are continued one at a time, plainly and with drafts of the MTP layer, in turns. Beside the
 measured speedup stands the one that its parts predict: (tokens per step) * (a plain step) / (running 1 + k tokens, and
@@ -84,7 +84,7 @@ def held_out_windows(data: DataConfig, tokenizer: Tokenizer, count: int, length:
 
 
 def repeated_share(answers: Sequence[Sequence[int]], size: int = GRAM) -> float:
-    """Of all runs of `size` tokens, the share that stood earlier in the same answer."""
+    """The share of all runs of `size` tokens that stood earlier in the same answer."""
     runs = [[tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)] for ids in answers]
     return sum(len(one) - len(set(one)) for one in runs) / max(sum(map(len, runs)), 1)
 
@@ -151,7 +151,7 @@ def read(graph, params, bias, tokens_S: jax.Array) -> tuple[Cache, jax.Array]:
     """A cache that holds these tokens, and the trunk's output [S, D]."""
     model: Ling = nnx.merge(graph, params, bias)
     everywhere_1S, slots_1S = jnp.ones((1, tokens_S.size), jnp.int32), jnp.arange(tokens_S.size)[None]
-    cache = empty_cache(model.config, 1, tokens_S.size, model.dtype, mtp=True)
+    cache = empty_cache(model.config, 1, tokens_S.size, model.dtype, drafts=1)
     out = model.hidden(tokens_S[None], segment_ids_BT=everywhere_1S, cache=cache)
     next_1S = jnp.roll(tokens_S, -1)[None]
     _, cache = model.draft(next_1S, out.hidden_BTD, slots_1S, everywhere_1S > 0, out.cache)
@@ -231,7 +231,7 @@ class Parts:
         return self._seconds(path, run_drafts, self.drafts)
 
     def _seconds(self, path: Path, run: Callable[..., Any], count: int) -> float:
-        """Of one step."""
+        """Returns the seconds of one step."""
         cache, hidden_SD = read(*self.weights, path.tokens_S)
         given = (path, hidden_SD) if run is run_drafts else (path,)
         jax.block_until_ready(hidden_SD)

@@ -7,8 +7,9 @@ Promise:   the parameter counts, which a test checks against the released model'
            published 20T-token recipe, of which no step has been run (see ling_mini_2_0 on rope_theta).
 """
 
-from configs import pretraining
 from ling_jax.config import ModelConfig, RunConfig
+
+from . import pretraining
 
 
 def config() -> RunConfig:

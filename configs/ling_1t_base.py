@@ -9,8 +9,9 @@ Promise:   the parameter counts (1012.9 billion with the MTP layer). The trainin
 
 import dataclasses
 
-from configs import ling_1t
 from ling_jax.config import RunConfig
+
+from . import ling_1t
 
 
 def config() -> RunConfig:

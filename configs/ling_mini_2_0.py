@@ -8,8 +8,9 @@ Promise:   the parameter counts, which a test checks against the released model'
            release's; the published run itself used 10000 and 4096 in this phase.
 """
 
-from configs import pretraining
 from ling_jax.config import ModelConfig, RunConfig
+
+from . import pretraining
 
 
 def config() -> RunConfig:

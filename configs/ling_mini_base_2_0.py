@@ -9,8 +9,9 @@ Promise:   the parameter counts (17.1 billion with the MTP layer). The training 
 
 import dataclasses
 
-from configs import ling_mini_2_0
 from ling_jax.config import RunConfig
+
+from . import ling_mini_2_0
 
 
 def config() -> RunConfig:

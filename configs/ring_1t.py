@@ -6,8 +6,9 @@ Promise:   the parameter counts. The architecture is what loading and converting
            ling_1t's pre-training, not Ring's post-training, which is not part of this version.
 """
 
-from configs import ling_1t
 from ling_jax.config import RunConfig
+
+from . import ling_1t
 
 
 def config() -> RunConfig:

@@ -6,8 +6,9 @@ Promise:   the parameter counts. The architecture is what loading and converting
            ling_mini_2_0's pre-training, not Ring's post-training, which is not part of this version.
 """
 
-from configs import ling_mini_2_0
 from ling_jax.config import RunConfig
+
+from . import ling_mini_2_0
 
 
 def config() -> RunConfig:

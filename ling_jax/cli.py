@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import importlib.util
 import logging
 import os
 import select
@@ -22,6 +23,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from ling_jax.config import RopeScaling, RunConfig
 from ling_jax.convert.origin import Mtp
+from ling_jax.files.buckets import log_retries
 from ling_jax.files.cache import cache_folder, can_write, cpu_flags
 from ling_jax.files.hub_files import TRANSPORTS
 from ling_jax.files.progress import CONSOLE
@@ -30,18 +32,19 @@ from ling_jax.parallel.processes import worker_id
 log = logging.getLogger(__name__)
 
 COMPILED_BYTES = 4 << 30
-CONFIGS = Path(__file__).parent.parent / "configs"
+# Beside the package in a checkout, inside it where it is installed.
+CONFIGS = next(folder / "configs" for folder in Path(__file__).parents[:2] if (folder / "configs").is_dir())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """What `train.py` was asked to do."""
+    """The command line of `train.py`."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run: str | None = None
     """Name of the run's folder under --runs-dir; the config's name by default. An existing run resumes."""
     runs_dir: str = "runs"
-    """Folder of all runs; may be gs://."""
+    """Folder of all runs: local, gs://BUCKET/... or s3://BUCKET/..."""
     fresh: bool = False
     """Start at step 0; refuses a folder that holds a run, unless --move-aside."""
     move_aside: bool = False
@@ -109,29 +112,61 @@ def _rope_scaling(unchanged: Mapping[str, Any], off: str, **values: Any) -> Rope
 
 
 def config_names() -> list[str]:
+    """The names of the configurations that come with the package."""
     return sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
 
 
 def named_config(name: str) -> RunConfig:
-    """The configuration of `configs/NAME.py`."""
+    """The configuration of `configs/NAME.py`, or of a file of the user's own, `PATH.py`.
+
+    Raises:
+      ValueError: for a name that is none, or a file without a function `config()` that returns a RunConfig.
+    """
+    if name.endswith(".py"):
+        return _config_of_file(Path(name))
     if name not in config_names():
-        raise ValueError(f"no configuration {name!r}; configs/ has {', '.join(config_names())}")
+        raise ValueError(
+            f"no configuration {name!r}; configs/ has {', '.join(config_names())}; a file is named FILE.py"
+        )
+    if CONFIGS.parent.name == "ling_jax":  # installed: pyproject.toml puts configs/ into the package
+        return importlib.import_module(f"ling_jax.configs.{name}").config()
     if str(CONFIGS.parent) not in sys.path:
         sys.path.insert(0, str(CONFIGS.parent))
     return importlib.import_module(f"configs.{name}").config()
 
 
+def _config_of_file(path: Path) -> RunConfig:
+    if not path.is_file():
+        raise ValueError(f"no file {path}; a configuration is a Python file with a function config()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, "config", None)
+    config = found() if callable(found) else None
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"{path} must have a function config() that returns a ling_jax.RunConfig, as configs/ do")
+    return config
+
+
+def program(script: str) -> str:
+    """The name that a command was called by: `ling-train` where it is installed, else its script, `train.py`."""
+    called = Path(sys.argv[0]).name
+    return called if called.startswith("ling-") else script
+
+
 def parse_train(argv: Sequence[str]) -> tuple[str, TrainCommand]:
     """(config name, command) of `train.py NAME [--flags]`; an unknown name or flag, or a value that fails a
     check, ends the program with one message."""
+    prog = program("train.py")
     if not argv or argv[0].startswith("-"):
-        print(f"usage: train.py NAME [--flags]   (NAME: {', '.join(config_names())})")
-        print("       train.py NAME --help      lists the flags, one for every setting of the configuration")
+        print(f"usage: {prog} NAME [--flags]   (NAME: {', '.join(config_names())}, or a file of your own, FILE.py)")
+        print(f"       {prog} NAME --help      lists the flags, one for every setting of the configuration")
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     name = argv[0]
     default = TrainCommand(config=named_config(name))
-    command = tyro.cli(TrainCommand, default=default, args=list(argv[1:]), prog=f"train.py {name}", registry=FLAGS)
-    return name, command
+    command = tyro.cli(TrainCommand, default=default, args=list(argv[1:]), prog=f"{prog} {name}", registry=FLAGS)
+    return Path(name).stem if name.endswith(".py") else name, command
 
 
 def set_up_logging() -> None:
@@ -180,7 +215,7 @@ def settle_jax() -> None:
 
 
 def _missing_platform(error: BaseException) -> str | None:
-    """What to say if `error` is JAX's own, for a platform in JAX_PLATFORMS that is not here."""
+    """The message for JAX's own `error` about a platform in JAX_PLATFORMS that is not here."""
     asked, frames = os.environ.get("JAX_PLATFORMS"), traceback.extract_tb(error.__traceback__)
     if not asked or not frames or not frames[-1].filename.endswith("xla_bridge.py"):
         return None
@@ -207,6 +242,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     code = 1
     try:
         code = main(sys.argv[1:]) or 0
+        log_retries()
         sys.stdout.flush()
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():

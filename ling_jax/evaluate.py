@@ -8,24 +8,24 @@ import dataclasses
 from collections.abc import Sequence
 
 import tyro
-from etils import epath
 
-from ling_jax.cli import run_main
-from ling_jax.config import DataConfig, RunConfig, TrainConfig
+from ling_jax.cli import program, run_main
+from ling_jax.config import DataConfig, TrainConfig
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import tokenizer_of
 from ling_jax.convert.weights import StoredWeights, model_config_of, open_weights
+from ling_jax.files.paths import at
 from ling_jax.model.model import split_model
-from ling_jax.train.state import make_trainer
+from ling_jax.train.compute import make_compute
 from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
+class EvaluateCommand:
     checkpoint: str
     """A run folder, its checkpoints/, one step of it, a HF folder, or a hub id (ORG/NAME or ORG/NAME@REVISION)."""
     text: str
-    """The UTF-8 text file to score."""
+    """The UTF-8 text file to score, local or in a bucket."""
     length: int | None = None
     """Tokens per window; by default those of a row that the run was trained on, of other weights 512."""
     batch_size: int = 8
@@ -34,7 +34,7 @@ class Command:
 
 def read_text(path: str) -> str:
     """A UTF-8 file's text; ValueError for one that is missing, empty or not UTF-8."""
-    file = epath.Path(path)
+    file = at(path)
     if not file.is_file():
         raise ValueError(f"no file {path}")
     try:
@@ -66,13 +66,14 @@ def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int) ->
     _, params, bias = split_model(model)
     part = prepare_held_out(tokenizer, [text], length)
     train = TrainConfig(dtype="float32" if model.dtype == "float32" else "bfloat16", remat="none")
-    data = DataConfig(sequence_length=length, global_batch_size=batch_size)
-    scorer = make_scorer(make_trainer(RunConfig(model=model.config, data=data, train=train)))
+    scorer = make_scorer(make_compute(model.config, train))
     return Score(score_rows(scorer, params, bias, part.rows, batch_size), part.tokens, part.bytes)
 
 
 def main(argv: Sequence[str]) -> None:
-    command = tyro.cli(Command, args=list(argv), prog="python -m ling_jax.evaluate", description=__doc__)
+    command = tyro.cli(
+        EvaluateCommand, args=list(argv), prog=program("python -m ling_jax.evaluate"), description=__doc__
+    )
     score = evaluate(command.checkpoint, read_text(command.text), command.length, command.batch_size)
     print(f"tokens          {score.tokens:,} ({score.bytes:,} bytes)")
     print(f"nats per token  {score.nats_per_token:.6f}")
@@ -80,5 +81,10 @@ def main(argv: Sequence[str]) -> None:
     print(f"bits per byte   {score.bits_per_byte:.6f}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `ling-evaluate`."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import logging
 import time
@@ -28,16 +27,18 @@ from ling_jax.data.baselines import baselines
 from ling_jax.data.pipeline import Data, Earlier, open_data, train_batches
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
+from ling_jax.files.buckets import bucket_of, is_bucket
 from ling_jax.files.one_writer import OneWriter
+from ling_jax.files.paths import at, check_bucket, move, write_whole
 from ling_jax.files.whole import read_json
 from ling_jax.generate.engine import generate
 from ling_jax.generate.serving import serving_model
 from ling_jax.model.model import device_bytes, split_model
 from ling_jax.parallel.mesh import rows_here
 from ling_jax.parallel.processes import barrier, check_same, lead_first
-from ling_jax.train.loop import DivergedError, StopRequest, train
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import write_report
+from ling_jax.train.session import DivergedError, Session, StopRequest
 from ling_jax.train.state import Trainer, TrainState, make_trainer
 from ling_jax.train.validate import HeldOut, prepare_held_out
 
@@ -81,7 +82,7 @@ class RunSaver:
         self.checkpointer.wait()
 
     def meta(self) -> dict[str, Any]:
-        """What was saved with the latest state; empty before the first."""
+        """The metadata saved with the latest state; empty before the first."""
         return self.checkpointer.read_meta(None) if self.checkpointer.all_steps() else {}
 
     def restore(self, trainer: Trainer) -> TrainState:
@@ -97,7 +98,7 @@ class RunSaver:
 
     def _as_saved(self, trainer: Trainer, shapes: TrainState) -> TrainState:
         """`shapes`, with vectors in bfloat16 where an older version kept them so beside its bfloat16 matrices."""
-        if trainer.options["param_dtype"] == jnp.float32:
+        if trainer.compute.options["param_dtype"] == jnp.float32:
             return shapes
         saved: dict[Any, Any] = flatten_dict(self.checkpointer.shapes(None).get("params", {}))
 
@@ -108,11 +109,12 @@ class RunSaver:
         return shapes._replace(params=jax.tree_util.tree_map_with_path(leaf, shapes.params, trainer.update.mask))
 
 
-def _path(path: str) -> epath.Path:
-    """ValueError for gs:// without the package that reads it."""
-    if path.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{path} needs the package gcsfs, which is not installed: pip install gcsfs")
-    return epath.Path(path)
+def _check_buckets(command: TrainCommand) -> None:
+    """One request for each bucket that the run reads or writes; ValueError before any work if one cannot be used."""
+    data = command.config.data
+    asked = [command.runs_dir, command.init_from, data.tokenizer, data.cache_dir, *(s.path for s in data.sources)]
+    for path in {bucket_of(path): path for path in asked if path is not None and is_bucket(path)}.values():
+        check_bucket(at(path))
 
 
 def _aside(path: epath.Path) -> epath.Path:
@@ -154,7 +156,7 @@ def _step_back(run_dir: epath.Path, step: int, steps: list[int]) -> None:
     aside = _aside(run_dir / CHECKPOINTS)
     for later in (s for s in steps if s > step):
         aside.mkdir(parents=True, exist_ok=True)
-        (run_dir / CHECKPOINTS / str(later)).rename(aside / str(later))
+        move(run_dir / CHECKPOINTS / str(later), aside / str(later))
         log.info("moved step %d to %s", later, aside)
 
 
@@ -164,7 +166,7 @@ def _check_earlier_run(run_dir: epath.Path, config: RunConfig, meta: Mapping[str
     if not meta:
         for left in (run_dir / TOKENIZER, run_dir / HF):  # of other text or another vocabulary, perhaps; never deleted
             if left.exists():
-                left.rename(_aside(left))
+                move(left, _aside(left))
         return
     saved, step = RunConfig.from_json(json.dumps(meta["config"])), meta["data"]["next_step"]
     diff = architecture_diff(saved.model, config.model)
@@ -192,9 +194,7 @@ def _read_config(run_dir: epath.Path) -> RunConfig | None:
 
 
 def _write_config(run_dir: epath.Path, config: RunConfig) -> None:
-    temporary = run_dir / (CONFIG_FILE + ".tmp")
-    temporary.write_text(config.to_json() + "\n")
-    temporary.replace(run_dir / CONFIG_FILE)
+    write_whole(run_dir / CONFIG_FILE, config.to_json() + "\n")
 
 
 def _check_special_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
@@ -266,7 +266,7 @@ def _check_shared(run_dir: epath.Path, config: RunConfig) -> None:
     if not file.exists():
         raise ValueError(
             f"process {process} does not see {file}, which process 0 has written: put --runs-dir on a file system that "
-            "all hosts share, or on gs://"
+            "all hosts share, or in a bucket (gs://, s3://)"
         )
     if _read_config(run_dir) != config:
         raise ValueError(
@@ -309,9 +309,9 @@ def _first_state(trainer: Trainer, saver: RunSaver, origin: Weights | None) -> T
 
 
 def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "class") -> str | None:
-    """What the model makes of a prompt, unless it would take too much of a device: to serve, weights are cut into fewer
+    """Continues a prompt, unless that would take too much of a device: to serve, weights are cut into fewer
     pieces than to train."""
-    model = trainer.model(state.params, state.bias)
+    model = trainer.compute.model(state.params, state.bias)
     size = sum(device_bytes(serving_model(model)).values())
     if size > SAMPLED:
         log.info("no sample of %.1f GB of weights a device: sample.py makes one, over a mesh that they fit", size / 1e9)
@@ -353,7 +353,8 @@ def run_training(name: str, command: TrainCommand) -> int:
     """
     if command.init_mtp != "same" and command.init_from is None:
         raise ValueError(f"--init-mtp {command.init_mtp} is about the weights of --init-from: give that too")
-    run_dir = _path(command.runs_dir) / (command.run or name)
+    run_dir = at(command.runs_dir) / (command.run or name)
+    _check_buckets(command)
     trainer = make_trainer(command.config)
     with _claimed(run_dir, command) if jax.process_index() == 0 else contextlib.nullcontext():
         barrier("room is made")
@@ -382,17 +383,18 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
         batches, held_out = _texts(trainer, data, step)
         with MetricsWriter(run_dir, step or None) if lead else contextlib.nullcontext() as writer:
             try:
-                state = train(trainer, state, batches, held_out, saver, writer, str(run_dir), stop)
+                with Session(trainer, state, held_out, saver, writer, str(run_dir), stop) as session:
+                    session.run(batches)
             except DivergedError as error:
                 log.error("stopped: %s", error)
                 return 1
-        if int(state.step) < config.train.steps:
+        if session.done < config.train.steps:
             cause = "a signal to another process" if stop.received is None else stop.received.name
-            log.info("stopped by %s at step %d; run the same command to resume", cause, int(state.step))
+            log.info("stopped by %s at step %d; run the same command to resume", cause, session.done)
             return 0  # whoever sent the signal does not wait long
-    sample = _sample(trainer, state, data.tokenizer)
+    sample = _sample(trainer, session.state, data.tokenizer)
     if lead:
-        _report(saver, int(state.step), data, run_dir, time.perf_counter() - started, sample)
+        _report(saver, session.done, data, run_dir, time.perf_counter() - started, sample)
     barrier("the report is written")
     return 0
 
@@ -404,7 +406,7 @@ def _texts(trainer: Trainer, data: Data, step: int) -> tuple[Iterator[dict[str, 
         source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length)
         for source, documents in data.heldout.items()
     }
-    here = rows_here(trainer.mesh, config.global_batch_size).tolist()
+    here = rows_here(trainer.compute.mesh, config.global_batch_size).tolist()
     return train_batches(data.rows, config, step, here, data.start_row), held_out
 
 

@@ -120,7 +120,7 @@ class Trial(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What a model says to a trial."""
+    """A model's answer to a trial."""
 
     text: str  # its greedy answer
     right: float  # log-probability of the number, nats
@@ -128,7 +128,7 @@ class Reply(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of a trial."""
+    """The outcome of a trial."""
 
     found: float  # 1 if the greedy answer holds the number
     nats: float  # by which it is likelier than the other
@@ -191,7 +191,7 @@ def requests_of(trial: Trial, max_new_tokens: int, ends: Sequence[int]) -> dict[
 def ask(
     engine: Engine, tokenizer: Tokenizer, trials: Sequence[Trial], command: Command, ends: Sequence[int]
 ) -> Iterator[tuple[Trial, Reply]]:
-    """What the model says to each trial, as it does."""
+    """Yields the model's answer to each trial as it comes."""
     waiting, running = deque(trials), {}
     while waiting or running:
         if waiting and len(running) <= command.batch_size:  # more would only wait
@@ -217,7 +217,7 @@ Cells = dict[tuple[int, float], list[Result]]  # by length and depth
 
 
 def standard_error(results: Sequence[Result]) -> Result:
-    """Of the mean: numbers differ in how likely they are anyway, so single trials say little."""
+    """The standard error of the mean: numbers differ in how likely they are anyway, so single trials say little."""
     found, nats = np.std(results, axis=0) / len(results) ** 0.5
     return Result(found, nats)
 

@@ -100,7 +100,7 @@ def export(command: Command, target: Path, mtp: bool) -> Path:
 
 
 def compare(model: Ling, request: dict[str, Any], answer: dict[str, np.ndarray], chats: list[list[int]]) -> list[str]:
-    """What differs in an answer from the model's own numbers; prints the largest difference of the logits."""
+    """Lists where an answer differs from the model's own numbers; prints the largest difference of the logits."""
     wrong, largest = [], 0.0
     greedy = generate(model, request["prompts"], request["new_tokens"])
     for index, prompt in enumerate(request["prompts"]):

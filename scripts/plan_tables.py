@@ -1,6 +1,7 @@
 """Writes the plans of docs/plans: python -m scripts.plan_tables [NAME...]; minutes for each on two cores.
 
-Each is what its command prints, with the command above it; then it prints the tables for docs/plans.md.
+Each is what its command prints, with the command above it; then it prints the tables for docs/plans.md. The table of
+what is moved to and from storage needs no plans: python -m scripts.plan_tables traffic; a minute for all.
 """
 
 import json
@@ -8,6 +9,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from ling_jax.cli import parse_train
+from ling_jax.plan.traffic import Traffic, planned_devices, traffic_of
+from ling_jax.train.state import make_trainer
 
 PLANS = Path(__file__).parents[1] / "docs" / "plans"
 LONG = "--data.sequence-length 32768 --model.max-position-embeddings 32768"
@@ -108,7 +113,37 @@ def summary() -> str:
     return "\n".join(rows)
 
 
+def traffic_of_command(command: str) -> dict[str, Traffic]:
+    """The storage part of a plan with these flags; nothing is compiled."""
+    _, parsed = parse_train(shlex.split(command))
+    assert parsed.topology is not None
+    return traffic_of(make_trainer(parsed.config, planned_devices(parsed.topology, parsed.slices)))
+
+
+def traffic_summary() -> str:
+    """A row for each plan whose storage differs from the others'."""
+    head = "| plan | hosts | checkpoint | objects | largest | a host writes | to resume, a host reads "
+    rows = [head + "| to start from a converted checkpoint | to-jax | to-hf |", "|---" * 10 + "|"]
+    made = commands()
+    for name in [*RUNS, *(f"{name}-fp8" for name in FP8)]:
+        found = list(traffic_of_command(made[name]).values())
+        times = [f"{one.of_host / 1e9:,.1f} GB, {max(one.seconds.values()):,.0f} s" for one in found]
+        save = found[0]
+        cells = [
+            name,
+            str(save.hosts),
+            f"{save.written / 1e9:,.0f} GB",
+            f"{save.objects:,}",
+            f"{save.largest / 1e6:,.0f} MB",
+        ]
+        rows.append(f"| {' | '.join(cells + times)} |")
+    return "\n".join(rows)
+
+
 def main(names: list[str]) -> None:
+    if names == ["traffic"]:
+        print(traffic_summary())
+        return
     PLANS.mkdir(exist_ok=True)
     for program, made in (("train.py", commands()), ("sample.py", serving_commands())):
         for name, command in made.items():
@@ -120,7 +155,7 @@ def main(names: list[str]) -> None:
                 raise SystemExit(f"{name}: {done.stderr}")
             (PLANS / f"{name}.txt").write_text(f"python {program} {command}\n\n{done.stdout}")
             print(name, done.stdout.splitlines()[-1], flush=True)
-    print(f"{summary()}\n\n{serving_summary()}")
+    print(f"{summary()}\n\n{traffic_summary()}\n\n{serving_summary()}")
 
 
 if __name__ == "__main__":

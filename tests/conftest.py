@@ -1,4 +1,4 @@
-"""What every test runs under: the CPU as eight devices, a cache of compiled programs, and the golden cases' place."""
+"""The setting of every test: the CPU as eight devices, a cache of compiled programs, and the golden cases' place."""
 
 import os
 import signal
@@ -20,6 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A closed terminal's signal is as it is for a user, also where nohup started the suite.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+pytest_plugins = ("tests.bucket_servers",)
+
 
 def pytest_configure():
     import jax
@@ -29,15 +31,27 @@ def pytest_configure():
 
 # The files that take longest, longest first: so both processes of pytest-xdist end at about the same time.
 LONGEST = (
-    "one_writer", "surroundings", "processes", "fp8_training", "resume", "topology", "plan", "smoke", "damage",
-    "origin", "golden", "parallel", "bf16_params", "native", "same_bits", "generate", "going_on", "model", "dispatch",
-    "errors",
+    "bucket_faults", "bucket_runs", "one_writer", "surroundings", "processes", "fp8_training", "resume", "topology",
+    "plan", "smoke", "damage", "origin", "golden", "parallel", "bf16_params", "native", "same_bits", "generate",
+    "going_on", "model", "dispatch", "errors", "session", "objectives", "toy_mixer", "installed", "sanitizers",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_sessionfinish(session: pytest.Session):
+    """Nothing may have taken a bucket's address for a local path. The first process looks, when all have ended."""
+    if hasattr(session.config, "workerinput"):
+        return
+    from tests.bucket_servers import stray_folders
+
+    roots = (session.config.rootpath, Path.cwd(), session.config._tmp_path_factory.getbasetemp())
+    if found := stray_folders(*roots):
+        print(f"\nERROR: made by a bucket's address taken for a local path: {', '.join(found)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_addoption(parser: pytest.Parser):

@@ -1,4 +1,4 @@
-"""What the numerical tests share: a tiny model with nothing at its initial value, batches, comparisons, a quick jit.
+"""Helpers of the numerical tests: a tiny model with nothing at its initial value, batches, comparisons, a quick jit.
 
 Legend: B rows, T tokens, V vocabulary.
 """
@@ -19,7 +19,8 @@ from flax.traverse_util import flatten_dict
 from ling_jax.config import ModelConfig, layer_kinds
 from ling_jax.model.model import Hidden, Ling, abstract_model, split_model
 from ling_jax.model.rope import frequencies
-from ling_jax.train.loss import IGNORE, Batch, Sums, count_targets, loss_sums, total_loss
+from ling_jax.train.loss import IGNORE, NextToken
+from ling_jax.train.objective import Batch, StepSums, step_counts, step_sums, total_loss
 
 # "At float32 rounding" (design.md, section 2).
 VALUES = 2e-5  # of max(1, max|expected|)
@@ -109,9 +110,10 @@ def documents(lengths: Sequence[int], vocab: int = 59, seed: int = 0) -> list[li
     return [rng.integers(1, vocab, length).tolist() for length in lengths]
 
 
-def total(model: Ling, batch: Batch, z_loss_coefficient: float = 0.0) -> tuple[jax.Array, Sums]:
-    sums = loss_sums(model, batch)
-    return total_loss(sums, count_targets(batch), model.config, z_loss_coefficient), sums
+def total(model: Ling, batch: Batch, z_loss_coefficient: float = 0.0) -> tuple[jax.Array, StepSums]:
+    objective = NextToken(model.config)
+    sums = step_sums(objective, model, batch)
+    return total_loss(objective, sums, step_counts(objective, batch), z_loss_coefficient), sums
 
 
 @partial(jit, static_argnums=0)
@@ -119,14 +121,14 @@ def _loss_and_grads(graph, params, bias, batch):
     return jax.value_and_grad(lambda p: total(nnx.merge(graph, p, bias), batch), has_aux=True)(params)
 
 
-def loss_and_grads(model: Ling, batch: Batch) -> tuple[jax.Array, Sums, dict]:
+def loss_and_grads(model: Ling, batch: Batch) -> tuple[jax.Array, StepSums, dict]:
     """The loss of `train.loss`, its sums, and the gradient of every parameter."""
     (loss, sums), grads = _loss_and_grads(*split_model(model), batch)
     return loss, sums, grads
 
 
 class Probe(NamedTuple):
-    """What a model does with a batch."""
+    """A model's results for a batch."""
 
     out: Hidden
     logits_BTV: jax.Array
@@ -238,7 +240,7 @@ class Oracle:
         """[T, D], after the final norm."""
         x, used = self.params["word_embeddings"]["weight"][list(tokens)], Counter()
         for kind in layer_kinds(self.config):
-            trees = (self.params["layers"].get(kind), self.bias.get("layers", {}).get(kind))
+            trees = (self.params["layers"].get(kind.key), self.bias.get("layers", {}).get(kind.key))
             x = self.block(x, *(jax.tree.map(itemgetter(used[kind]), tree) for tree in trees))
             used[kind] += 1
         return self.norm(x, self.params["norm"])

@@ -28,8 +28,9 @@ from ling_jax.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from ling_jax.config.mesh import split_of
 from ling_jax.parallel.mesh import make_mesh
-from ling_jax.parallel.rules import spec_of, split_of
+from ling_jax.parallel.rules import spec_of
 from ling_jax.plan.plan import shard_bytes, topology_devices
 from ling_jax.runner import RunSaver
 from ling_jax.train.adam8 import (
@@ -42,7 +43,8 @@ from ling_jax.train.adam8 import (
     moment_sharding,
     scale_by_adam_8bit,
 )
-from ling_jax.train.loss import Counts, Sums
+from ling_jax.train.loss import Sums, TargetCounts
+from ling_jax.train.objective import RouterSums, StepCounts, StepSums
 from ling_jax.train.state import Trainer, TrainState, make_trainer
 from ling_jax.train.step import apply_gradients, make_train_step
 from tests.helpers import QUICK, assert_close, assert_trees_equal, jit, tiny
@@ -148,7 +150,7 @@ BLOCKED = {"matrix": -2, "wide": -1, "vector": 0, "small": 0}
 
 
 def gradients(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, np.ndarray]:
-    """Of many sizes, some of them 0."""
+    """Gradients of many sizes, some of them 0."""
     draw = np.random.default_rng(seed)
     sizes = {name: 10 ** draw.uniform(-6, -1, shape) * (draw.random(shape) < 0.9) for name, shape in shapes.items()}
     return {name: (draw.normal(size=size.shape) * size).astype(np.float32) for name, size in sizes.items()}
@@ -333,7 +335,8 @@ def short_of(**mesh: Any) -> Trainer:
 def apply(trainer: Trainer, state: TrainState, seeds: range, factor: float = 1e-3) -> TrainState:
     """`state` after an update with each seed's gradients, which are too small to be clipped."""
     zero, one = jnp.zeros(()), jnp.ones(())
-    sums, counts = Sums(zero, zero, zero, jnp.zeros((1, 8), jnp.int32), zero), Counts(one, one, one)
+    sums = StepSums(Sums(zero, zero), RouterSums(zero, jnp.zeros((1, 8), jnp.int32), zero))
+    counts = StepCounts(TargetCounts(one, one), one)
     leaves, tree = jax.tree.flatten(state.params)
     shapes = {str(number): leaf.shape for number, leaf in enumerate(leaves)}
     step = jit(partial(apply_gradients, trainer), out_shardings=(trainer.shardings(), None))

@@ -16,7 +16,7 @@ from tiny_run import REPO, run
 
 from ling_jax import load_pretrained
 from ling_jax.convert import transfer
-from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFileWriter
+from ling_jax.convert.tensorfile import DTYPES, NAMES, write_tensors
 from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.to_jax import to_jax
 from ling_jax.convert.weights import model_config_of
@@ -50,12 +50,8 @@ def pair(module: str, rank: int = 4, dtype: Any = np.float32, seed: int = 0) -> 
 def write_adapter(folder: Path, tensors: dict[str, np.ndarray], **changes: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(PLAIN | changes))
-    writer = TensorFileWriter(
-        folder / "adapter_model.safetensors", {n: (NAMES[a.dtype], a.shape) for n, a in tensors.items()}, {}
-    )
-    for name, value in tensors.items():
-        writer.write(name, 0, value)
-    writer.close()
+    entries = {name: (NAMES[value.dtype], value.shape) for name, value in tensors.items()}
+    write_tensors(folder / "adapter_model.safetensors", entries, {}, tensors.items())
     return folder
 
 
@@ -281,7 +277,8 @@ def test_a_merge_that_was_killed_goes_on_but_not_with_another_adapter(tmp_path):
     tensors = pair(ATTENTION) | pair(MTP, seed=2)
     adapter, target = write_adapter(tmp_path / "adapter", tensors), tmp_path / "merged"
     journal = tmp_path / "merged.partial" / transfer.JOURNAL
-    slowly = SLOWLY[: SLOWLY.rindex("\n{")] + f"\nto_hf.to_hf(sys.argv[1], sys.argv[2], adapter={str(adapter)!r})"
+    words = f"to_hf.to_hf(sys.argv[1], sys.argv[2], max_shard_size='20KB', adapter={str(adapter)!r})"
+    slowly = f"{SLOWLY.partition('if sys.argv')[0]}{words}"
     command = [sys.executable, "-c", slowly, str(SOURCE), str(target)]
     process = subprocess.Popen(command, cwd=REPO)
     while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < 10):
@@ -290,6 +287,6 @@ def test_a_merge_that_was_killed_goes_on_but_not_with_another_adapter(tmp_path):
     assert process.wait() == -9
     other = write_adapter(tmp_path / "other", tensors)
     with pytest.raises(ValueError, match="unfinished conversion of other files"):
-        to_hf(str(SOURCE), str(target), adapter=str(other))
-    to_hf(str(SOURCE), str(target), adapter=str(adapter))
+        to_hf(str(SOURCE), str(target), max_shard_size="20KB", adapter=str(other))
+    to_hf(str(SOURCE), str(target), max_shard_size="20KB", adapter=str(adapter))
     assert_merged(SOURCE, target, {f"{m}.weight": product(tensors, m, 2) for m in (ATTENTION, MTP)})

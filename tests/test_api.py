@@ -1,4 +1,4 @@
-"""What a user of the package meets first: its names, and one error for what cannot be meant.
+"""The package as a user meets it first: its names, and one error for what cannot be meant.
 
 Legend: B rows, T tokens.
 """

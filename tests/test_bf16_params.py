@@ -275,6 +275,7 @@ def test_over_a_mesh_a_step_gives_one_devices_numbers_but_for_the_rounding_of_gr
 # Checkpoints and commands.
 
 
+@pytest.mark.nightly
 def test_a_run_starts_and_resumes_with_the_bits_of_one_that_went_through(tmp_path):
     settings = dict(**ONE_LAYER, **PARAM_DTYPE, checkpoint__every=4, train__eval_every=4)
     run("train.py", *train_args(tmp_path, "whole", **settings, train__steps=8))
@@ -289,7 +290,7 @@ def test_a_run_starts_and_resumes_with_the_bits_of_one_that_went_through(tmp_pat
 
 
 def exported(source: Path, target: Path) -> None:
-    """What is kept as it is comes back with the dtypes it was trained in."""
+    """An export that keeps dtypes has those the run was trained in."""
     to_hf(str(source), str(target))
     tensors = TensorFile(target / "model.safetensors").tensors
     assert {t.dtype for name, t in tensors.items() if "norm" in name or "expert_bias" in name} == {"F32"}

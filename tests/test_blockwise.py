@@ -14,15 +14,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from ling_jax.config import MeshConfig
+from ling_jax.config.mesh import DIMS, split_of
 from ling_jax.kernels import blockwise
-from ling_jax.kernels.blockwise import MasterWeight, Tiles, quantise_tiles
+from ling_jax.kernels.blockwise import Tiles, quantise_tiles
 from ling_jax.kernels.fp8 import FP8Weight, quantise_weight
-from ling_jax.kernels.linear import linear
 from ling_jax.kernels.rows import plan_rows
 from ling_jax.kernels.swiglu import routed_swiglu
+from ling_jax.kernels.weight import MasterWeight
 from ling_jax.parallel.mesh import make_mesh, manual
 from ling_jax.parallel.quantise import quantise_shard
-from ling_jax.parallel.rules import STORAGE, spec_of, split_of
+from ling_jax.parallel.rules import spec_of
 from tests.helpers import assert_close, assert_gradient_close, jit
 
 ON_CPU = ("multiplied_out", "loop", "pallas")
@@ -113,7 +114,7 @@ def test_products_of_a_linear_layer_equal_the_rule(shape, implementation):
 def test_a_linear_layers_gradients_are_those_of_the_rule():
     x, w, g = normal(0, 5, 40, 300), normal(1, 200, 300), normal(2, 5, 40, 200, spread=2.0)
     weight = MasterWeight(jnp.asarray(w), jit(quantise_weight)(w))
-    y, pull = jax.vjp(linear, jnp.asarray(x), weight)
+    y, pull = jax.vjp(lambda x, w: w.linear(x), jnp.asarray(x), weight)
     dx, dw = pull(jnp.asarray(g))
     rows, g_rows = x.reshape(200, 300), g.reshape(200, 200)
     assert_close(y.reshape(200, 200), values(rows, (1, 128)) @ values(w, (128, 128)).T)
@@ -125,7 +126,7 @@ def test_bfloat16_goes_in_and_comes_out():
     x, w = normal(0, 64, 256), normal(1, 128, 256)
     weight = MasterWeight(jnp.asarray(w), jit(quantise_weight)(w))
     x = jnp.asarray(x, jnp.bfloat16)
-    y, pull = jax.vjp(linear, x, weight)
+    y, pull = jax.vjp(lambda x, w: w.linear(x), x, weight)
     dx, dw = pull(y)
     assert (y.dtype, dx.dtype, dw.master.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     want = values(np.asarray(x, np.float32), (1, 128)) @ values(w, (128, 128)).T
@@ -237,7 +238,7 @@ def test_blocks_of_shards_are_those_of_the_whole(names, shape, config):
     w = normal(0, *shape, spread=3.0)
     spec = spec_of(split, len(shape))
     kept = PartitionSpec(
-        *[axes[0] if axes and name not in STORAGE else None for axes, name in zip(split, names, strict=True)]
+        *[axes[0] if axes and not DIMS[name].stored else None for axes, name in zip(split, names, strict=True)]
     )
     specs: Any = spec, kept
     run = jit(manual(partial(quantise_shard, names=names, split=split), mesh, spec, FP8Weight(*specs)))

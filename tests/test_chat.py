@@ -17,7 +17,7 @@ def turn(role: str, content: object, **more) -> dict:
 
 
 def body(*messages: dict) -> str:
-    """What follows the default SYSTEM turn, without a generation prompt."""
+    """The text after the default SYSTEM turn, without a generation prompt."""
     text = render(messages, add_generation_prompt=False)
     assert text.startswith(SYSTEM)
     return text.removeprefix(SYSTEM)

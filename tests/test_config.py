@@ -17,10 +17,12 @@ from ling_jax.config import (
     architecture_diff,
     count_params,
     layer_kinds,
-    layer_plan,
+    layer_runs,
     model_settings_diff,
+    routed_layers,
     train_flops_per_token,
 )
+from ling_jax.config.layers import layers_of, routers_of
 
 SMALL = ModelConfig(
     vocab_size=512,
@@ -309,14 +311,35 @@ def test_the_checks_hold_for_config_json_too():
 # Layer plan and counts
 
 
-@pytest.mark.parametrize(
-    ("dense", "repeats"),
-    [(0, [("softmax_moe", 4)]), (1, [("softmax_dense", 1), ("softmax_moe", 3)]), (4, [("softmax_dense", 4)])],
-)
-def test_layer_plan_is_the_dense_prefix_then_the_moe_body(dense: int, repeats: list):
+@pytest.mark.parametrize("dense", [0, 1, 4])
+def test_layers_run_as_the_dense_prefix_then_the_moe_body(dense: int):
     config = small(first_k_dense_replace=dense)
-    assert [(segment.pattern, segment.repeats) for segment in layer_plan(config)] == [((k,), n) for k, n in repeats]
-    assert layer_kinds(config) == ("softmax_dense",) * dense + ("softmax_moe",) * (4 - dense)
+    assert [kind.key for kind in layer_kinds(config)] == ["softmax_dense"] * dense + ["softmax_moe"] * (4 - dense)
+    runs = [(run.kind.key, run.first, run.count, run.routed_before) for run in layer_runs(config)]
+    assert runs == [run for run in (("softmax_dense", 0, dense, 0), ("softmax_moe", 0, 4 - dense, 0)) if run[2]]
+
+
+def test_a_hybrids_layers_run_where_its_kinds_change_and_any_part_of_them_can():
+    """Groups of three, of which the last is softmax; an incomplete last group is softmax throughout (spec 1.5)."""
+    config = small(num_hidden_layers=8, first_k_dense_replace=1, layer_group_size=3)
+    kinds = layer_kinds(config)
+    assert "".join(kind.mixer[0] for kind in kinds) == "llsllsss"
+    assert [kind.routed for kind in kinds] == [False] + [True] * 7
+    runs = layer_runs(config)
+    assert [(run.kind.key, run.first, run.count, run.routed_before) for run in runs] == [
+        ("linear_dense", 0, 1, 0), ("linear_moe", 0, 1, 0), ("softmax_moe", 0, 1, 1), ("linear_moe", 1, 2, 2),
+        ("softmax_moe", 1, 3, 4),
+    ]  # fmt: skip
+    for first in range(9):
+        for last in range(first, 9):
+            part = layer_runs(config, first, last)
+            assert [run.kind for run in part for _ in range(run.count)] == list(kinds[first:last])
+            layers = [layers_of(config, run.kind.key)[run.first : run.first + run.count] for run in part]
+            assert [layer for some in layers for layer in some] == list(range(first, last))
+            routed = [kind.routed for kind in kinds]
+            assert all(run.routed_before == sum(routed[: some[0]]) for run, some in zip(part, layers, strict=True))
+    assert routers_of(config, "softmax_moe") == [1, 4, 5, 6] and routers_of(config, "linear_moe") == [0, 2, 3]
+    assert routed_layers(config, mtp=False) == 7
 
 
 @pytest.mark.parametrize(

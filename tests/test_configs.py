@@ -118,7 +118,8 @@ def test_a_run_too_large_to_serve_on_its_own_mesh_ends_without_a_sample(caplog):
     model = abstract_model(load("ling_1t").model, mesh=mesh)
     stored, served = (sum(device_bytes(m).values()) for m in (model, serving_model(model)))
     assert 3.9e9 < stored < 4.1e9 and 250e9 < served < 350e9
-    trainer, state = SimpleNamespace(model=lambda params, bias: model), SimpleNamespace(params=None, bias=None)
+    trainer = SimpleNamespace(compute=SimpleNamespace(model=lambda params, bias: model))
+    state = SimpleNamespace(params=None, bias=None)
     with caplog.at_level("INFO"):
         assert _sample(trainer, state, None) is None
     assert f"no sample of {served / 1e9:.1f} GB of weights a device" in caplog.text

@@ -75,7 +75,7 @@ def read_weights(run_dir: Path) -> None:
         weights.read(path, tuple(slice(0, size) for size in stack.full_shape))
 
 
-@pytest.mark.parametrize(("damage", "every"), [(Path.unlink, 1), (flip, 1), (cut, 8)])
+@pytest.mark.parametrize(("damage", "every"), [(Path.unlink, 1), (flip, 4), (cut, 8)])
 def test_each_file_of_an_array_in_turn(copied, damage, every):
     """Resume reads all arrays, `load_pretrained` those of the weights and no others."""
     state = step_of(copied) / "state"
@@ -289,11 +289,12 @@ def test_a_save_of_which_a_process_wrote_nothing_is_no_checkpoint(tmp_path):
     [
         ((), 100, ()),
         ((7,), 100, (7,)),
-        ((1000,), 400, (100,)),
+        ((1000,), 400, (125,)),
         ((6, 10, 100), 400, (1, 1, 100)),
         ((6, 10, 100), 8000, (2, 10, 100)),
         ((7, 10, 100), 8000, (1, 10, 100)),
         ((9, 10, 100), 24000, (3, 10, 100)),
+        ((76, 10, 100), 64000, (19, 10, 100)),  # 16 would fit, and the next smaller is 4
         ((10007, 4), 160, (10007, 4)),  # a large prime: no smaller file divides it
     ],
 )

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 from test_tokenizer import OWN
 from tiny_run import REPO, STEPS, run, start, train_args
 
-import sample
 import train
 from ling_jax import evaluate
 from ling_jax.cli import run_main
+from ling_jax.commands import sample
 from ling_jax.data.tokenizer import Tokenizer
 
 GOLDEN = REPO / "tests" / "golden" / "tiny-ling"

@@ -139,8 +139,8 @@ def run_both(graph, params, bias, x_ND, g_ND, config):
     """((y, dparams, dx) of the layer and of the loop, the chosen ids)."""
 
     def layer(params, x_ND):
-        y_BTD, routing, _ = nnx.merge(graph, params, bias)(x_ND[None], jnp.ones((1, len(x_ND)), bool), None)
-        return y_BTD[0], routing
+        out = nnx.merge(graph, params, bias)(x_ND[None], jnp.ones((1, len(x_ND)), bool), None)
+        return out.y_BTD[0], out.routing
 
     y, vjp, routing = jax.vjp(layer, params, x_ND, has_aux=True)
     want, want_vjp = jax.vjp(lambda params, x: moe_by_loop(params, x, routing.ids[0], config), params, x_ND)

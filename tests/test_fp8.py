@@ -14,9 +14,7 @@ from ling_jax.convert.fp8 import quantise
 from ling_jax.generate.engine import Engine, Request
 from ling_jax.generate.serving import in_fp8
 from ling_jax.kernels.fp8 import FP8Weight, quantise_weight, rows_product
-from ling_jax.kernels.grouped import grouped_product
-from ling_jax.kernels.linear import linear
-from ling_jax.model.linear import IN_FP8
+from ling_jax.kernels.weight import as_weight
 from ling_jax.model.model import split_model
 from tests.helpers import assert_close, jit, make_model, small
 
@@ -40,8 +38,8 @@ def test_blocks_are_quantised_as_the_official_tool_does_but_for_the_last_bit_of_
 def test_a_linear_layer_takes_blocks_for_its_weight():
     x, w = normal(0, 3, 300), normal(1, 200, 300)
     q = quantise_weight(jnp.asarray(w))
-    assert q.shape == w.shape and q.ndim == 2 and q.dtype == ml_dtypes.float8_e4m3fn and q[...] is q
-    assert_close(jit(linear)(x, q), x @ np.asarray(q.astype(jnp.float32)).T)
+    assert q.shape == w.shape and q.ndim == 2 and q.dtype == ml_dtypes.float8_e4m3fn
+    assert_close(jit(lambda x, q: as_weight(q).linear(x))(x, q), x @ np.asarray(q.astype(jnp.float32)).T)
 
 
 LAYOUTS = {
@@ -64,7 +62,7 @@ def test_few_rows_times_blocks_equal_the_loop_over_groups(layout):
     want = np.einsum("ri,roi->ro", x[:inside].astype(np.float64), whole[groups])
     kernel = jit(lambda x, q, sizes: rows_product(x, q.codes, q.scales, 0, sizes, interpret=True))(x, q, sizes)
     assert_close(kernel[:inside], want)
-    on_cpu = jit(lambda x, q, sizes: grouped_product(x, q, sizes, 1))(np.nan_to_num(x), q, sizes)
+    on_cpu = jit(lambda x, q, sizes: as_weight(q).product(x, sizes, 1, 1))(np.nan_to_num(x), q, sizes)
     assert_close(on_cpu[:inside], want)
     assert not np.asarray(on_cpu[inside:]).any()
 
@@ -72,7 +70,7 @@ def test_few_rows_times_blocks_equal_the_loop_over_groups(layout):
 def test_many_rows_meet_weights_multiplied_out():
     sizes, x, w = np.array([300, 0, 84], np.int32), normal(0, 384, 128), normal(1, 3, 130, 128)
     q = quantise_weight(jnp.asarray(w))
-    got = jit(lambda x, q, sizes: grouped_product(x, q, sizes, 4))(x, q, sizes)
+    got = jit(lambda x, q, sizes: as_weight(q).product(x, sizes, 4, 1))(x, q, sizes)
     whole = np.asarray(q.astype(jnp.float32))
     assert_close(got, np.concatenate([x[:300] @ whole[0].T, x[300:] @ whole[2].T]))
 
@@ -82,9 +80,8 @@ def test_answers_in_fp8_are_those_of_the_weights_multiplied_out(mesh):
     config = small(vocab_size=64, max_position_embeddings=32)
     options = {} if mesh is None else {"mesh": MeshConfig(**mesh)}
     graph, params, bias = split_model(make_model(config))
-    codes = in_fp8(params)
+    codes = in_fp8(config, params)
     assert isinstance(codes["layers"]["softmax_moe"]["mlp"]["experts"]["up_proj"]["weight"], FP8Weight)
-    assert set(IN_FP8) == {"query_key_value", "dense", "gate_proj", "up_proj", "down_proj"}
 
     def multiplied_out(value):
         return value.astype(jnp.float32) if isinstance(value, FP8Weight) else value

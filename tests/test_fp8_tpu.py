@@ -126,7 +126,7 @@ def largest(text: str, dtype: str) -> int:
 
 
 def operands(text: str, kernel: str) -> list[str]:
-    """Of the one call of a Pallas kernel."""
+    """Operands of the one call of a Pallas kernel."""
     (call,) = re.findall(rf"%{kernel}[.\d]* = .*custom-call.*operand_layout_constraints={{(.*?}})}}", text)
     return re.findall(r"(\w+\[[\d,]*\])", call)
 

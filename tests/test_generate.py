@@ -231,7 +231,7 @@ def run_all(engine: Engine, requests: list[Request], steps: int = 3) -> list[Ans
 
 
 def test_rows_that_end_are_replaced_and_every_request_gets_its_own_answer(engine, requests, alone):
-    """With prompts in chunks, and beginnings taken over from other rows."""
+    """Prompts come in chunks, and beginnings are taken over from other rows."""
     answers = run_all(engine, requests)
     assert [answer.ids for answer in answers] == alone
     assert {answer.end for answer in answers} == {"length"}
@@ -370,7 +370,10 @@ def test_a_cache_takes_what_its_formula_says():
     for dtype in (jnp.float32, jnp.bfloat16):
         cache = empty_cache(tiny(), batch=3, slots=12, dtype=dtype)
         arrays = [a for one in cache.kinds.values() for a in (one.k_LBSGC, one.v_LBSGC)]
-        assert sum(a.nbytes for a in arrays) == cache_bytes(tiny(), 3, 12, dtype)
+        elements = 2 * tiny().num_hidden_layers * 3 * 12 * tiny().num_key_value_heads * tiny().head_dim
+        assert (
+            sum(a.nbytes for a in arrays) == cache_bytes(tiny(), 3, 12, dtype) == elements * jnp.dtype(dtype).itemsize
+        )
 
 
 # Speculation.
@@ -385,7 +388,7 @@ def drafter():
 
 
 def test_greedy_answers_are_the_same_with_speculation(drafter, requests):
-    """With every limit, stops, and drafts that stand and fall."""
+    """There are limits, stops, and drafts that stand and fall."""
     forked = [dataclasses.replace(r, sampling=Sampling(logit_bias=FORKED)) for r in requests]
     forked += [dataclasses.replace(r, max_new_tokens=9) for r in forked]
     forked += [dataclasses.replace(r, stop_ids=[7]) for r in forked[-3:]]
@@ -456,7 +459,7 @@ def test_drafts_need_an_mtp_layer(model):
 
 
 def test_a_stop_string_ends_its_row_and_no_other():
-    """With the ids of the text up to it; whatever the steps, it is found in the first that completes it."""
+    """It ends with the ids of the text up to it; whatever the steps, it is found in the first that completes it."""
     model = make_model(dataclasses.replace(SMALL, vocab_size=400, max_position_embeddings=64))
     prompts = documents([5, 1, 3], vocab=400)
     whole = generate(model, prompts, 40, temperature=HOT)

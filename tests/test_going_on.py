@@ -159,6 +159,7 @@ def test_a_checkpoint_without_a_fingerprint_goes_on_with_one_line_at_its_own_bat
     ]
 
 
+@pytest.mark.nightly
 def test_a_run_with_another_batch_or_other_text_by_its_commands(tmp_path):
     tiny = dict(**SPARSE, train__eval_every=0, checkpoint__every=3, data__global_batch_size=8)
 

@@ -19,7 +19,7 @@ from ling_jax import generate, load_pretrained
 from ling_jax.convert.mapping import hf_names
 from ling_jax.model.model import CAPTURES, Ling, split_model
 from ling_jax.model.rope import frequencies
-from ling_jax.train.loss import IGNORE, Counts, loss_sums, shift_targets, total_loss
+from ling_jax.train.loss import IGNORE, NextToken, TargetCounts, shift_targets
 
 FOLDER = Path(os.environ.get("LING_GOLDEN_DIR", Path(__file__).parent / "golden"))
 TOLERANCE = 1e-4
@@ -121,10 +121,11 @@ def losses(model: Ling, batch, mtp_targets) -> dict[str, jax.Array]:
 @partial(jax.jit, static_argnums=0)
 def _losses(graph, params, bias, batch, mtp_targets):
     model = nnx.merge(graph, params, bias)
-    sums = loss_sums(model, batch, mtp_targets)
-    counts = Counts(*(jnp.sum(x, dtype=jnp.float32) for x in (batch["targets"] >= 0, mtp_targets >= 0, 1)))
+    objective = NextToken(model.config)
+    sums, _ = objective.sums(model, batch, mtp_targets)
+    counts = TargetCounts(*(jnp.sum(x, dtype=jnp.float32) for x in (batch["targets"] >= 0, mtp_targets >= 0)))
     mtp = sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
-    total = total_loss(sums, counts, model.config)
+    total = objective.loss(sums, counts)
     return {"lm_loss": sums.nll / counts.targets, "mtp_loss": mtp, "total_loss": total}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -28,6 +29,7 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub, hub_files
 from ling_jax.model.model import split_model
 from ling_jax.runner import _with_commits
+from ling_jax.train.session import Session
 from tests.helpers import assert_trees_equal
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -378,7 +380,7 @@ def test_what_cannot_be_had_is_one_sentence(server, name, words):
 
 
 def command(server: Hub, folder: Path, *words: str, token: str) -> str:
-    """What a command says, output and errors."""
+    """Runs a command and returns what it says, output and errors."""
     env = dict(os.environ) | environment(server, folder) | {"HF_TOKEN": token}
     done = subprocess.run(
         [sys.executable, *words], cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -414,10 +416,16 @@ def test_two_processes_take_one_model_at_once(server, tmp_path):
 
 def test_a_run_begins_from_a_model_and_a_tokenizer_of_the_hub(server, tmp_path, monkeypatch):
     """Weights, configuration and tokenizer come from the hub, and which they were is in the run's config."""
-    states = []
-    monkeypatch.setattr(runner, "train", lambda trainer, state, *rest: states.append(state) or state)
+    begun, run = [], Session.run
+
+    def noted(session, batches):
+        begun.append(jax.device_get(session.state.params))
+        run(session, batches)
+
+    monkeypatch.setattr(Session, "run", noted)
     eod, files = Tokenizer.load(MODEL).eod_id, server.commits[MODEL, "main"][1]
     changes = dict(model__eos_token_id=eod, model__pad_token_id=eod, data__tokenizer="acme/one-layer", **DENSE)
+    changes |= dict(train__steps=1, train__eval_every=0, checkpoint__every=1)
     args = [*train_args(tmp_path, "warm", **changes), "--init-from", "acme/one-layer"]
     _, command = parse_train(args)
     write_folder(tmp_path / "folder", config=command.config.model)
@@ -428,4 +436,4 @@ def test_a_run_begins_from_a_model_and_a_tokenizer_of_the_hub(server, tmp_path, 
     run_dir = tmp_path / "runs" / "warm"
     assert json.loads((run_dir / "config.json").read_text())["hub"] == [f"acme/one-layer@main {commit}"]
     assert Tokenizer.load(str(run_dir / "tokenizer")).fingerprint == Tokenizer.load(MODEL).fingerprint
-    assert_trees_equal(states[0].params, split_model(load_pretrained(tmp_path / "folder"))[1])
+    assert_trees_equal(begun[0], split_model(load_pretrained(tmp_path / "folder"))[1])

@@ -13,7 +13,7 @@ import pytest
 
 from ling_jax.kernels import megablox
 from ling_jax.kernels.attention import MASKED, attend, attend_bwd, attention, cached_attention
-from ling_jax.kernels.cross_entropy import target_logprobs
+from ling_jax.kernels.cross_entropy import target_logprobs, target_logprobs_and_entropy
 from ling_jax.kernels.grouped import block_rows, grouped_product, grouped_weight_gradient, padded_rows
 from ling_jax.kernels.linear import linear
 from tests.helpers import assert_close, assert_gradient_close, jit
@@ -93,7 +93,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("block", [1, 2, 8])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_grouped_products_and_their_weight_gradient_equal_a_loop_over_groups(implementation, block, layout):
-    """What lies past the last group, here garbage, gives zeros and adds to no gradient."""
+    """Rows past the last group, here garbage, give zeros and add to no gradient."""
     sizes = np.array(LAYOUTS[layout], np.int32) * block
     x, w, g = normal(12 * block, 7), normal(5, 3, 7), normal(12 * block, 3)
     y, dx, dw = run_grouped(x, w, sizes, g, block, implementation)
@@ -210,6 +210,37 @@ def test_chunked_log_probabilities_and_gradients_equal_those_of_full_logits(voca
     assert_close(logprobs, want)
     assert_gradient_close(dx, want_dx)
     assert_gradient_close(dw, want_dw)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=VOCABULARIES)
+def test_chunked_entropies_and_their_gradients_equal_those_of_full_logits(vocab):
+    """Beside the log-probabilities, whose values and gradients are the same with them; one token is as good as sure."""
+    x, w, g = normal(9, 6), normal(vocab, 6), normal(2, 9)
+    x[8] = 12 * w[3] / (w[3] @ w[3]) + x[8] * 1e-3
+    targets = np.array([0, vocab - 1, vocab // 2, vocab // 2 - 1, vocab // 3, vocab // 3 - 1, -100, 7, 3], np.int32)
+
+    @jit
+    def both(x, w):
+        found, vjp = jax.vjp(lambda x, w: target_logprobs_and_entropy(x, w, lambda rows: rows, targets), x, w)
+        return *found, *vjp((g[0], g[1]))
+
+    @jit
+    def wanted(x, w):
+        def entropy(x, w):
+            logprobs = jax.nn.log_softmax(jnp.matmul(x, w.T, precision="highest"))
+            return -(jnp.exp(logprobs) * logprobs).sum(1)
+
+        value, vjp = jax.vjp(entropy, x, w)
+        return value, *vjp(g[1])
+
+    logprobs, entropy, dx, dw = both(x, w)
+    want_logprobs, *want_of_logprobs = chunked(x, w, targets, g[0])
+    want, *want_of_entropy = wanted(x, w)
+    assert want[:8].min() > 1
+    assert_close(logprobs, want_logprobs)
+    assert_close(entropy, want)
+    for got, one, other in zip((dx, dw), want_of_logprobs, want_of_entropy, strict=True):
+        assert_gradient_close(got, one + other)
 
 
 def test_tokens_whose_log_probability_nobody_uses_give_no_gradient():

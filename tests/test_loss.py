@@ -11,7 +11,8 @@ from flax import nnx
 
 from ling_jax import token_logprobs
 from ling_jax.model.model import split_model
-from ling_jax.train.loss import IGNORE, Counts, Sums, count_targets, shift_targets, total_loss
+from ling_jax.train.loss import IGNORE, NextToken, Sums, TargetCounts, shift_targets
+from ling_jax.train.objective import RouterSums, StepCounts, StepSums, step_counts, total_loss
 from tests.helpers import (
     Oracle,
     assert_close,
@@ -68,36 +69,35 @@ def test_the_chunked_head_gives_the_loss_and_all_gradients_of_full_logits(model,
     loss, sums, grads = loss_and_grads(model, PACKED)
     want, want_sums, want_grads, _ = from_full_logits
     assert_close(loss, want)
-    assert_close(sums.nll, want_sums[0])
-    assert_close(sums.mtp_nll, want_sums[1])
+    assert_close(sums.objective.nll, want_sums[0])
+    assert_close(sums.objective.mtp_nll, want_sums[1])
     assert_gradients_close(grads, want_grads)
 
 
-def test_targets_and_tokens_are_counted_over_all_dims():
+def test_targets_and_tokens_are_counted():
     """Documents of 7, 4, 3, 9, 2 tokens have 6 + 3 + 2 + 8 + 1 next tokens and 5 + 2 + 1 + 7 + 0 after those."""
-    batch = pack([DOCUMENTS[:3], DOCUMENTS[3:]], 15)
-    assert [float(x) for x in count_targets(batch)] == [20, 15, 25]
-    microbatches = {name: rows[:, None] for name, rows in batch.items()}
-    assert [float(x) for x in count_targets(microbatches)] == [20, 15, 25]
-    assert [float(x) for x in count_targets(PACKED)] == [19, 14, 25]  # t + 2 from t = 1 is ignored too
+    for batch, want in ((pack([DOCUMENTS[:3], DOCUMENTS[3:]], 15), (20, 15)), (PACKED, (19, 14))):
+        counts = step_counts(NextToken(tiny()), batch)  # of PACKED, t + 2 from t = 1 is ignored too
+        assert tuple(counts.objective) == want and counts.tokens == 25
 
 
 def test_the_loss_is_the_sum_of_means_over_the_steps_counts():
-    counts = Counts(*(jnp.float32(x) for x in (10, 5, 20)))
-    sums = Sums(jnp.float32(30), jnp.float32(40), jnp.float32(80), jnp.zeros((3, 8), jnp.int32), jnp.int32(0))
-    assert float(total_loss(sums, counts, tiny())) == pytest.approx(3 + 0.3 * 8)
-    assert float(total_loss(sums, counts, tiny(), 0.5)) == pytest.approx(3 + 0.3 * 8 + 0.5 * 4)
-    assert float(total_loss(sums, counts, small())) == pytest.approx(3)
+    counts = StepCounts(TargetCounts(jnp.float32(10), jnp.float32(5)), jnp.float32(20))
+    router = RouterSums(jnp.float32(80), jnp.zeros((3, 8), jnp.int32), jnp.int32(0))
+    sums = StepSums(Sums(jnp.float32(30), jnp.float32(40)), router)
+    assert float(total_loss(NextToken(tiny()), sums, counts)) == pytest.approx(3 + 0.3 * 8)
+    assert float(total_loss(NextToken(tiny()), sums, counts, 0.5)) == pytest.approx(3 + 0.3 * 8 + 0.5 * 4)
+    assert float(total_loss(NextToken(small()), sums, counts)) == pytest.approx(3)
 
 
 def test_a_batch_without_targets_has_loss_0():
-    counts, zero = Counts(*(jnp.float32(x) for x in (0, 0, 20))), jnp.float32(0)
-    assert float(total_loss(Sums(zero, zero, zero, jnp.zeros((3, 8), jnp.int32), jnp.int32(0)), counts, tiny())) == 0
+    zero = jnp.float32(0)
+    assert float(NextToken(tiny()).loss(Sums(zero, zero), TargetCounts(zero, zero))) == 0
 
 
 def test_the_z_sum_is_over_the_documents_tokens(model, from_full_logits):
     logits = np.asarray(from_full_logits[3], np.float64)[:, PACKED["segment_ids"] > 0]
-    assert_close(loss_and_grads(model, PACKED)[1].z, (np.log(np.exp(logits).sum(-1)) ** 2).sum())
+    assert_close(loss_and_grads(model, PACKED)[1].router.z, (np.log(np.exp(logits).sum(-1)) ** 2).sum())
 
 
 def run_token_logprobs(model, batch):

@@ -126,22 +126,6 @@ def test_reading_a_folder_that_is_no_run_is_an_error(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_object_stores_get_whole_files(tmp_path, monkeypatch):
-    """Objects cannot grow, so the lines are uploaded anew: at the latest by `flush` and `close`."""
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    path = epath.Path(tmp_path) / "metrics.jsonl"
-    lines = metrics._RemoteLines(path, [b"kept"])
-    lines.append(b"one")
-    assert not path.exists()
-    now[0] = metrics.UPLOAD_SECONDS
-    lines.append(b"two")
-    assert path.read_bytes() == b"kept\none\ntwo\n"
-    lines.append(b"three")
-    lines.close()
-    assert path.read_bytes() == b"kept\none\ntwo\nthree\n"
-
-
 def _tensorboard_events(run_dir):
     """(step, tag, value) as TensorBoard shows them: a START event hides what earlier files say from its step on."""
     shown = []

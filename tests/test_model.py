@@ -166,7 +166,7 @@ def test_layers_unrolled_or_recomputed_give_the_scanned_loss_and_gradients(packe
     loss, sums, grads = loss_and_grads(make_model(tiny(), **options), PACKED)
     assert_close(loss, packed[0])
     assert_gradients_close(grads, packed[2])
-    np.testing.assert_array_equal(sums.expert_counts_LE, packed[1].expert_counts_LE)
+    np.testing.assert_array_equal(sums.router.expert_counts_LE, packed[1].router.expert_counts_LE)
 
 
 def test_recomputing_layers_keeps_less_for_the_backward_pass():
@@ -230,7 +230,7 @@ def test_bfloat16_computation_stays_near_float32(probes):
 
 
 def test_a_call_gives_logits_routing_and_the_intermediates_asked_for(probes):
-    """With the default positions, which restart in every segment."""
+    """Positions are the default ones, which restart in every segment."""
     model, want = probes("dense layers and MTP, one kv head")
     got = model(PACKED["tokens"], None, PACKED["segment_ids"], capture=CAPTURES)
     assert got.logits_BTV.dtype == got.mtp_logits_BTV.dtype == jnp.float32
@@ -259,7 +259,7 @@ def test_an_unknown_intermediate_is_refused_with_the_known_ones(model):
 def test_packed_documents_give_the_loss_and_gradients_of_documents_apart(model, packed):
     loss, sums, grads = loss_and_grads(model, APART)
     assert_close(packed[0], loss)
-    assert_close(packed[1].mtp_nll, sums.mtp_nll)
+    assert_close(packed[1].objective.mtp_nll, sums.objective.mtp_nll)
     assert_gradients_close(packed[2], grads)
 
 
@@ -275,8 +275,8 @@ def test_packed_documents_have_the_hidden_states_and_routing_of_documents_apart(
 
 
 def test_packed_documents_load_the_experts_as_documents_apart(packed, model):
-    counts = loss_and_grads(model, APART)[1].expert_counts_LE
-    np.testing.assert_array_equal(packed[1].expert_counts_LE, counts)
+    counts = loss_and_grads(model, APART)[1].router.expert_counts_LE
+    np.testing.assert_array_equal(packed[1].router.expert_counts_LE, counts)
     assert (counts.sum(-1) == 3 * sum(map(len, DOCUMENTS))).all()  # padding is not counted
 
 
@@ -403,7 +403,7 @@ def test_yarn_scales_cos_and_sin_by_mscale_or_the_stated_factor(keys, magnitude)
 def test_layers_of_each_kind_are_stacked_in_order():
     config = tiny(num_hidden_layers=4, first_k_dense_replace=2)
     _, params, _ = split_model(abstract_model(config))
-    assert layer_kinds(config) == ("softmax_dense",) * 2 + ("softmax_moe",) * 2
+    assert [kind.key for kind in layer_kinds(config)] == ["softmax_dense"] * 2 + ["softmax_moe"] * 2
     assert {kind: tree["input_layernorm"]["weight"].shape[0] for kind, tree in params["layers"].items()} == {
         "softmax_dense": 2,
         "softmax_moe": 2,

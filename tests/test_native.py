@@ -200,7 +200,7 @@ def start(code: str, folder: Path, **environment: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    """What it logged."""
+    """Returns what it logged."""
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     return said

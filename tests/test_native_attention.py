@@ -131,7 +131,7 @@ def check(shape: Shape, dtype: str, causal: bool, mean: float, spread: float = 1
 
 
 def check_few() -> None:
-    """What differs with vectors' width."""
+    """Cases that differ with vectors' width."""
     for causal in (True, False):
         check(Shape(2, 150, 150, 2, 2, 40), "bfloat16", causal, 40)
         check(Shape(1, 70, 70, 1, 3, 12), "float32", causal, 40)
@@ -211,7 +211,8 @@ def test_nan_in_one_document_changes_no_bit_of_another(causal, library):
 
 
 def results_of_threads() -> list[np.ndarray]:
-    """Of too few groups for eight threads, which then take blocks of queries and of keys apart; and of enough."""
+    """Results for too few groups for eight threads, which then take blocks of queries and keys apart; and for
+    enough."""
     results = []
     for shape in (Shape(1, 600, 600, 1, 4, 40), Shape(4, 200, 130, 2, 2, 32)):
         q, k, v, g = arrays(shape)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from ling_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from ling_jax.kernels import native
-from ling_jax.kernels.grouped import LayerWeight, block_rows
+from ling_jax.kernels.grouped import block_rows
 from ling_jax.kernels.rows import plan_rows
 from ling_jax.kernels.swiglu import routed_swiglu
+from ling_jax.kernels.weight import LayerWeight, PlainWeight
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 from tests.helpers import QUICK, assert_close, assert_gradient_close, assert_trees_equal, tiny
@@ -149,7 +150,9 @@ def test_weights_are_read_in_their_stack_and_each_layers_gradients_written_where
     def run(x, scale, stacks, through, g, into):
         def f(x, scale, stacks, through):
             triples = zip(stacks, through, strict=True)
-            return routed_swiglu(x, scale, tuple(LayerWeight(s, jnp.int32(1), t) for s, t in triples), plan, 8)
+            return routed_swiglu(
+                x, scale, tuple(LayerWeight(PlainWeight(s), jnp.int32(1), t) for s, t in triples), plan, 8
+            )
 
         (y, after), pull = jax.vjp(f, x, scale, stacks, through)
         return y, after, pull((g, into))

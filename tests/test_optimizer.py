@@ -64,7 +64,7 @@ def test_stacks_of_vectors_are_no_matrices():
 
 
 def test_of_a_model_weight_decay_touches_every_matrix_and_nothing_else():
-    """With gradients of 0, the update is the decay alone."""
+    """Where gradients are 0, the update is the decay alone."""
     config = tiny(use_bias=True, use_qkv_bias=True)
     schedule = ScheduleConfig(peak_lr=0.5, warmup_steps=0)
     trainer = make_trainer(RunConfig(model=config, schedule=schedule))

@@ -12,9 +12,9 @@ import pytest
 
 from ling_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from ling_jax.parallel.mesh import place_batch, rows_here
-from ling_jax.train.loss import count_targets
+from ling_jax.train.objective import step_counts
 from ling_jax.train.state import make_trainer
-from ling_jax.train.step import accumulate_gradients, apply_gradients, in_microbatches
+from ling_jax.train.step import accumulate_gradients, apply_gradients
 from tests.helpers import (
     assert_close,
     assert_gradients_close,
@@ -55,13 +55,14 @@ class Run:
 
     def outcome(self):
         """(sums, gradients, state after the step, its metrics): what `make_train_step` does, with the gradients."""
-        here = rows_here(self.trainer.mesh, 8)
-        placed = place_batch(self.trainer.mesh, {k: v[here] for k, v in BATCH.items()}, here, 8)
+        here = rows_here(self.trainer.compute.mesh, 8)
+        rows, objective = {k: v[here] for k, v in BATCH.items()}, self.trainer.objective
+        placed = place_batch(self.trainer.compute.mesh, rows, objective.fields, here, 8)
 
         def run(state, batch):
-            batch = in_microbatches(batch, self.config.train.microbatches)
-            sums, grads = accumulate_gradients(self.trainer, state.params, state.bias, batch)
-            return sums, grads, *apply_gradients(self.trainer, state, sums, grads, count_targets(batch))
+            counts = step_counts(objective, batch)
+            sums, grads = accumulate_gradients(self.trainer, state.params, state.bias, batch, counts)
+            return sums, grads, *apply_gradients(self.trainer, state, sums, grads, counts)
 
         return jax.device_get(jit(run)(self.state, placed))
 
@@ -73,10 +74,10 @@ def one_device(model: ModelConfig, hot: bool = False, **train: Any):
 
 def compare(run: Run, want) -> None:
     (sums, grads, state, metrics), (want_sums, want_grads, want_state, want_metrics) = run.outcome(), want
-    for name in ("nll", "mtp_nll", "z"):
-        assert_close(getattr(sums, name), getattr(want_sums, name))
-    np.testing.assert_array_equal(sums.expert_counts_LE, want_sums.expert_counts_LE)
-    assert sums.dropped == 0
+    for got, expected in zip((*sums.objective, sums.router.z), (*want_sums.objective, want_sums.router.z), strict=True):
+        assert_close(got, expected)
+    np.testing.assert_array_equal(sums.router.expert_counts_LE, want_sums.router.expert_counts_LE)
+    assert sums.router.dropped == 0
     assert_gradients_close(grads, want_grads)
     assert_close(metrics["train/total_loss"], want_metrics["train/total_loss"])
     assert_gradients_close(state.optimizer[1].mu, want_state.optimizer[1].mu)

@@ -50,11 +50,11 @@ def devices(name: str = "v5p:2x2x2", slices: int = 1):
 
 def count(config: RunConfig, topology: str = "v5p:2x2x2", slices: int = 1) -> tuple[Count, Any]:
     step = trace_step(config, devices(topology, slices))
-    return step.count, step.trainer.mesh
+    return step.count, step.trainer.compute.mesh
 
 
 def flops_by_hand(config: RunConfig) -> float:
-    """Of one device; each product as often as it is made in a step: forward, twice backward, and again where the
+    """FLOPs of one device; each product as often as it is made in a step: forward, twice backward, and again where the
     backward pass makes it once more."""
     c, full = config.model, config.train.remat == "full"
     tokens = config.data.global_batch_size * config.data.sequence_length
@@ -105,7 +105,9 @@ def weights_sent(counted: Count) -> float:
     return sum(sent.bytes for sent in counted.total(of_layers).sent if sent.kind == "all-gather")
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 2, "expert": 4}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param({"fsdp": 8}, marks=pytest.mark.nightly), {"fsdp": 2, "expert": 4}], ids=str
+)
 def test_in_fp8_the_same_products_read_and_send_half_the_bytes(mesh):
     model = dataclasses.replace(MODEL, num_nextn_predict_layers=1)
     wide, narrow = (count(run_config(model, mesh, fp8=fp8), "tpu7x:2x2x1")[0] for fp8 in (False, True))
@@ -344,7 +346,7 @@ FLAGS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ling_mini_with_one_layer_is_planned_by_the_command():
     """At Ling-mini's widths; the whole depth is what docs/plans.md shows."""
     flags = [text for name, value in FLAGS.items() for text in (f"--{name}", str(value))]
@@ -370,9 +372,11 @@ def test_the_best_bound_that_fits_is_suggested(monkeypatch):
     traced = {}
 
     def compiled(config, topology, slices, step):
-        hbm = suggest.chip_of(step.trainer.mesh.devices.flat[0]).hbm_bytes
+        hbm = suggest.chip_of(step.trainer.compute.mesh.devices.flat[0]).hbm_bytes
         memory = Memory(step.given, 1e9, step.given + 1e9, hbm, "")
-        return Plan(config, topology, slices, step.trainer.mesh, count_params(MODEL), step.count, memory, [], 0.0)
+        return Plan(
+            config, topology, slices, step.trainer.compute.mesh, count_params(MODEL), step.count, memory, [], {}, 0.0
+        )
 
     def trace_once(config, devices, original=suggest.trace_step):
         if config not in traced:

@@ -1,4 +1,4 @@
-"""What an engine recorded replays: with an MTP layer and without, in packed and padded rows, on every mesh.
+"""Routings that an engine recorded replay: with an MTP layer and without, in packed and padded rows, on every mesh.
 
 Where a model whose router would choose otherwise is told the recorded experts, its log-probabilities are the engine's.
 Legend: L MoE layers, B rows, T tokens, K experts per token.

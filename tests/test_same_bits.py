@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 def product_cases(rng: np.random.Generator, dtype: str, weight_dtype: str) -> Iterator[Case]:
-    """With groups of many rows and of few, which are multiplied in another way."""
+    """Groups of many rows and of few, which are multiplied in another way."""
     for kind, sizes, width in (("many", [150, 0, 37, 200, 5], 128), ("few", [5, 8, 1, 4], 400)):
         x_RI, sizes_E = normal(rng, sum(sizes) + 8, width, dtype=dtype), np.array(sizes, np.int32)
         w_EOI = normal(rng, len(sizes), width, width, dtype=weight_dtype)

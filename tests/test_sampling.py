@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sample
+from ling_jax.commands import sample
 from ling_jax.convert.tokenizer import ends_of, generation_config_of, tokenizer_of
 from ling_jax.generate.sampling import (
     Kinds,
@@ -191,7 +191,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def settings(saved: dict, **flags) -> tuple[float, float, int, float]:
-    sampling = sample.sampling_of(sample.Command(**flags), saved)
+    sampling = sample.sampling_of(sample.SampleCommand(**flags), saved)
     return sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty
 
 

@@ -363,7 +363,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "hi"}]}\n'
         ("a.json", b'{"text":\n "x"', "a.json:2: not JSON: Expecting ',' delimiter"),
         ("a.json", b'{"text":\n oops, "b": "' + b"long" * 99 + b'"}', "a.json:2: not JSON: Expecting value"),
         ("a.json", b"[3]", "a.json:1: a JSON object is needed, not int"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-12], "a.jsonl.gz is damaged or cut short"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-12], "a.jsonl.gz is damaged or cut short"),
         ("a.jsonl.gz", b'{"text": "x"}\n', "a.jsonl.gz is damaged or cut short"),
         ("a.jsonl.zst", zstd(LINES.encode())[:-12], "a.jsonl.zst is damaged or cut short"),
         ("a.txt.zst", b"plain text\n", "a.txt.zst is damaged or cut short"),

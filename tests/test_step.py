@@ -87,9 +87,9 @@ def test_microbatches_give_the_losses_and_loads_of_the_whole_batch(first_step, w
     _, metrics = first_step
     loss, sums, _, _ = whole_batch
     assert_close(metrics["train/total_loss"], loss)
-    assert_close(metrics["train/loss"], sums.nll / (BATCH["targets"] >= 0).sum())
-    assert_close(metrics["train/mtp_loss"], sums.mtp_nll / sum(max(len(d) - 2, 0) for d in DOCUMENTS))
-    counts = sums.expert_counts_LE
+    assert_close(metrics["train/loss"], sums.objective.nll / (BATCH["targets"] >= 0).sum())
+    assert_close(metrics["train/mtp_loss"], sums.objective.mtp_nll / sum(max(len(d) - 2, 0) for d in DOCUMENTS))
+    counts = sums.router.expert_counts_LE
     assert_close(metrics["moe/load_max_over_mean_per_layer"], counts.max(-1) / counts.mean(-1))
     assert metrics["train/tokens"] == sum(map(len, DOCUMENTS))
 
@@ -190,7 +190,7 @@ def test_every_layers_bias_is_moved_by_its_own_counts():
 
 def test_a_step_moves_the_biases_once_by_the_counts_of_its_whole_batch(in_parts, first_step, whole_batch):
     """Though layers are recomputed and the batch comes in three parts."""
-    counts = whole_batch[1].expert_counts_LE
+    counts = whole_batch[1].router.expert_counts_LE
     want = balance_biases(in_parts.start().bias, counts, RATE, tiny())
     assert np.abs(counts - counts.mean(-1, keepdims=True)).max() > 5
     for got, expected in zip(jax.tree.leaves(first_step[0].bias), jax.tree.leaves(want), strict=True):

@@ -1,4 +1,4 @@
-"""What is kept of a corpus on disk is whole or not there: kills, full disks, damage, and several processes at once."""
+"""A corpus kept on disk is whole or not there: kills, full disks, damage, and several processes at once."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What users and machines do to a command: switches of JAX, no home, closed terminals and pipes, changed files."""
+"""A command among users and machines: switches of JAX, no home, closed terminals and pipes, changed files."""
 
 import json
 import os
@@ -97,10 +97,17 @@ def test_without_a_home_tokens_are_kept_in_the_runs_own_folder(folder, tmp_path,
     assert numbers(read_metrics(tmp_path / "run")) == numbers(read_metrics(folder / "runs" / "whole"))
 
 
-def test_tokens_in_a_bucket_are_refused(folder):
-    with pytest.raises(ValueError, match="data.cache_dir = 'gs://bucket/cache' must be local.* set --data.cache-dir"):
-        train.main(train_args(folder, "bucket", **SHORT, data__cache_dir="gs://bucket/cache"))
-    assert not (REPO / "gs:").exists() and not Path("gs:").exists()
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("gs:/bucket/cache", "gs:/bucket/cache: a path in a bucket is gs://BUCKET/FOLDER"),
+        ("az://bucket/cache", "az://bucket/cache: only local paths, gs://BUCKET/... and s3://BUCKET/... are known"),
+    ],
+)
+def test_a_cache_of_tokens_that_is_no_place_is_refused(folder, place, said):
+    with pytest.raises(ValueError, match=said):
+        train.main(train_args(folder, "no place", **SHORT, data__cache_dir=place))
+    assert not any((root / place.partition("/")[0]).exists() for root in (REPO, Path()))
 
 
 def test_a_damaged_cache_of_tokens_is_made_anew(tmp_path):

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ling_jax.commands.sample import SampleCommand, encode
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.engine import Engine, Request
 from ling_jax.generate.sampling import Sampling
 from ling_jax.generate.text import Asker, Reply, Stats, converse, read_prompts
-from sample import Command, encode
 from tests.helpers import make_model, small
 from tests.test_tokenizer import OWN
 
@@ -181,7 +181,7 @@ def test_prompts_of_other_programs_are_read(tmp_path):
 
 
 def asked(tokenizer: Tokenizer, record: dict, **flags) -> str:
-    return tokenizer.decode(encode(tokenizer, Command(**flags), record))
+    return tokenizer.decode(encode(tokenizer, SampleCommand(**flags), record))
 
 
 def test_a_record_is_asked_as_a_conversation_where_it_is_one():

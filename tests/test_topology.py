@@ -67,7 +67,7 @@ def step_arguments(trainer) -> tuple:
         jax.eval_shape(trainer.init),
         trainer.shardings(),
     )
-    rows = NamedSharding(trainer.mesh, PartitionSpec(BATCH_AXES))
+    rows = NamedSharding(trainer.compute.mesh, PartitionSpec(BATCH_AXES))
     names = ("tokens", "targets", "positions", "segment_ids")
     return state, {name: jax.ShapeDtypeStruct((ROWS, LENGTH), "int32", sharding=rows) for name in names}
 
@@ -108,9 +108,11 @@ def test_only_data_crosses_slices(tpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("reduce_dtype", "wire"), [("float32", "f32"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize(
+    ("reduce_dtype", "wire"), [("float32", "f32"), pytest.param("bfloat16", "bf16", marks=pytest.mark.nightly)]
+)
 def test_gradients_are_reduced_by_reduce_scatter_in_the_chosen_dtype(devices, reduce_dtype, wire):
-    """With `data`: over a group of all 8 chips this compiler replaces a reduce-scatter by an all-reduce."""
+    """The mesh has `data`: over a group of all 8 chips this compiler replaces a reduce-scatter by an all-reduce."""
     found = collectives(compiled_step(devices, MeshConfig(data=2, fsdp=4, reduce_dtype=reduce_dtype)))
     assert len(found["reduce-scatter"]) >= 9  # one for each matrix of a layer, at least
     assert {dtype for dtype, _ in found["reduce-scatter"]} == {wire}
@@ -144,7 +146,7 @@ def gathered_bytes(text: str) -> int:
     return sum(widths[dtype] * size for dtype, size in collectives(text)["all-gather"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older versions compile it but cannot print the program")
 def test_in_fp8_weights_travel_and_are_multiplied_as_codes(tpu):
     """Every product of attention and experts is a kernel whose operands are FP8; none is multiplied out for it."""

@@ -1,25 +1,16 @@
 """Every setting, as frozen dataclasses; no arrays live here."""
 
+from ling_jax.config.differences import architecture_diff, model_settings_diff
 from ling_jax.config.hf import FIXED_HF_FIELDS, MODEL_TYPES, REQUIRED_HF_FIELDS
-from ling_jax.config.model import (
-    Counts,
-    ModelConfig,
-    Segment,
-    architecture_diff,
-    count_params,
-    layer_kinds,
-    layer_plan,
-    model_settings_diff,
-    train_flops_per_token,
-)
+from ling_jax.config.layers import LayerKind, LayerRun, layer_kinds, layer_runs, routed_layers
+from ling_jax.config.mesh import MESH_AXES, ONE_DEVICE, MeshConfig
+from ling_jax.config.model import ModelConfig
+from ling_jax.config.parameters import Counts, count_params, train_flops_per_token
 from ling_jax.config.rope import RopeScaling
 from ling_jax.config.run import (
-    MESH_AXES,
-    ONE_DEVICE,
     CheckpointConfig,
     DataConfig,
     DataSource,
-    MeshConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -33,6 +24,8 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "FIXED_HF_FIELDS",
+    "LayerKind",
+    "LayerRun",
     "MESH_AXES",
     "MODEL_TYPES",
     "MeshConfig",
@@ -43,13 +36,13 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
-    "Segment",
     "TrainConfig",
     "architecture_diff",
     "count_params",
     "layer_kinds",
-    "layer_plan",
+    "layer_runs",
     "model_settings_diff",
+    "routed_layers",
     "settings_diff",
     "train_flops_per_token",
 ]

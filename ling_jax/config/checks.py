@@ -1,4 +1,5 @@
-"""What a setting's checks are made of: each failure is a ValueError that names the value and the limit."""
+"""The checks of settings are made of these functions: each failure is a ValueError that names the value and the
+limit."""
 
 import dataclasses
 import typing

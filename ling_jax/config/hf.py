@@ -108,7 +108,7 @@ def _check_kind(config: Mapping[str, Any]) -> bool:
 
 
 def _mtp_factor(values: Mapping[str, Any]) -> float:
-    """What the file says, or the recipe's; without an MTP layer it says nothing."""
+    """The MTP loss factor of the file, or the recipe's; 0 without an MTP layer, where it means nothing."""
     if not values["num_nextn_predict_layers"]:
         return 0.0
     return values.get("mtp_loss_scaling_factor", MTP_LOSS_SCALING_FACTOR)

@@ -39,7 +39,7 @@ SCALING_KEYS = {field.name for field in dataclasses.fields(RopeScaling)}
 
 
 def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `config.json` says of `rope_theta`, `partial_rotary_factor`, `rotary_dim` and `rope_scaling`, wherever it
+    """Reads `rope_theta`, `partial_rotary_factor`, `rotary_dim` and `rope_scaling` of a `config.json`, wherever it
     says it; None for what it does not say.
 
     Raises:

@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ling_jax.config.checks import check, check_at_least
+from ling_jax.config.mesh import ONE_DEVICE, MeshConfig
 from ling_jax.config.model import ModelConfig
 from ling_jax.config.rope import RopeScaling
-
-FP8_BLOCK = 128  # rows and columns of a weight that share a scale (spec 3.2)
-MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,105 +130,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """The device mesh, six axes that are always there, and how work is exchanged over it (docs/meshes.md).
-
-    Rows of the batch go over data, fsdp and expert; tokens of a row over context; see `parallel.rules` for weights.
-    """
-
-    stage: int = 1
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
-    dispatcher: Literal["ragged_all_to_all", "all_gather"] = "ragged_all_to_all"  # of tokens to their experts
-    buffer_factor: float = 2.0  # rows an expert rank takes at once, over the mean; from `expert` on, the worst case
-    overflow: Literal["rounds", "drop"] = "rounds"  # rows beyond the buffer: further rounds, or left out and counted
-    context_method: Literal["ring", "all_gather"] = "ring"  # how keys and values reach the queries of other shards
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradients are summed over devices in it
-
-    def __post_init__(self):
-        check_at_least(self, 1, *MESH_AXES)
-        check(self.buffer_factor > 0, f"mesh.buffer_factor = {self.buffer_factor} must be positive")
-        check(
-            self.stage == 1,
-            f"mesh.stage = {self.stage}: pipeline stages are not implemented yet; use fsdp and expert instead",
-        )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self, name) for name in MESH_AXES)
-
-    @property
-    def batch_shards(self) -> int:
-        return self.data * self.fsdp * self.expert
-
-    def check(self, model: ModelConfig) -> None:
-        """ValueError, with both numbers and a remedy, where the model cannot be cut this way."""
-        heads, kv = model.num_attention_heads, model.num_key_value_heads
-        cuts = [
-            ("model.num_experts", model.num_experts, "expert"),
-            ("model.hidden_size", model.hidden_size, "fsdp"),
-            ("model.num_attention_heads", heads, "tensor"),
-            ("model.intermediate_size", model.intermediate_size, "tensor"),
-            ("model.moe_intermediate_size", model.moe_intermediate_size, "tensor"),
-            ("model.shared_intermediate_size", model.shared_intermediate_size, "tensor"),
-            ("model.vocab_size", model.vocab_size, "tensor"),
-        ]
-        for name, size, axis in cuts:
-            shards = getattr(self, axis)
-            check(
-                size % shards == 0,
-                f"{name} = {size} must be a multiple of mesh.{axis} = {shards}; choose one of its divisors",
-            )
-        check(
-            kv % self.tensor == 0 or self.tensor % kv == 0,
-            f"mesh.tensor = {self.tensor} and model.num_key_value_heads = {kv}: one must divide the other; "
-            "choose another mesh.tensor",
-        )
-        shards = self.fsdp * self.tensor
-        check(
-            model.hidden_size % shards == 0,
-            f"model.hidden_size = {model.hidden_size} must be a multiple of mesh.fsdp * mesh.tensor = {shards}, "
-            "over which the attention's input projection is stored; lower either",
-        )
-
-    def check_fp8(self, model: ModelConfig) -> None:
-        """ValueError where the mesh cuts a weight inside an FP8 block that products are split at."""
-        kv = max(model.num_key_value_heads, self.tensor)
-        sizes = {
-            "model.moe_intermediate_size": model.moe_intermediate_size,
-            "model.intermediate_size": model.intermediate_size,
-            "model.shared_intermediate_size": model.shared_intermediate_size,
-            "model.num_attention_heads * head_dim": model.num_attention_heads * model.head_dim,
-            "model.num_key_value_heads * head_dim": kv * model.head_dim,
-        }
-        for name, size in sizes.items():
-            check(
-                self.tensor == 1 or size % (FP8_BLOCK * self.tensor) == 0,
-                f"mesh.tensor = {self.tensor} cuts {name} = {size} inside FP8 blocks of {FP8_BLOCK}; lower it",
-            )
-
-    def check_rows(self, rows: int, parts: int, length: int) -> None:
-        """ValueError where `rows` per step in `parts` microbatches, of `length` tokens, cannot be cut this way."""
-        check(
-            rows // parts % self.batch_shards == 0,
-            f"data.global_batch_size / train.microbatches = {rows // parts} must be a multiple of mesh.data * "
-            f"mesh.fsdp * mesh.expert = {self.batch_shards}: raise the batch, or lower the microbatches or an axis",
-        )
-        pieces = 2 * self.context if self.context > 1 else 1
-        check(
-            length % pieces == 0,
-            f"data.sequence_length = {length} must be a multiple of 2 * mesh.context = {pieces} (each shard holds an "
-            "early and a late piece of the row): change either",
-        )
-
-
-ONE_DEVICE = MeshConfig()
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All that decides a run's numbers."""
 
@@ -263,7 +162,7 @@ class RunConfig:
 
     @property
     def rows_per_device(self) -> int:
-        """Of one microbatch."""
+        """Rows of one microbatch that each device computes."""
         return self.data.global_batch_size // self.train.microbatches // self.mesh.batch_shards
 
     def to_json(self) -> str:

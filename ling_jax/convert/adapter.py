@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from ling_jax.convert.fp8 import FP8
 from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFile
 from ling_jax.convert.weights import F32, Weights, narrow, some
 from ling_jax.files import hub
+from ling_jax.files.paths import at, check_bucket
 from ling_jax.files.whole import read_json
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ class Adapter:
     """
 
     def __init__(self, path: str, weights: Weights, source: str):
-        self.folder = hub.folder_of(path, hub.ADAPTER) or pathlib.Path(path).expanduser()
+        self.folder = at(hub.folder_of(path, hub.ADAPTER) or path)
+        check_bucket(self.folder)
         self._config: dict[str, Any] = DEFAULTS | read_json(self.folder / hub.ADAPTER_CONFIG)
         _check_settings(self.folder, self._config)
         _compare_base(self._config.get("base_model_name_or_path"), source, path)
@@ -69,7 +72,7 @@ class Adapter:
             raise ValueError(f"{self.folder} cannot be merged into {source}: {some(problems)}")
 
     @property
-    def files(self) -> list[pathlib.Path]:
+    def files(self) -> list[epath.Path]:
         return [self.file.path, self.folder / hub.ADAPTER_CONFIG]
 
     def __contains__(self, name: str) -> bool:
@@ -79,7 +82,7 @@ class Adapter:
         """Rows of a tensor from row `start` on, merged in float32, in the dtype of `rows`."""
         own = rows.dtype
         if name in self._whole:
-            rows = self.file.view(self._whole[name])[start : start + len(rows)]
+            rows = self.file.read(self._whole[name], (slice(start, start + len(rows)),))
         numbers = narrow(rows, F32)
         if name in self._pairs:
             numbers = numbers + self._added(name, start, len(rows))
@@ -100,7 +103,7 @@ class Adapter:
         return pairs
 
     def _problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What is wrong with the adapter's tensors for a model with tensors of these `shapes`."""
+        """Lists what is wrong with the adapter's tensors, for a model whose tensors have these `shapes`."""
         tensors, floats = self.file.tensors, DTYPES.keys() - {NAMES[FP8]}
         problems = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in floats]
         if not tensors:
@@ -133,12 +136,17 @@ class Adapter:
 
     def _added(self, name: str, start: int, count: int) -> np.ndarray:
         """float32 [count, in]: rows of what a pair adds to a tensor [out, in]."""
-        sides, rank = self._pairs[name], self._rank(name)
-        a, b = (narrow(self.file.view(sides[side]), F32) for side in sorted(sides))
-        left, right = (b, a) if "A" in sides else (a.T, b.T)  # an embedding's is (B @ A).T
+        sides, rank, rows = self._pairs[name], self._rank(name), slice(start, start + count)
+        if "A" in sides:
+            starts = [self.file.start(sides["B"], (rows,)), self.file.start(sides["A"])]
+            left, right = (narrow(read(), F32) for read in starts)
+        else:  # an embedding's is (B @ A).T
+            starts = [self.file.start(sides[side]) for side in "ab"]
+            left, right = (narrow(read(), F32).T for read in starts)
+            left = left[rows]
         scale = self._of_module("alpha_pattern", "lora_alpha", name)
         scale /= math.sqrt(rank) if self._config.get("use_rslora") else rank
-        return np.float32(scale) * (left[start : start + count] @ right)
+        return np.float32(scale) * (left @ right)
 
     def _of_module(self, pattern: str, default: str, name: str) -> float:
         """A setting of one module: that of the first pattern which is its name or the end of it, else everybody's."""
@@ -151,7 +159,7 @@ class Adapter:
         return int(self._of_module("rank_pattern", "r", name))
 
 
-def _check_settings(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+def _check_settings(folder: epath.Path, config: Mapping[str, Any]) -> None:
     """ValueError for what is not plain LoRA, whose meaning is the sum above."""
     file = folder / hub.ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
@@ -187,7 +195,7 @@ def _compare_base(base: Any, source: str, adapter: str) -> None:
         log.warning("%s was trained on %s, and is merged into %s", adapter, base, source)
 
 
-def _open(folder: pathlib.Path) -> TensorFile:
+def _open(folder: epath.Path) -> TensorFile:
     if not (folder / hub.ADAPTER_WEIGHTS).is_file():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in hub.PICKLES)
         hint = f", but a pickle, {pickles[0]}: save it with safe_serialization=True" if pickles else ""
@@ -196,5 +204,5 @@ def _open(folder: pathlib.Path) -> TensorFile:
 
 
 def told_of(dtype: np.dtype) -> str:
-    """What an audit says of a merged tensor."""
+    """The line of an audit about a merged tensor."""
     return f"{NAMES[dtype]} + adapter"

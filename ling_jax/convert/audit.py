@@ -1,4 +1,4 @@
-"""What a conversion tells at its end, printed and saved beside what it made."""
+"""The report of a conversion, printed and saved beside what it made."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from ling_jax.config import ModelConfig, count_params
 from ling_jax.config.text import columns
 from ling_jax.convert.beyond import left_out
 from ling_jax.convert.mapping import SCALE
-from ling_jax.convert.transfer import Record
+from ling_jax.convert.transfer import TensorRecord
 from ling_jax.convert.weights import some
 
 
@@ -22,7 +22,7 @@ class Audit:
     target: str
     form: str  # the dtype or format asked for
     config: ModelConfig
-    records: dict[str, Record]
+    records: dict[str, TensorRecord]
     wanted: list[str]  # the names that had to be there
     seconds: float
     files: list[str]  # carried along

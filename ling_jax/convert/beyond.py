@@ -16,7 +16,7 @@ EMBEDDING, HEAD = "model.word_embeddings.weight", "lm_head.weight"
 
 
 def one_reading(config: ModelConfig, extra: Set[str], file_of: Mapping[str, TensorFile]) -> dict[str, str]:
-    """Those of the `extra` tensors that have one right reading, each with the reason why it is left out.
+    """Finds the `extra` tensors that have one right reading; gives the reason why each is left out.
 
     They are: a head that is equal to the embedding it is tied to, the buffers of a rotary embedding, which follow from
     the config, the value head of reinforcement learning, and an MTP layer where the config has none.
@@ -51,11 +51,12 @@ def _mtp_layer(config: ModelConfig, extra: Set[str]) -> Set[str]:
 
 def _check_equal(file_of: Mapping[str, TensorFile]) -> None:
     """ValueError unless the head's numbers are the embedding's."""
-    head, embedding = (file_of[name].view(name) for name in (HEAD, EMBEDDING))
-    same = head.shape == embedding.shape and all(
-        np.array_equal(_numbers(head[row : row + ROWS]), _numbers(embedding[row : row + ROWS]))
-        for row in range(0, head.shape[0], ROWS)
-    )
+    shape = file_of[HEAD].tensors[HEAD].shape
+    same = shape == file_of[EMBEDDING].tensors[EMBEDDING].shape
+    for row in range(0, shape[0], ROWS) if same else ():
+        rows = (slice(row, min(row + ROWS, shape[0])),)
+        head, embedding = (file_of[name].start(name, rows) for name in (HEAD, EMBEDDING))
+        same = same and np.array_equal(_numbers(head()), _numbers(embedding()))
     if not same:
         raise ValueError(
             f"{file_of[HEAD].path}: {HEAD} differs from {EMBEDDING}, and config.json has tie_word_embeddings true: set "

@@ -1,4 +1,4 @@
-"""What a new run takes from the weights that it starts from: `train.py --init-from`."""
+"""The settings and files that a new run takes from the weights it starts from: `train.py --init-from`."""
 
 import dataclasses
 import logging

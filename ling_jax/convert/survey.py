@@ -1,4 +1,4 @@
-"""What is in a folder of weights: `convert.py inspect`."""
+"""The contents of a folder of weights: `convert.py inspect`."""
 
 import dataclasses
 import math
@@ -11,9 +11,9 @@ import numpy as np
 from ling_jax.config import count_params, layer_kinds
 from ling_jax.config.text import columns
 from ling_jax.convert.beyond import left_out
-from ling_jax.convert.mapping import Path
+from ling_jax.convert.mapping import ArrayPath
 from ling_jax.convert.tensorfile import NAMES
-from ling_jax.convert.transfer import Record, pieces, tensors_in
+from ling_jax.convert.transfer import TensorRecord, pieces, strides, tensors_in
 from ling_jax.convert.weights import StoredWeights, Weights, narrow, open_weights
 from ling_jax.files.progress import ByteProgress
 
@@ -23,7 +23,7 @@ class Survey:
     """Every tensor of a folder, in HF's terms; `checked`: its checksums are there."""
 
     weights: Weights
-    records: dict[str, Record]
+    records: dict[str, TensorRecord]
     checked: bool
 
     def render(self, each: bool = False) -> str:
@@ -37,7 +37,7 @@ class Survey:
             "parameters": f"{counts.total:,}, of which {counts.active:,} are active per token; MTP {counts.mtp:,}",
             "saved checksums": self._saved_checksums(),
             "left out": left_out(self.weights.beyond) if self.weights.beyond else "none",
-            "layers": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
+            "layers": ", ".join(f"{kinds.count(kind)} {kind.key}" for kind in dict.fromkeys(kinds)),
         }
         rows: list[tuple[str, ...]] = [
             ("tensor", "number", "shape", "dtype", "MB", "crc32" if self.checked else "", "NaN, inf")
@@ -50,13 +50,14 @@ class Survey:
         return "\n\n".join([columns(list(facts.items())), settings, columns(rows)])
 
     def _saved_checksums(self) -> str:
-        """What is known of the files' own checksums: a changed file would have ended the reading of the weights."""
+        """Says whether the files have checksums of their own: a changed file would have ended the reading of the
+        weights."""
         if not isinstance(self.weights, StoredWeights) or not self.weights.arrays.has_checksums:
             return "none"
         told = "those of the weights compared, and right" if self.checked else "not compared"
         return f"XXH3-64 of {self.weights.arrays.count_files():,} files, {told}"
 
-    def _rows(self, path: Path, each: bool) -> Iterator[tuple[str, ...]]:
+    def _rows(self, path: ArrayPath, each: bool) -> Iterator[tuple[str, ...]]:
         names = [name for name in map(str, self.weights.stacks[path].names.flat) if name in self.records]
         for group in [[name] for name in names] if each else [names] if names else []:
             records = [self.records[name] for name in group]
@@ -88,16 +89,16 @@ def _pattern(names: list[str]) -> str:
 def survey(path: str, checksums: bool = True) -> Survey:
     """Reads a HF folder or a checkpoint; ValueError if it is not whole. Without `checksums` no weight is read."""
     weights = open_weights(path)
-    records: dict[str, Record] = {}
+    records: dict[str, TensorRecord] = {}
     for stack in weights.stacks.values():
         for name in map(str, stack.names.flat):
             if name in weights.dtypes:
-                records[name] = Record(NAMES[weights.dtypes[name]], list(stack.shape))
+                records[name] = TensorRecord(NAMES[weights.dtypes[name]], list(stack.shape))
     if checksums:
         with ByteProgress(sum(record.nbytes for record in records.values())) as bar:
             for path_, stack in weights.stacks.items():
-                itemsize = weights.dtype(path_).itemsize
-                for piece in pieces(path_, stack, weights.chunk(path_), itemsize, weights.block[0]):
+                cut = strides(stack, weights.chunk(path_), weights.dtype(path_).itemsize)
+                for piece in pieces(path_, stack, cut):
                     for part in piece.parts:
                         for name, rows in tensors_in(stack, part, weights.read(path_, part)):
                             if name in records:

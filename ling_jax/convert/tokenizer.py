@@ -9,6 +9,7 @@ from ling_jax.checkpoint import read_meta
 from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, model_config_of
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
+from ling_jax.files.paths import at
 from ling_jax.files.whole import read_json
 
 GENERATION = "generation_config.json"
@@ -17,7 +18,7 @@ GENERATION = "generation_config.json"
 def _beside(path: str, name: str) -> epath.Path | None:
     """The file `name` of a HF folder or hub id, of a converted checkpoint, or in the run that `path` (or a part of it)
     belongs to: its own, else one that came with the weights it began from."""
-    start = run = epath.Path(hub.folder_of(path, hub.BESIDE) or path).expanduser()
+    start = run = at(hub.folder_of(path, hub.BESIDE) or path)
     if CHECKPOINTS in (start.name, start.parent.name):
         run = start.parent if start.name == CHECKPOINTS else start.parent.parent
     folders = (start, run / TOKENIZER, run / HF)

@@ -1,5 +1,11 @@
-"""The work of a conversion: pieces copied by threads, a journal to resume from, and the record of every tensor."""
+"""The work of a conversion: pieces copied by threads, a journal to resume from, and the record of every tensor.
 
+On a disk a target grows in TARGET.partial, which is renamed at the end. In a bucket it grows in its place, and is taken
+for whole by nobody before its last object is there; meanwhile TARGET.partial has the journal, and goes at the end.
+"""
+
+import contextlib
+import ctypes
 import dataclasses
 import json
 import logging
@@ -9,17 +15,23 @@ import pathlib
 import shutil
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from ling_jax.convert.mapping import Path, Stack
+from ling_jax.checkpoint import COMMIT
+from ling_jax.convert.mapping import ArrayPath, TensorStack
 from ling_jax.convert.tensorfile import DTYPES, NAMES
-from ling_jax.convert.weights import INDEX, PICKLES, Index, some
+from ling_jax.convert.weights import INDEX, PICKLES, PIECE_BYTES, some
+from ling_jax.files.arrays import Index
+from ling_jax.files.buckets import bucket_of, file_system, is_bucket, scheme_of
+from ling_jax.files.lines import cut_lines, open_lines, parts_of, read_lines
 from ling_jax.files.one_writer import HOLDER, OneWriter
+from ling_jax.files.paths import at, check_bucket, entries, entry, write_whole
 from ling_jax.files.progress import ByteProgress
 
 log = logging.getLogger(__name__)
@@ -28,9 +40,14 @@ JOURNAL = "conversion.jsonl"  # of an unfinished target
 AUDIT_FILE = "conversion_audit.json"  # of a finished one
 PARTIAL = ".partial"  # after a target's name until it is finished
 NOT_CARRIED = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLES)  # weights of any kind
-MADE_ANEW = ("config.json", INDEX, AUDIT_FILE, "README.md", HOLDER)
-THREADS = 2  # pieces at a time, each held in memory once or twice
-PIECE_BYTES = 128 << 20  # of a piece at most, where its files allow that
+CONFIG = "config.json"
+MADE_ANEW = (CONFIG, INDEX, AUDIT_FILE, "README.md", HOLDER)
+# Memory: a piece of PIECE_BYTES is there at most three times, as blocks from a bucket, joined and in its array. So
+# THREADS pieces that become chunks take 3 * 3 * 64 = 576 MB at most, the two of a file that is written 256 MB and its
+# upload 40 MB (two parts of it in s3fs); the interpreter with its libraries some 250 MB, what malloc keeps as much.
+THREADS = 3
+JOURNAL_SECONDS = 5.0  # between two lines of the journal that wait until they are on the disk, or in the bucket
+STAMPED = 16  # files asked about at a time
 SCAN = 1 << 16  # elements looked at together: they stay in a core's cache
 # How to see NaN and infinities in the bits: the unsigned integer, the exponent's bits (for FP8, all of a NaN's).
 EXPONENTS = {"F8_E4M3": (np.uint8, 0x7F), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
@@ -38,13 +55,13 @@ EXPONENTS["F32"] = (np.uint32, 0x7F800000)
 
 
 class Piece(NamedTuple):
-    """What one thread copies at a time: parts of one array, in order, that make whole tensors together."""
+    """The parts of one array that a thread copies at a time, in order; together they make whole tensors."""
 
-    path: Path
+    path: ArrayPath
     parts: tuple[Index, ...]
 
     def nbytes(self, itemsize: int) -> int:
-        return sum(math.prod(s.stop - s.start for s in part) for part in self.parts) * itemsize
+        return sum(size_of(part) for part in self.parts) * itemsize
 
     @property
     def key(self) -> str:
@@ -52,19 +69,30 @@ class Piece(NamedTuple):
         return ".".join(self.path) + str([(a.start, b.stop) for a, b in zip(first, last, strict=True)])
 
 
-def pieces(path: Path, stack: Stack, chunk: Sequence[int], itemsize: int, block: int) -> Iterator[Piece]:
-    """An array cut along its files' chunks into pieces of some PIECE_BYTES, parts that begin at whole FP8 blocks."""
+def size_of(part: Index) -> int:
+    """The numbers in a part of an array."""
+    return math.prod(s.stop - s.start for s in part)
+
+
+def strides(stack: TensorStack, chunk: Sequence[int], itemsize: int, block: int = 1) -> tuple[int, ...]:
+    """How an array is cut: names at a time for each of their dims, then rows, a multiple of `block` where a tensor is
+    cut. They are those of its files' chunks, but less where a chunk is not of whole rows."""
     depth = stack.names.ndim
-    tensor = math.prod(stack.shape) * itemsize
-    steps = list(chunk[:depth])
+    row = math.prod(stack.shape[1:]) * itemsize
+    limit = max(PIECE_BYTES, math.prod(chunk) * itemsize)
+    outer, rows = list(chunk[:depth]), chunk[depth]
     for dim in range(depth):
-        while steps[dim] > 1 and math.prod(steps) * tensor > PIECE_BYTES:
-            steps[dim] = -(-steps[dim] // 2)
-    rows = stack.shape[0]
-    if tensor > PIECE_BYTES:
-        rows = min(rows, max(chunk[depth] // block, 1) * block)
+        while outer[dim] > 1 and math.prod(outer) * rows * row > limit:
+            outer[dim] = -(-outer[dim] // 2)
+    rows = min(rows, max(limit // row, 1))
+    return (*outer, rows if rows == stack.shape[0] else max(rows // block, 1) * block)
+
+
+def pieces(path: ArrayPath, stack: TensorStack, strides: Sequence[int]) -> Iterator[Piece]:
+    """An array cut into pieces, and they into parts, of these `strides`."""
+    rows = strides[-1]
     inner = [slice(0, size) for size in stack.shape[1:]]
-    grids = [range(0, size, step) for size, step in zip(stack.names.shape, steps, strict=True)]
+    grids = [range(0, size, step) for size, step in zip(stack.names.shape, strides[:-1], strict=True)]
     for starts in np.ndindex(*map(len, grids)):
         outer = tuple(
             slice(grid[i], min(grid[i] + grid.step, grid.stop)) for grid, i in zip(grids, starts, strict=True)
@@ -73,7 +101,7 @@ def pieces(path: Path, stack: Stack, chunk: Sequence[int], itemsize: int, block:
         yield Piece(path, tuple((*outer, cut, *inner) for cut in cuts))
 
 
-def tensors_in(stack: Stack, part: Index, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def tensors_in(stack: TensorStack, part: Index, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """(name, its rows) of each tensor in a part of an array."""
     names = np.array(stack.names[part[: stack.names.ndim]], object).reshape(-1)
     return zip(map(str, names), values.reshape(len(names), *values.shape[stack.names.ndim :]), strict=True)
@@ -83,7 +111,7 @@ def tensors_in(stack: Stack, part: Index, values: np.ndarray) -> Iterator[tuple[
 
 
 @dataclasses.dataclass
-class Record:
+class TensorRecord:
     """One HF tensor: as it is in HF's file (that was read, or that was written)."""
 
     dtype: str
@@ -114,152 +142,159 @@ def count_not_finite(flat: np.ndarray) -> int:
     return found
 
 
+class Done(NamedTuple):
+    """The record of a piece that has been copied."""
+
+    records: dict[str, TensorRecord]
+    files: dict[str, str] = {}  # checksums of the files that it is in, where they have any
+
+
 class Journal:
-    """Which pieces are on the disk for good, so that an interrupted conversion goes on. `fresh` until `begin`.
+    """Which pieces are on the disk or in the bucket for good, so that an interrupted conversion, one that had `begun`,
+    goes on.
 
     Raises:
       ValueError: if it tells of another conversion than `fingerprint`.
     """
 
-    def __init__(self, folder: pathlib.Path, fingerprint: Any):
-        self.records: dict[str, Record] = {}
-        self._done: set[str] = set()
-        if not (folder / JOURNAL).exists() and any(file.name != HOLDER for file in folder.iterdir()):
+    def __init__(self, folder: epath.Path, fingerprint: Any):
+        file = folder / JOURNAL
+        self.done: dict[str, Done] = {}
+        if not parts_of(file) and any(other.name != HOLDER for other in _inside(folder)):
             raise self._of_another(folder)
-        self._file = (folder / JOURNAL).open("a+")
-        self._file.seek(0)
-        text = self._file.read()
-        lines = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last one
-        self._file.truncate(len(text[: text.rfind("\n") + 1].encode()))
-        self._header, self.fresh = json.dumps(fingerprint), not lines
-        if lines and lines[0] != self._header:
-            self._file.close()
+        cut_lines(file, lambda line: True)  # a kill may have cut the last one
+        lines = [line for line, _ in read_lines(file)]
+        header = json.dumps(fingerprint).encode()
+        if lines and lines[0] != header:
             raise self._of_another(folder)
         for line in lines[1:]:
-            entry = json.loads(line)
-            self._done.add(entry["piece"])
-            self.records |= {name: Record(**values) for name, values in entry["records"].items()}
+            told = json.loads(line)
+            records = {name: TensorRecord(**values) for name, values in told["records"].items()}
+            self.done[told["piece"]] = Done(records, told["files"])
+        self.begun = bool(lines)
+        self._lines, self._flushed = open_lines(file), -math.inf
+        if not lines:
+            self._append(header)
 
     @staticmethod
-    def _of_another(folder: pathlib.Path) -> ValueError:
+    def _of_another(folder: epath.Path) -> ValueError:
         return ValueError(
             f"{folder} is an unfinished conversion of other files or with other settings: remove it, or run the "
             "command that began it"
         )
 
-    def begin(self) -> None:
-        """The folder is prepared."""
-        self._write(self._header)
-        self.fresh = False
-
-    def has(self, piece: Piece) -> bool:
-        return piece.key in self._done
-
-    def add(self, piece: Piece, records: Mapping[str, Record]) -> None:
-        self.records |= records
-        values = {name: dataclasses.asdict(record) for name, record in records.items()}
-        self._write(json.dumps({"piece": piece.key, "records": values}))
+    def add(self, piece: str, done: Done) -> None:
+        self.done[piece] = done
+        records = {name: dataclasses.asdict(record) for name, record in done.records.items()}
+        self._append(json.dumps({"piece": piece, "records": records, "files": done.files}).encode())
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
-    def _write(self, line: str) -> None:
-        self._file.write(line + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _append(self, line: bytes) -> None:
+        self._lines.append(line)
+        if time.monotonic() - self._flushed > JOURNAL_SECONDS:
+            self._lines.flush()
+            self._flushed = time.monotonic()
 
 
-class Work:
-    """One conversion: its pieces, and the folder TARGET.partial in which it grows until it is renamed to TARGET. A
-    context manager, for one process at a time.
+class Conversion:
+    """One conversion: its pieces, and the `folder` in which the target grows. A context manager, for one process at a
+    time.
 
     Args:
       place: the target, which does not exist.
       fingerprint: JSON that tells this conversion from others: an unfinished one of another kind is not gone on with.
-      itemsizes: of each array that is copied, in bytes.
-      prepare: fills the folder, which is there, before the first piece; again, if it was killed in the middle.
+      sizes: of all pieces, in bytes, by their names in the journal.
     Raises:
       ValueError: for a disk with too little room, on making it; on entering, if another process is at it, or the folder
         is of another conversion; on leaving, for an error of the disk.
     """
 
-    def __init__(
-        self,
-        place: pathlib.Path,
-        fingerprint: Any,
-        todo: Sequence[Piece],
-        itemsizes: Mapping[Path, int],
-        prepare: Callable[[pathlib.Path], None],
-    ):
-        self.folder = place.with_name(place.name + PARTIAL)
-        self._place, self._fingerprint, self._todo, self._prepare = place, fingerprint, todo, prepare
-        self._sizes = {piece.key: piece.nbytes(itemsizes[piece.path]) for piece in todo}
+    def __init__(self, place: epath.Path, fingerprint: Any, sizes: Mapping[str, int]):
+        self._partial = _partial(place)
+        self.folder = place if is_bucket(place) else self._partial
+        self._place, self._fingerprint, self._sizes = place, fingerprint, sizes
         self._start = time.monotonic()
-        self._check_space(sum(self._sizes.values()))
+        self._check_space(sum(sizes.values()))
 
-    def __enter__(self) -> "Work":
+    def __enter__(self) -> "Conversion":
         try:
-            self._writer = OneWriter(epath.Path(self.folder)).__enter__()
+            self._writer = OneWriter(self._partial).__enter__()
         except OSError as error:
             raise self._failed(error) from error
         try:
-            new_place(str(self._place))  # or a process that has just ended has made it
-            self._journal = Journal(self.folder, self._fingerprint)
-            if self._journal.fresh:
-                self._prepare(self.folder)
-                self._journal.begin()
+            _check_new(self._place)  # or a process that has just ended has made it
+            self._journal = Journal(self._partial, self._fingerprint)
+            if self._journal.begun:
+                _abort_uploads(self.folder)
         except BaseException as error:
             self._writer.__exit__()
             raise self._failed(error) from error if isinstance(error, OSError) else error
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._journal.close()
-        self._writer.__exit__()
+        if error is not None:  # finish() has let go of all
+            self._journal.close()
+            self._writer.__exit__()
         if isinstance(error, OSError) or "No space left" in str(error):
             raise self._failed(error) from error
 
     def _failed(self, error: BaseException | None) -> ValueError:
         reason = str(error).splitlines()[0]
-        hint = "What is copied is kept: make room, and run the same command to go on"
+        room = "" if is_bucket(self.folder) else "make room, and "
+        hint = f"What is copied is kept: {room}run the same command to go on"
         return ValueError(f"writing {self.folder} failed: {reason}. {hint}")
 
     @property
-    def records(self) -> dict[str, Record]:
-        return self._journal.records
+    def done(self) -> dict[str, Done]:
+        return self._journal.done
+
+    @property
+    def records(self) -> dict[str, TensorRecord]:
+        return {name: record for done in self.done.values() for name, record in done.records.items()}
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def run(self, copy: Callable[[Piece], dict[str, Record]]) -> None:
-        """Copies every piece that the journal has not. An error ends it at the next piece; what is done stays done."""
-        left = [piece for piece in self._todo if not self._journal.has(piece)]
+    def run(self, copy: Callable[[str, Callable[[int], None]], Done], threads: int) -> None:
+        """Copies every piece that the journal has not: `copy` is given its name, and what to tell of bytes that are
+        copied. An error ends it at the next piece; what is done stays done."""
+        left = [piece for piece in self._sizes if piece not in self.done]
         total = sum(self._sizes.values())
-        done = total - sum(self._sizes[piece.key] for piece in left)
+        done = total - sum(self._sizes[piece] for piece in left)
         if done:
             log.info("going on after %.2f of %.2f GB", done / 1e9, total / 1e9)
-        with ByteProgress(total, done) as progress, ThreadPoolExecutor(THREADS) as pool:
-            futures = {pool.submit(copy, piece): piece for piece in left}
+        with ByteProgress(total, done) as progress, ThreadPoolExecutor(threads) as pool:
+            futures = {pool.submit(copy, piece, progress.advance): piece for piece in left}
             try:
                 for future in as_completed(futures):
                     self._journal.add(futures[future], future.result())
-                    progress.advance(self._sizes[futures[future].key])
+                    _give_back_memory()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def finish(self, audit: str) -> None:
-        """All is copied: the target appears."""
+    def finish(self, audit: str, last: Callable[[], None]) -> None:
+        """All is copied: `last` makes what completes the target, and it appears."""
         if bad := {name: record.not_finite for name, record in self.records.items() if record.not_finite}:
             log.warning("%d numbers are NaN or infinite: %s", sum(bad.values()), some(list(bad)))
-        (self.folder / AUDIT_FILE).write_text(audit + "\n")
+        write_whole(self.folder / AUDIT_FILE, audit + "\n")
+        last()
+        self._journal.close()
+        if is_bucket(self._place):
+            _remove_journal(self._partial)
+            self._writer.__exit__()
+            return
         _sync(self.folder)
-        self._writer.move(epath.Path(self._place))
+        self._writer.move(self._place)
         _sync(self._place.parent, inside=False)
-        (self._place / JOURNAL).unlink()  # only now: without it nobody could tell what an unfinished folder is
+        _remove_journal(self._place)  # only now: without it nobody could tell what an unfinished folder is
 
     def _check_space(self, size: int) -> None:
-        have = sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*")) if self.folder.exists() else 0
+        if is_bucket(self._place):
+            return
+        have = sum(file.stat().st_blocks * 512 for file in pathlib.Path(self.folder).rglob("*"))
         parent = next(folder for folder in self._place.parents if folder.exists())
         free = shutil.disk_usage(parent).free
         if size > free + have:
@@ -267,9 +302,97 @@ class Work:
             raise ValueError(f"{sizes}: make room")
 
 
-def _sync(folder: pathlib.Path, inside: bool = True) -> None:
-    """Returns when a folder, and what is inside, is on the disk."""
-    for path in [folder, *(folder.rglob("*") if inside else ())]:
+def in_order(make: Callable[[Any], Any], jobs: Iterable[tuple[Any, int]]) -> Iterator[Any]:
+    """Yields `make(job)` for each (job, bytes that it takes), in order. The one that is used and those ahead of it take
+    2 * PIECE_BYTES, or are a single larger one."""
+    waiting: deque[tuple[Future, int]] = deque()
+    size = 0
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for job, more in jobs:
+                while waiting and size + more > 2 * PIECE_BYTES:
+                    made, less = waiting.popleft()
+                    yield made.result()
+                    _give_back_memory()
+                    size -= less
+                waiting.append((pool.submit(make, job), more))
+                size += more
+            while waiting:
+                yield waiting.popleft()[0].result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _give_back_memory() -> None:
+    """Tells glibc to give freed memory back: blocks of a bucket's answers come from many threads, each of which would
+    keep its own."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# Where a target is.
+
+
+def new_place(target: str) -> epath.Path:
+    """The path of a target; ValueError if something is there. What a killed conversion that had ended left beside it
+    is removed."""
+    place = at(target) if is_bucket(target) else at(target).absolute()
+    if is_bucket(place):
+        if os.fspath(place) == bucket_of(place):
+            raise ValueError(f"{place} is a bucket: name a folder in it by --target")
+        check_bucket(place)
+        partial = _partial(place)
+        if _is_whole(place) and entries(partial):
+            with OneWriter(partial):
+                _remove_journal(partial)
+    _check_new(place)
+    return place
+
+
+def _check_new(place: epath.Path) -> None:
+    there = place.exists() or (not is_bucket(place) and pathlib.Path(place).is_symlink())
+    if there and (not is_bucket(place) or _is_whole(place) or not parts_of(_partial(place) / JOURNAL)):
+        raise ValueError(f"{place} exists: choose another --target, or move it away; nothing is ever overwritten")
+
+
+def _is_whole(place: epath.Path) -> bool:
+    """Whether the last object of a conversion into a bucket is there: a checkpoint's, or a HF folder's."""
+    return (place / COMMIT).exists() or (place / CONFIG).exists()
+
+
+def _partial(place: epath.Path) -> epath.Path:
+    return place.parent / (place.name + PARTIAL)
+
+
+def _remove_journal(folder: epath.Path) -> None:
+    for part in reversed(parts_of(folder / JOURNAL)):  # its first line goes last
+        part.unlink()
+
+
+def _abort_uploads(folder: epath.Path) -> None:
+    """Ends the uploads to a folder that a killed process left: Amazon keeps their parts, and charges for them."""
+    if scheme_of(folder) != "s3":
+        return
+    bucket, _, name = os.fspath(folder).partition("://")[2].partition("/")
+    files = file_system(folder)
+    try:
+        for upload in files.list_multipart_uploads(bucket):
+            if upload["Key"].startswith(f"{name}/"):
+                files.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+    except (OSError, ValueError) as error:  # a right that nothing else here needs
+        log.warning("parts of unfinished uploads to %s may be left: %s", folder, error)
+
+
+def _inside(folder: epath.Path) -> list[epath.Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _sync(folder: epath.Path, inside: bool = True) -> None:
+    """Returns when a local folder, and what is inside, is on the disk."""
+    for path in [folder, *(pathlib.Path(folder).rglob("*") if inside else ())]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -277,32 +400,29 @@ def _sync(folder: pathlib.Path, inside: bool = True) -> None:
             os.close(descriptor)
 
 
-def new_place(target: str) -> pathlib.Path:
-    """The path of a target; ValueError if something is there."""
-    if "://" in target:
-        raise ValueError(f"{target}: conversions write to a local folder; copy it from there")
-    place = pathlib.Path(target).expanduser().absolute()
-    if place.exists() or place.is_symlink():
-        raise ValueError(f"{place} exists: choose another --target, or move it away; nothing is ever overwritten")
-    return place
+def stamps(files: Iterable[epath.Path]) -> list[list[Any]]:
+    """A value that changes when one of the files does: names, sizes, times of change or a bucket's marks."""
+
+    def stamp(file: epath.Path) -> list[Any]:
+        if is_bucket(file):
+            return [os.fspath(file), entry(file).stamp]
+        found = file.stat()
+        return [os.fspath(file), found.length, found.mtime]
+
+    with ThreadPoolExecutor(STAMPED) as pool:
+        return list(pool.map(stamp, files))
 
 
-def stamps(files: Iterable[pathlib.Path | epath.Path]) -> list[Any]:
-    """What changes when one of the files does: names, sizes, times of change."""
-    found = [(str(file), epath.Path(file).stat()) for file in files]
-    return [[name, stat.length, stat.mtime] for name, stat in found]
-
-
-def carry(folders: Iterable[Any], target: pathlib.Path | epath.Path) -> list[str]:
+def carry(folders: Iterable[epath.Path], target: epath.Path) -> list[str]:
     """Copies what else lies in HF folders (tokenizer, chat template, generation settings, the model's own code, which
     is never run) to `target`, a later folder's files over an earlier one's; returns their names."""
-    found: dict[str, Any] = {}
+    found: dict[str, epath.Path] = {}
     for folder in folders:
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for file in sorted(_inside(folder)):
             hidden = file.name.startswith(".") or file.suffix in NOT_CARRIED or file.name in MADE_ANEW
             if not hidden and file.is_file():
                 found[file.name] = file
     target.mkdir(parents=True, exist_ok=True)
     for name, file in found.items():
-        epath.Path(file).copy(epath.Path(target / name), overwrite=True)
+        write_whole(target / name, file.read_bytes())
     return sorted(found)

@@ -14,17 +14,18 @@ from ling_jax.config import architecture_diff, count_params, layer_kinds, model_
 from ling_jax.config.text import columns
 from ling_jax.convert.fp8 import FP8, quantise
 from ling_jax.convert.load import load_pretrained
-from ling_jax.convert.mapping import SCALE, Path, Stack
+from ling_jax.convert.mapping import SCALE, ArrayPath, TensorStack
 from ling_jax.convert.tensorfile import NAMES
-from ling_jax.convert.transfer import ByteProgress, pieces, tensors_in
-from ling_jax.convert.weights import F32, Index, Weights, narrow, open_weights, some
+from ling_jax.convert.transfer import ByteProgress, pieces, strides, tensors_in
+from ling_jax.convert.weights import F32, Weights, narrow, open_weights, some
+from ling_jax.files.arrays import Index
 
 PROMPTS = (2, 24)  # rows and tokens, random ids
 MEMORY_SHARE = 0.3  # of the machine's: a model that takes more in float32 is not run
 
 
 class Difference(NamedTuple):
-    """Of a tensor: the greatest absolute difference, and how many numbers differ."""
+    """A tensor's greatest absolute difference, and how many of its numbers differ."""
 
     greatest: float
     count: int
@@ -32,7 +33,7 @@ class Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What a comparison of two folders found."""
+    """The findings of a comparison of two folders."""
 
     equal: int  # tensors, byte for byte
     cast: dict[str, int]  # "F32 -> BF16": tensors of B that are those of A, cast
@@ -90,9 +91,11 @@ def verify(source: str, target: str, logits: bool = True) -> Verification:
     return Verification(equal, dict(cast), different, only, model_settings_diff(a.config, b.config), told)
 
 
-def _compare_array(a: Weights, b: Weights, path: Path, stack: Stack, bar: ByteProgress) -> dict[str, Difference]:
+def _compare_array(
+    a: Weights, b: Weights, path: ArrayPath, stack: TensorStack, bar: ByteProgress
+) -> dict[str, Difference]:
     found: dict[str, Difference] = {}
-    for piece in pieces(path, stack, b.chunk(path), b.dtype(path).itemsize, b.block[0]):
+    for piece in pieces(path, stack, strides(stack, b.chunk(path), b.dtype(path).itemsize, b.block[0])):
         for part in piece.parts:
             for name, difference in _compare_part(a, b, path, stack, part).items():
                 before = found.get(name, Difference(0.0, 0))
@@ -102,38 +105,30 @@ def _compare_array(a: Weights, b: Weights, path: Path, stack: Stack, bar: BytePr
     return found
 
 
-def _compare_part(a: Weights, b: Weights, path: Path, stack: Stack, part: Index) -> dict[str, Difference]:
+def _compare_part(a: Weights, b: Weights, path: ArrayPath, stack: TensorStack, part: Index) -> dict[str, Difference]:
     raw = [w.read(path, part) for w in (a, b)]
     numbers = [w.decode(path, part, r, F32) for w, r in zip((a, b), raw, strict=True)]
-    scales = [_scales(w, path, part) for w in (a, b)]
+    scales = [w.scales(path, part) for w in (a, b)]
     found = {}
     views = [tensors_in(stack, part, values) for values in (*raw, *numbers)]
     for i, ((name, raw_a), (_, raw_b), (_, a_f32), (_, b_f32)) in enumerate(zip(*views, strict=True)):
         if name not in a.dtypes or name not in b.dtypes:
             continue
         own = a.dtypes[name], b.dtypes[name]
+        own_scales = [None if s is None else s[i] for s in scales]
         if own[0] == own[1]:
-            same = _same(raw_a, raw_b) and (own[0] != FP8 or _same(scales[0][i], scales[1][i]))
+            same = _same(raw_a, raw_b) and (own[0] != FP8 or _same(*own_scales))
         elif own[1] == FP8:
             want = quantise(np.ascontiguousarray(a_f32), stack.rule or "ordinary", b.block)
-            same = _same(want.codes, narrow(raw_b, FP8)) and _same(want.scales, scales[1][i])
+            same = _same(want.codes, narrow(raw_b, FP8)) and _same(want.scales, own_scales[1])
         else:
             same = _same(narrow(a_f32, own[1]), narrow(raw_b, own[1]))
         found[name] = Difference(0.0, 0) if same else _difference(a_f32, b_f32)
     return found
 
 
-def _scales(weights: Weights, path: Path, part: Index) -> np.ndarray:
-    """Of each tensor in a part; nothing where there are none."""
-    scales_path = weights.scales_path(path)
-    if scales_path is None:
-        return np.zeros((1, 0), np.float32)
-    scales = weights.read(scales_path, weights.blocks(part))
-    return scales.reshape(-1, *scales.shape[-2:])
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b))
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b))
 
 
 def _bits(a: np.ndarray) -> np.ndarray:
@@ -146,7 +141,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> Difference:
 
 
 def _compare_logits(source: str, target: str, weights: Weights) -> str:
-    if any(kind.startswith("linear") for kind in layer_kinds(weights.config)):
+    if any(kind.mixer == "linear" for kind in layer_kinds(weights.config)):
         return "not computed: this version cannot run linear attention layers yet"
     size, memory = 4 * count_params(weights.config).total, _memory()
     if size > MEMORY_SHARE * memory:

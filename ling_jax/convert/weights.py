@@ -1,4 +1,4 @@
-"""A model's weights in a folder, HF's or ours, read piece by piece under one interface.
+"""A model's weights in a folder, HF's or ours, on a disk or in a bucket, read piece by piece under one interface.
 
 Both are seen as our stacked arrays (`mapping.layout`): a HF folder's tensors are stacked as they are read. Where the
 tensors of one array have several dtypes, it has the narrowest one that holds them all exactly; each tensor's own is
@@ -9,22 +9,29 @@ import dataclasses
 import functools
 import json
 import logging
+import math
+import os
 import pathlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from ling_jax.checkpoint import META, find_checkpoint, open_arrays, read_meta
 from ling_jax.config import ModelConfig, RunConfig
 from ling_jax.convert.beyond import left_out, one_reading
 from ling_jax.convert.fp8 import BLOCK, FP8, dequantise
-from ling_jax.convert.mapping import SCALE, Path, Stack, layout, scales_of
+from ling_jax.convert.mapping import SCALE, ArrayPath, TensorStack, layout, scales_of
 from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFile
 from ling_jax.files import hub
+from ling_jax.files.arrays import Index
+from ling_jax.files.buckets import is_bucket
 from ling_jax.files.hub import INDEX, PICKLES
+from ling_jax.files.paths import at, check_bucket, entries
 from ling_jax.files.whole import read_json
 
 log = logging.getLogger(__name__)
@@ -33,10 +40,10 @@ CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"  # of a run's folder
 HF = "hf"  # of a checkpoint's metadata: what only a HF folder knows; of its folder: files that came with the weights
 WEIGHTS = ("params", "bias", "scales")  # of a checkpoint's arrays: the model's
 SHOWN = 10  # names listed in an error
+OPENED = 16  # files opened at a time
+PIECE_BYTES = 64 << 20  # of what is read, and of a chunk that is written, at a time, where that can be
 QUANTISATION = ("quant_method", "format", "fmt", "bits", "group_size", "mode")  # what tells one kind from another
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-
-Index = tuple[slice, ...]  # of an array: a start and a stop for every dim
 
 
 class Weights(ABC):
@@ -50,37 +57,37 @@ class Weights(ABC):
       trained_with: the fingerprint of the tokenizer that the weights were trained with, where it is known.
     """
 
-    folder: Any
+    folder: epath.Path
     config: ModelConfig
-    stacks: dict[Path, Stack]
+    stacks: dict[ArrayPath, TensorStack]
     dtypes: dict[str, np.dtype]
     block: tuple[int, int] = BLOCK
     beyond: Mapping[str, str] = {}
     trained_with: str | None = None
 
-    def dtype(self, path: Path) -> np.dtype:
-        """Of our array: the narrowest that holds its tensors exactly."""
+    def dtype(self, path: ArrayPath) -> np.dtype:
+        """The dtype of one of our arrays: the narrowest that holds its tensors exactly."""
         return self._dtypes[path]
 
     @functools.cached_property
-    def _dtypes(self) -> dict[Path, np.dtype]:
+    def _dtypes(self) -> dict[ArrayPath, np.dtype]:
         return {
             path: common({self.dtypes.get(n, F32) for n in stack.names.flat}) for path, stack in self.stacks.items()
         }
 
     @abstractmethod
-    def companions(self) -> list[Any]:
+    def companions(self) -> list[epath.Path]:
         """Folders with the files that go with a model, a tokenizer for one; where two have a file, the later counts."""
 
     @abstractmethod
-    def read(self, path: Path, index: Index) -> np.ndarray:
+    def read(self, path: ArrayPath, index: Index) -> np.ndarray:
         """A part of our array, in `dtype(path)`."""
 
-    def chunk(self, path: Path) -> tuple[int, ...]:
+    @abstractmethod
+    def chunk(self, path: ArrayPath) -> tuple[int, ...]:
         """The shape in whose multiples an array is best read."""
-        return (1,) * len(self.stacks[path].names.shape) + self.stacks[path].shape
 
-    def scales_path(self, path: Path) -> Path | None:
+    def scales_path(self, path: ArrayPath) -> ArrayPath | None:
         """Where the scales of an array are; None for one that has none."""
         scales = ("scales", *path[1:])
         return scales if path[0] == "params" and scales in self.stacks else None
@@ -90,16 +97,32 @@ class Weights(ABC):
         rows = (slice(s.start // b, -(-s.stop // b)) for s, b in zip(index[-2:], self.block, strict=True))
         return (*index[:-2], *rows)
 
-    def decode(self, path: Path, index: Index, read: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+    def scales(self, path: ArrayPath, index: Index) -> np.ndarray | None:
+        """float32 [tensors, blocks, blocks]: the scales that a part of an array needs; None for an array without."""
+        scales_path = self.scales_path(path)
+        if scales_path is None:
+            return None
+        scales = self.read(scales_path, self.blocks(index))
+        return scales.reshape(-1, *scales.shape[-2:])
+
+    def multiplied(self, codes: np.ndarray, scales: np.ndarray, index: Index) -> np.ndarray:
+        """float32: one tensor's part of what was read at `index`, times its scales."""
+        start = (index[-2].start % self.block[0], index[-1].start % self.block[1])
+        return dequantise(codes, scales, self.block, start)
+
+    def decode(self, path: ArrayPath, index: Index, read: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
         """The numbers that a part which was `read` stands for, FP8 multiplied out, in `dtype` (None: the array's own,
         or float32 for FP8)."""
-        scales_path = self.scales_path(path)
-        if scales_path is not None:
-            start = (index[-2].start % self.block[0], index[-1].start % self.block[1])
-            read = dequantise(read, self.read(scales_path, self.blocks(index)), self.block, start)
-        return read if dtype is None else narrow(read, np.dtype(dtype))
+        scales = self.scales(path, index)
+        if scales is None:
+            return read if dtype is None else narrow(read, np.dtype(dtype))
+        out = np.empty(read.shape, F32 if dtype is None else np.dtype(dtype))
+        tensors = (values.reshape(-1, *read.shape[-2:]) for values in (out, read))
+        for new, codes, own in zip(*tensors, scales, strict=True):  # float32 of one tensor at a time
+            new[...] = narrow(self.multiplied(codes, own, index), out.dtype)
+        return out
 
-    def values(self, path: Path, index: Index, dtype: Any = None) -> np.ndarray:
+    def values(self, path: ArrayPath, index: Index, dtype: Any = None) -> np.ndarray:
         """The same of a part that is read now."""
         return self.decode(path, index, self.read(path, index), dtype)
 
@@ -139,7 +162,7 @@ class HFFolder(Weights):
         config.json; see `beyond.one_reading` for the few that may be there besides.
     """
 
-    def __init__(self, folder: pathlib.Path, mtp: bool = True):
+    def __init__(self, folder: epath.Path, mtp: bool = True):
         self.folder = folder
         json_config = read_json(folder / "config.json")
         self.config = _with_mtp(_hf_config(folder, json_config), mtp)
@@ -165,20 +188,31 @@ class HFFolder(Weights):
     def _spelled(self, name: str) -> str | None:
         return self._file_of[name].tensors[name].dtype if name in self._file_of else None
 
-    def companions(self) -> list[Any]:
+    def companions(self) -> list[epath.Path]:
         return [self.folder]
 
-    def files(self) -> list[pathlib.Path]:
+    def files(self) -> list[epath.Path]:
         return [file.path for file in self._files]
 
-    def read(self, path: Path, index: Index) -> np.ndarray:
+    def chunk(self, path: ArrayPath) -> tuple[int, ...]:
+        """Tensors that follow one another, or whole FP8 blocks of a tensor's rows: PIECE_BYTES, and at least one."""
+        stack = self.stacks[path]
+        size = math.prod(stack.shape) * self.dtype(path).itemsize
+        together = min(max(PIECE_BYTES // size, 1), *stack.names.shape[-1:]) if stack.names.ndim else 1
+        rows = PIECE_BYTES * stack.shape[0] // size // self.block[0] * self.block[0]
+        rows = min(max(rows, self.block[0]), stack.shape[0])
+        return (*(1,) * (stack.names.ndim - 1), *(together,) * (stack.names.ndim > 0), rows, *stack.shape[1:])
+
+    def read(self, path: ArrayPath, index: Index) -> np.ndarray:
         stack, dtype = self.stacks[path], self.dtype(path)
         depth = stack.names.ndim
         names = np.array(stack.names[index[:depth]], object)
         inner = index[depth:]
+        files = [self._file_of.get(name) for name in names.flat]
+        reads = [file and file.start(name, inner) for file, name in zip(files, names.flat, strict=True)]
         out = np.empty((names.size, *(s.stop - s.start for s in inner)), dtype)
-        for row, name in enumerate(names.reshape(-1)):
-            out[row] = self._file_of[name].view(name)[inner] if name in self._file_of else 1  # a scale of no FP8 tensor
+        for row, read in enumerate(reads):
+            out[row] = read() if read is not None else 1  # a scale of no FP8 tensor
         return out.reshape(*names.shape, *out.shape[1:])
 
     def _check_tensors(self, quantised: bool) -> None:
@@ -218,53 +252,56 @@ class HFFolder(Weights):
         return ""
 
 
-def _open_files(folder: pathlib.Path) -> list[TensorFile]:
+def _open_files(folder: epath.Path) -> list[TensorFile]:
     """The safetensors files of a folder, which hold what its index says and nothing twice."""
     index = folder / INDEX
-    weight_map = _read_weight_map(index) if index.exists() else {}
-    names = sorted(set(weight_map.values())) if index.exists() else ["model.safetensors"]
-    files = [_open_file(folder, name) for name in names]
+    weight_map = _read_weight_map(index) if index.exists() else None
+    names = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
+    for name in names:
+        if pathlib.Path(name).name != name or name in ("", ".."):  # links are fine: HF's cache is made of them
+            raise ValueError(f"{index} points outside its folder: {name!r}; refusing to read it")
+    sizes = {one.name: one.size for one in entries(folder)} if is_bucket(folder) else {}  # one request for all
+    for name in names:
+        if name not in sizes and (is_bucket(folder) or not (folder / name).is_file()):
+            raise _missing(folder, name)
+    with ThreadPoolExecutor(OPENED) as pool:
+        files = list(pool.map(lambda name: TensorFile(folder / name, sizes.get(name)), names))
     held: dict[str, str] = {}
     twice = [name for file in files for name in file.tensors if held.setdefault(name, file.path.name) != file.path.name]
     if twice:
         raise ValueError(f"{folder} has {len(twice)} tensor(s) in two files: {some(sorted(twice))}; download it again")
-    wrong = sorted(name for name in weight_map.keys() | held.keys() if weight_map.get(name) != held.get(name))
-    if index.exists() and wrong:
+    told = held if weight_map is None else weight_map
+    if wrong := sorted(name for name in told.keys() | held.keys() if told.get(name) != held.get(name)):
         raise ValueError(f"{index} disagrees with the files it names on {some(wrong)}; download them again")
     return files
 
 
-def _open_file(folder: pathlib.Path, name: str) -> TensorFile:
-    path = folder / name
-    if pathlib.Path(name).name != name or name in ("", ".."):  # links are fine: HF's cache is made of them
-        raise ValueError(f"{folder / INDEX} points outside its folder: {name!r}; refusing to read it")
-    if not path.is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-        if pickles:
-            raise ValueError(
-                f"{folder} has its weights in pickles only ({some(pickles)}), which can run any code when read: take "
-                "the release's safetensors files, or write them in PyTorch with model.save_pretrained(DIR), where you "
-                "trust the pickles"
-            )
-        raise ValueError(f"{path} is missing: a HF folder holds model.safetensors, or {INDEX} and its files")
-    return TensorFile(path)
+def _missing(folder: epath.Path, name: str) -> ValueError:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        return ValueError(
+            f"{folder} has its weights in pickles only ({some(pickles)}), which can run any code when read: take "
+            "the release's safetensors files, or write them in PyTorch with model.save_pretrained(DIR), where you "
+            "trust the pickles"
+        )
+    return ValueError(f"{folder / name} is missing: a HF folder holds model.safetensors, or {INDEX} and its files")
 
 
-def _read_weight_map(index: pathlib.Path) -> dict[str, str]:
+def _read_weight_map(index: epath.Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to file names; download it again")
     return weight_map
 
 
-def _hf_config(folder: pathlib.Path, config: Mapping[str, Any]) -> ModelConfig:
+def _hf_config(folder: epath.Path, config: Mapping[str, Any]) -> ModelConfig:
     try:
         return ModelConfig.from_hf(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def _is_quantised(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+def _is_quantised(folder: epath.Path, config: Mapping[str, Any]) -> bool:
     settings = config.get("quantization_config", config.get("quantization"))  # the latter is MLX's
     if settings is None:
         return False
@@ -280,7 +317,7 @@ def _is_quantised(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _block(folder: pathlib.Path, settings: Mapping[str, Any]) -> tuple[int, int]:
+def _block(folder: epath.Path, settings: Mapping[str, Any]) -> tuple[int, int]:
     block = settings.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
         raise ValueError(
@@ -330,22 +367,23 @@ class StoredWeights(Weights):
                 if spelled is not None:
                     self.dtypes[name] = DTYPES[spelled]
 
-    def dtype(self, path: Path) -> np.dtype:
+    def dtype(self, path: ArrayPath) -> np.dtype:
         return self._stored[path]
 
-    def companions(self) -> list[Any]:
-        """What came with a converted checkpoint; of a run, what came with the weights it began from, and its own."""
+    def companions(self) -> list[epath.Path]:
+        """The files that came with a converted checkpoint; for a run, its own and those of the weights it began
+        from."""
         run = self.folder.parent.parent
         of_run = [run / HF, run / TOKENIZER] if self.folder.parent.name == CHECKPOINTS else []
         return [self.folder / HF, *of_run]
 
-    def chunk(self, path: Path) -> tuple[int, ...]:
+    def chunk(self, path: ArrayPath) -> tuple[int, ...]:
         return self.arrays.layouts[path].chunk
 
-    def read(self, path: Path, index: Index) -> np.ndarray:
+    def read(self, path: ArrayPath, index: Index) -> np.ndarray:
         return self.arrays.array(path).read(index)
 
-    def _check_arrays(self, saved: Mapping[Path, Any]) -> None:
+    def _check_arrays(self, saved: Mapping[ArrayPath, Any]) -> None:
         problems = []
         for path, stack in self.stacks.items():
             if path not in saved:
@@ -358,7 +396,7 @@ class StoredWeights(Weights):
             raise ValueError(f"checkpoint {self.folder} does not match its configuration: {some(problems)}")
 
 
-def _refuse_adapter(folder: pathlib.Path) -> None:
+def _refuse_adapter(folder: epath.Path) -> None:
     parts = [name for name in (hub.ADAPTER_CONFIG, hub.ADAPTER_WEIGHTS) if (folder / name).exists()]
     if not parts or (folder / INDEX).exists() or (folder / hub.WHOLE).exists():
         return
@@ -370,18 +408,19 @@ def _refuse_adapter(folder: pathlib.Path) -> None:
     )
 
 
-def _is_hf(folder: pathlib.Path) -> bool:
+def _is_hf(folder: epath.Path) -> bool:
     if not folder.is_dir() or (folder / META).exists():
         return False
     _refuse_adapter(folder)
     return (folder / INDEX).exists() or any(file.suffix in (".safetensors", *PICKLES) for file in folder.iterdir())
 
 
-def open_weights(path: str | pathlib.Path, mtp: bool = True) -> Weights:
+def open_weights(path: str | os.PathLike[str], mtp: bool = True) -> Weights:
     """The weights of a HF folder, hub id, run folder, its `checkpoints/`, or one step of it; ValueError as they say.
     Without `mtp` they are those of a model that has no MTP layer, whether the folder has one or not."""
-    folder = hub.folder_of(path, hub.WEIGHTS) or pathlib.Path(path).expanduser()
-    return HFFolder(folder, mtp) if _is_hf(folder) else StoredWeights(str(path), mtp)
+    folder = at(hub.folder_of(path, hub.WEIGHTS) or path)
+    check_bucket(folder)
+    return HFFolder(folder, mtp) if _is_hf(folder) else StoredWeights(os.fspath(path), mtp)
 
 
 def _with_mtp(config: ModelConfig, mtp: bool) -> ModelConfig:
@@ -394,10 +433,10 @@ def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
-def model_config_of(path: str | pathlib.Path) -> ModelConfig:
+def model_config_of(path: str | os.PathLike[str]) -> ModelConfig:
     """The architecture of a HF folder, hub id or checkpoint, without looking at its weights."""
     here = hub.folder_of(path, hub.CONFIG)
-    folder = here or pathlib.Path(path).expanduser()
+    folder = at(here or path)
     if _is_hf(folder) or here:
         return _hf_config(folder, read_json(folder / "config.json"))
     return RunConfig.from_json(json.dumps(read_meta(find_checkpoint(str(path)))["config"])).model

@@ -1,4 +1,4 @@
-"""What a model must beat: bits per byte of general compressors and of a byte-trigram model.
+"""Baselines that a model must beat: bits per byte of general compressors and of a byte-trigram model.
 
 Legend: S bytes of training text, N bytes of held-out text.
 """

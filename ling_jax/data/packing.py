@@ -9,18 +9,19 @@ Legend: T tokens per row, S tokens of a stream, D documents.
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ling_jax.data.reading import Document
+from ling_jax.data.remote import Column
 from ling_jax.data.sources import Training
 from ling_jax.data.store import Columns, keep, stable_order
 from ling_jax.data.survey import key_of
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files import paths
 
 IGNORE = -100  # the target of a position that has none
 CHUNK_CHARACTERS = 4_000_000  # text given to the tokenizer at a time
@@ -36,13 +37,13 @@ class Stream:
     """Documents one after the other.
 
     Attributes:
-      tokens_S: uint16 or uint32, in the order of the files.
+      tokens_S: uint16 or uint32, in the order of the files; in a bucket a document is a request.
       starts_D: int64, where each document begins in the stream, in the stream's order; ascending, the first is 0.
       places_D: int64, where it begins in tokens_S; None: at the same place.
       checksum: follows from tokens_S and the documents' lengths.
     """
 
-    tokens_S: np.ndarray
+    tokens_S: np.ndarray | Column
     starts_D: np.ndarray
     places_D: np.ndarray | None = None
     checksum: str = ""
@@ -50,14 +51,24 @@ class Stream:
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, cuts): int32 tokens begin .. end-1 of the stream, and the places in them where a document begins, the
         first of them 0 in any case."""
+        return self.start(begin, end)()
+
+    def start(self, begin: int, end: int) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+        """Begins to `read`; the call gives what that does."""
         end = min(end, len(self.tokens_S))
         first, last = np.searchsorted(self.starts_D, (begin + 1, end))
         cuts = np.concatenate(([0], self.starts_D[first:last] - begin))
         if self.places_D is None:
-            return self.tokens_S[begin:end].astype(np.int32), cuts
-        shifts = self.places_D[first - 1 : last] - self.starts_D[first - 1 : last]
-        places = np.arange(begin, end) + np.repeat(shifts, np.diff(cuts, append=end - begin))
-        return self.tokens_S[places].astype(np.int32), cuts
+            begins, ends = np.array([begin]), np.array([end])
+        else:
+            begins = begin + cuts + self.places_D[first - 1 : last] - self.starts_D[first - 1 : last]
+            ends = begins + np.diff(cuts, append=end - begin)
+        pieces = [_start(self.tokens_S, *piece) for piece in zip(begins.tolist(), ends.tolist(), strict=True)]
+        return lambda: (np.concatenate([piece() for piece in pieces]).astype(np.int32), cuts)
+
+
+def _start(tokens_S: np.ndarray | Column, begin: int, end: int) -> Callable[[], np.ndarray]:
+    return tokens_S.start(begin, end) if isinstance(tokens_S, Column) else lambda: tokens_S[begin:end]
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,17 @@ class Rows:
         Targets are IGNORE where the document ends; positions restart at 0 with each piece of a document; segments
         count 1, 2, ... in the row, and 0 is the padding at the end of the last row.
         """
+        return self.start(index)()
+
+    def start(self, index: int) -> Callable[[], dict[str, np.ndarray]]:
+        """Begins to read a row, from a bucket perhaps; the call gives it."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         begin = index * self.sequence_length
-        ids, cuts = self.stream.read(begin, begin + self.sequence_length + 1)
+        reading = self.stream.start(begin, begin + self.sequence_length + 1)
+        return lambda: self._row(*reading())
+
+    def _row(self, ids: np.ndarray, cuts: np.ndarray) -> dict[str, np.ndarray]:
         lengths = np.diff(cuts, append=len(ids))
         segments = np.repeat(np.arange(1, len(cuts) + 1), lengths)
         positions = np.arange(len(ids)) - np.repeat(cuts, lengths)
@@ -96,7 +114,7 @@ def pad(values: np.ndarray, length: int, name: str) -> np.ndarray:
     return padded
 
 
-def build_stream(documents: Training, tokenizer: Tokenizer, name: str, seed: int, cache: Path) -> Stream:
+def build_stream(documents: Training, tokenizer: Tokenizer, name: str, seed: int, cache: paths.Path) -> Stream:
     """Tokenizes a source's documents, or finds that an earlier run did in `cache`, and puts them in a seeded order.
 
     Tokens lie in the order of the files, whatever the seed; the order is an entry of its own. Entries follow from the
@@ -107,7 +125,7 @@ def build_stream(documents: Training, tokenizer: Tokenizer, name: str, seed: int
     tokens = keep(cache, key, what, lambda columns: _tokenize(documents, tokenizer, columns))
 
     def put_in_order(columns: Columns) -> dict[str, Any]:
-        starts_D, total, at = tokens["starts"], len(tokens["tokens"]), 0
+        starts_D, total, at = tokens["starts"], len(tokens.columns["tokens"]), 0
         for numbers in stable_order(len(starts_D), seed, f"documents of {name}", cache):
             ends = np.where(numbers + 1 < len(starts_D), starts_D[np.minimum(numbers + 1, len(starts_D) - 1)], total)
             after = at + np.cumsum(ends - starts_D[numbers])
@@ -117,7 +135,7 @@ def build_stream(documents: Training, tokenizer: Tokenizer, name: str, seed: int
         return {}
 
     order = keep(cache, key_of("order", tokens.checksum, seed, name), f"{name}: shuffling", put_in_order)
-    return Stream(tokens["tokens"], order["starts"], order["places"], tokens.checksum)
+    return Stream(tokens.columns["tokens"], order["starts"], order["places"], tokens.checksum)
 
 
 def _tokenize(documents: Training, tokenizer: Tokenizer, columns: Columns) -> dict[str, Any]:

@@ -11,13 +11,12 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from etils import epath
 
 from ling_jax.config import DataConfig
 from ling_jax.data.packing import IGNORE, Rows, build_stream, pad
@@ -25,6 +24,7 @@ from ling_jax.data.reading import Document
 from ling_jax.data.sources import Corpus, read_corpus, size, source_names, training_sample
 from ling_jax.data.store import Kept, cache_dir
 from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files import paths
 from ling_jax.files.whole import checksum
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ ANEW = "start a new run from these weights with another --run and --init-from"
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: rows to train on and whole documents to score, each by source name.
+    """The data of a run: rows to train on and whole documents to score, each by source name.
 
     Attributes:
       facts: see `Corpus.facts`; a run's checkpoints have them.
@@ -91,7 +91,7 @@ def open_data(
       ValueError: for a source, tokenizer or cache that can't be used; naming it, before any long work. For data whose
         rows are not those that the earlier run would have read next, with both values and the remedy.
     """
-    cache = cache_dir(config.cache_dir, epath.Path(tokenizer_dir).expanduser().parent)
+    cache = cache_dir(config.cache_dir, paths.at(tokenizer_dir).parent)
     if earlier is not None:
         _check_sequence(earlier.config, config)
     corpus = read_corpus(config, cache)
@@ -117,7 +117,7 @@ def _open_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of the config, else the one saved by this run, else a new one; saved in `tokenizer_dir`."""
     saved = None
-    if (epath.Path(tokenizer_dir).expanduser() / "tokenizer.json").exists():
+    if (paths.at(tokenizer_dir) / "tokenizer.json").exists():
         saved = Tokenizer.load(tokenizer_dir)
         saved.check_fits(vocab_size)
         _check_unchanged(saved, trained_with, tokenizer_dir)
@@ -158,7 +158,7 @@ def _check_sequence(saved: DataConfig, config: DataConfig) -> None:
 
 
 def _sequence(config: DataConfig) -> dict[str, Any]:
-    """What decides the sequence of rows, besides the text."""
+    """The settings that decide the sequence of rows, besides the text."""
     names = source_names(config)
     shares = [f"{name} (weight {source.weight})" for name, source in zip(names, config.sources, strict=True)]
     sources = ", ".join(shares if len(shares) > 1 else names)  # alone, a source has all rows
@@ -215,15 +215,29 @@ def train_batches(
     wanted = range(total) if here is None else [int(row) for row in here]
 
     def load(step: int) -> dict[str, np.ndarray]:
-        batch: list[Any] = [examples[first + (step - start_step) * total + row] for row in wanted]
+        begun: list[Any] = [examples[first + (step - start_step) * total + row] for row in wanted]
+        batch = [read() for read in begun]
         return {name: np.stack([row[name] for row in batch]) for name in batch[0]}
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(load)
     return iter(steps.to_iter_dataset(grain.ReadOptions(READ_THREADS, PREFETCHED_BATCHES)))
 
 
+@dataclass(frozen=True)
+class _Starts:
+    """Begins to read rows ahead of their use: all rows of a batch are on their way before the first is waited for."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Callable[[], dict[str, np.ndarray]]:
+        return self.rows.start(index)
+
+
 def _examples(rows: Mapping[str, Rows], config: DataConfig) -> grain.MapDataset:
-    """The endless sequence of rows: every source in a new order each epoch, interleaved by weight.
+    """The endless sequence of rows, as what gives them: every source in a new order each epoch, interleaved by weight.
 
     grain seeds epoch e with seed + e, so neighbouring seeds would share orders: ours are hashes. It keeps weights
     as whole multiples of a hundredth of the smallest, which is exact enough for shares of a mixture.
@@ -231,7 +245,7 @@ def _examples(rows: Mapping[str, Rows], config: DataConfig) -> grain.MapDataset:
     sources, weights = [], []
     for name, source in zip(source_names(config), config.sources, strict=True):
         seed = int.from_bytes(hashlib.sha256(f"{config.seed}:{name}".encode()).digest()[:4])
-        sources.append(grain.MapDataset.source(rows[name]).shuffle(seed).repeat())
+        sources.append(grain.MapDataset.source(_Starts(rows[name])).shuffle(seed).repeat())
         weights.append(source.weight)
     return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, weights)
 

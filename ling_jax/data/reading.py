@@ -7,19 +7,22 @@ not, and may come from a bucket.
 import codecs
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import os
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from etils import epath
 
 from ling_jax.config import DataSource
+from ling_jax.data.remote import Spans
+from ling_jax.files import paths
 
 SUFFIXES = (".jsonl", ".txt", ".parquet", ".json")
 PACKED = (".gz", ".zst")  # around all but parquet, which packs its own columns
@@ -81,6 +84,8 @@ class Listing:
 
     Attributes:
       stamps: of each file that is read, what changes when the file does.
+      newest: when the last of them changed, in seconds since 1970; 0 in a bucket, where a stamp tells every change.
+      sizes: in bytes, of those in a bucket.
     """
 
     root: epath.Path
@@ -88,27 +93,38 @@ class Listing:
     stamps: list[str]
     newest: float
     left_out: list[str]
+    sizes: list[int] = field(default_factory=list)
 
 
 def list_files(path: str, built_in: Iterable[str]) -> Listing:
-    """What is read at `path`, a file or a folder.
+    """Lists the files that are read at `path`, a file or a folder.
 
     Raises:
       ValueError: where nothing is, naming what could be, `built_in` among it.
     """
-    root = epath.Path(path).expanduser()
+    root = paths.at(path)
     known = f"a file or folder of {', '.join(SUFFIXES)} (or packed: {', '.join(PACKED)}), or one of "
     known += ", ".join(built_in)
-    if not root.exists():
+    listed = _list_bucket(root) if paths.is_bucket(root) else _list_local(root)
+    if listed is None:
         raise ValueError(f"data source {path!r} does not exist; give {known}")
+    if listed.names and listed.root != root and _format(root.name) is None:
+        raise ValueError(f"data source {path!r} ends in {root.suffix!r}; give {known}")
+    if not listed.names:
+        only = f" ({few(listed.left_out)})" if listed.left_out else ""
+        raise ValueError(f"data source {path!r} holds no documents{only}; give {known}")
+    return listed
+
+
+def _list_local(root: epath.Path) -> Listing | None:
+    if not root.exists():
+        return None
     if not root.is_dir():
-        if _format(root.name) is None:
-            raise ValueError(f"data source {path!r} ends in {root.suffix!r}; give {known}")
         mark, newest = stamp(root) or ("", 0.0)
         return Listing(root.parent, [root.name], [mark], newest, [])
     found, left_out = [], []
     for folder, folders, files in root.walk(on_error=_refuse):
-        links = [name for name in folders if "://" not in path and os.path.islink(folder / name)]
+        links = [name for name in folders if os.path.islink(folder / name)]
         for name in [*files, *links]:
             relative = (folder / name).relative_to(root).as_posix()
             marked = stamp(folder / name) if _is_text(relative) else None
@@ -116,12 +132,22 @@ def list_files(path: str, built_in: Iterable[str]) -> Listing:
                 left_out.append(relative)
             else:
                 found.append((relative, *marked))
-    if not found:
-        only = f" ({few(left_out)})" if left_out else ""
-        raise ValueError(f"data source {path!r} holds no documents{only}; give {known}")
-    found.sort()
-    names, stamps, times = zip(*found, strict=True)
+    names, stamps, times = zip(*sorted(found), strict=True) if found else ((), (), (0.0,))
     return Listing(root, list(names), list(stamps), max(times), sorted(left_out))
+
+
+def _list_bucket(root: epath.Path) -> Listing | None:
+    """An object of this name, or those below it. A name that no path can have (a//b, ./a) is left out."""
+    found, below = paths.entries(root), True
+    if not found and root.is_file():
+        found, below = [paths.entry(root)], False
+    if not found:
+        paths.check_bucket(root)
+        return None
+    read = [one for one in found if not below or _is_text(one.name)]
+    left_out = [one.name for one in found if below and not _is_text(one.name)]
+    names, stamps, sizes = [one.name for one in read], [one.stamp for one in read], [one.size for one in read]
+    return Listing(root if below else root.parent, names, stamps, 0.0, left_out, sizes)
 
 
 def few(names: list[str]) -> str:
@@ -131,10 +157,7 @@ def few(names: list[str]) -> str:
 
 
 def stamp(file: Any) -> tuple[str, float] | None:
-    """What changes when a file does, and when it last did; None for what is no file."""
-    if "://" in str(file):
-        about = file.stat()
-        return f"{about.length} {about.mtime}", float(about.mtime)
+    """A value that changes when a local file does, with the time it last did; None where there is no file."""
     try:
         found = os.stat(file)
     except OSError as error:
@@ -160,7 +183,7 @@ def _format(name: str) -> str | None:
 def _is_text(relative: str) -> bool:
     """Whether a file of a folder is to be trained on: hidden files, and those about the data, are not."""
     *folders, name = relative.split("/")
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in (*folders, name))
+    hidden = any(not part or part.startswith(".") or part == "__MACOSX" for part in (*folders, name))
     plain = re.sub(r"\.(gz|zst)$", "", name, flags=re.IGNORECASE)
     return not (hidden or _format(name) is None or ABOUT.fullmatch(plain) or plain.lower() in INDICES)
 
@@ -169,14 +192,18 @@ def _is_text(relative: str) -> bool:
 # Formats.
 
 
-def read_file(file: epath.Path, relative: str, name: str, source: DataSource) -> Iterator[Document]:
+def read_file(
+    file: epath.Path, relative: str, name: str, source: DataSource, opener: Callable[[], IO[bytes]] | None = None
+) -> Iterator[Document]:
     """The documents of one file; a long text comes in blocks.
 
+    Args:
+      opener: opens the file, whose reading may have begun.
     Raises:
       ValueError: naming the file, and the line where there are lines, and what is wrong with it.
     """
     kind = _format(file.name)
-    with _opened(file) as stream:
+    with _opened(file, opener or (lambda: paths.open_to_read(file))) as stream:
         if kind == ".parquet":
             records = _parquet(stream, file, source)
         elif kind == ".jsonl":
@@ -192,11 +219,11 @@ def read_file(file: epath.Path, relative: str, name: str, source: DataSource) ->
 
 
 @contextlib.contextmanager
-def _opened(file: epath.Path) -> Iterator[Any]:
+def _opened(file: epath.Path, opener: Callable[[], IO[bytes]]) -> Iterator[Any]:
     """A file's bytes, unpacked."""
     name, packed = file.name.lower(), file.name.lower().endswith(PACKED)
     try:
-        with file.open("rb") as raw:
+        with opener() as raw:
             if name.endswith(".gz"):
                 yield gzip.GzipFile(fileobj=raw)
             elif name.endswith(".zst"):
@@ -374,10 +401,13 @@ def _parquet(stream: IO[bytes], file: epath.Path, source: DataSource) -> Iterato
         names = table.schema_arrow.names
         if source.text_field not in names:
             raise ValueError(_no_text(str(file), source.text_field, "missing", names))
+        columns = [c for c in (source.text_field, "source", "licence") if c in names]
+        if paths.is_bucket(file) and not isinstance(stream, io.BytesIO):
+            wanted = io.BufferedReader(Spans(file, stream.seek(0, io.SEEK_END), _spans(table.metadata, columns)))
+            table = parquet.ParquetFile(wanted, metadata=table.metadata, buffer_size=BLOCK, pre_buffer=False)
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         size = sum(group.total_byte_size for group in groups) // max(1, table.metadata.num_rows)
         rows = max(1, min(ROWS, 4 * BLOCK // (size + 1)))
-        columns = [c for c in (source.text_field, "source", "licence") if c in names]
         number = 0
         for batch in table.iter_batches(rows, columns=columns, use_threads=False):
             for record in batch.to_pylist():
@@ -385,6 +415,18 @@ def _parquet(stream: IO[bytes], file: epath.Path, source: DataSource) -> Iterato
                 yield number, number, record
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"corpus file {file} is not a parquet file, or is damaged: {error}") from error
+
+
+def _spans(metadata: Any, columns: list[str]) -> list[tuple[int, int]]:
+    """Where in a parquet file the values of some columns are."""
+    spans = []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema in columns:
+                begin = column.dictionary_page_offset or column.data_page_offset
+                begin = min(begin, column.data_page_offset)
+                spans.append((begin, begin + column.total_compressed_size))
+    return spans
 
 
 def _from_record(record: Any, where: str, origin: str, name: str, source: DataSource) -> Document:

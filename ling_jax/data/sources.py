@@ -20,8 +20,10 @@ import numpy as np
 from ling_jax.config import DataConfig
 from ling_jax.data.built_in import BUILT_IN
 from ling_jax.data.reading import PACKED, Document, whole
+from ling_jax.data.remote import Column
 from ling_jax.data.store import Columns, Kept, by_range, cache_dir, keep, parts, stable_order
 from ling_jax.data.survey import DERIVED, Source, key_of
+from ling_jax.files import paths
 from ling_jax.files.whole import checksum
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class Training:
     """
 
     source: Source
-    kept_D: np.ndarray
+    kept_D: np.ndarray | Column
     limit: int | None
     count: int
     bytes: int
@@ -57,7 +59,7 @@ class Training:
 
     def blocks(self) -> Iterator[Document]:
         """The documents as they are read: a long one comes in blocks."""
-        kept = memoryview(self.kept_D)
+        kept = memoryview(np.asarray(self.kept_D))
         blocks = (block for index, block in _numbered(self.source.read()) if index < len(kept) and kept[index])
         return blocks if self.limit is None else whole(blocks, self.limit)
 
@@ -75,8 +77,8 @@ class Corpus:
     chosen: Kept
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint says of the text of each source, as JSON: it follows from the files' contents and their
-        paths in the source, not from where that is or when they were written."""
+        """The fingerprint of each source's text that a checkpoint keeps, as JSON: it follows from the files' contents
+        and their paths in the source, not from where that is or when they were written."""
         return {
             name: {
                 "documents": len(train),
@@ -112,7 +114,7 @@ def _stem(path: str) -> str:
     return Path(name.stem).stem if name.suffix.lower() in PACKED else name.stem
 
 
-def read_corpus(config: DataConfig, cache: Path | None = None) -> Corpus:
+def read_corpus(config: DataConfig, cache: paths.Path | None = None) -> Corpus:
     """Reads every source that has not been read before, splits, deduplicates and samples; held-out text wins over
     equal training text.
 
@@ -135,7 +137,7 @@ def read_corpus(config: DataConfig, cache: Path | None = None) -> Corpus:
         number, *fields = json.loads(line)
         heldout[sources[number].name].append(Document(*fields))
     train = {
-        source.name: Training(source, chosen[f"train{i}"], **chosen.facts["train"][i])
+        source.name: Training(source, chosen.columns[f"train{i}"], **chosen.facts["train"][i])
         for i, source in enumerate(sources)
     }
     return Corpus(train, heldout, chosen)
@@ -150,9 +152,9 @@ def size(documents: Iterable[Document]) -> int:
 # What goes where.
 
 
-def _choose(sources: Sequence[Source], config: DataConfig, cache: Path, columns: Columns) -> dict[str, Any]:
+def _choose(sources: Sequence[Source], config: DataConfig, cache: paths.Path, columns: Columns) -> dict[str, Any]:
     """Fills the columns `train0`, `train1`, ... (uint8 [D]), `heldout` and `sample` (lines of JSON)."""
-    tables = [source.table for source in sources]
+    tables = [source.table.in_memory() for source in sources]
     heldout = [held_out(table, config.holdout_fraction) for table in tables]
     train = [~held for held in heldout]
     for source, dropped, held, rest in zip(sources, duplicates(tables, heldout), heldout, train, strict=True):
@@ -252,7 +254,7 @@ def _bytes(table: Kept, chosen_D: np.ndarray) -> int:
     return sum(int(table["bytes"][part][chosen_D[part]].sum()) for part in parts(len(chosen_D)))
 
 
-def _sample(table: Kept, chosen_D: np.ndarray, max_bytes: int, seed: int, cache: Path) -> bool:
+def _sample(table: Kept, chosen_D: np.ndarray, max_bytes: int, seed: int, cache: paths.Path) -> bool:
     """Leaves whole documents of at most `max_bytes` together, a seeded choice; where not even one fits, the smallest,
     and returns True."""
     if _bytes(table, chosen_D) <= max_bytes:
@@ -275,7 +277,7 @@ def _sample(table: Kept, chosen_D: np.ndarray, max_bytes: int, seed: int, cache:
 
 
 def _ranked_sample(
-    tables: Sequence[Kept], train: Sequence[np.ndarray], seed: int, cache: Path
+    tables: Sequence[Kept], train: Sequence[np.ndarray], seed: int, cache: paths.Path
 ) -> tuple[list[dict[int, int]], int]:
     """(rank by number for each source, longest) of training documents in a seeded order, up to TOKENIZER_SAMPLE_BYTES
     of them; of each at most `longest` characters are taken."""

@@ -6,13 +6,13 @@ Legend: D documents of a source.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ import xxhash
 from ling_jax.config import DataSource
 from ling_jax.data.built_in import BUILT_IN, list_built_in, read_built_in
 from ling_jax.data.reading import Document, few, list_files, read_file
+from ling_jax.data.remote import openers
 from ling_jax.data.store import Columns, Kept, keep
+from ling_jax.files import paths
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Source:
       cut: characters of the source's only text before its held-out part; 0 where there are several texts.
     """
 
-    def __init__(self, name: str, settings: DataSource, cache: Path, holdout_fraction: float):
+    def __init__(self, name: str, settings: DataSource, cache: paths.Path, holdout_fraction: float):
         """Lists the files, and reads them unless they have been read before.
 
         Raises:
@@ -97,6 +99,8 @@ class Source:
             elif memory is not None:
                 memory.append(block)
             yield block
+        if self._files.sizes and list_files(self.settings.path, BUILT_IN) != self._files:
+            raise self._changed()
         self._memory = memory
 
     def _read(self) -> Iterator[Document]:
@@ -105,17 +109,22 @@ class Source:
             content.update(block)
             yield block
         if self._content and content.digest() != self._content:
-            raise ValueError(
-                f"data source {self.settings.path!r} changed while it was read: leave its files alone, and run the "
-                "same command again"
-            )
+            raise self._changed()
+
+    def _changed(self) -> ValueError:
+        return ValueError(
+            f"data source {self.settings.path!r} changed while it was read: leave its files alone, and run the same "
+            "command again"
+        )
 
     def _read_files(self) -> Iterator[Document]:
         if self.settings.path in BUILT_IN:
             yield from read_built_in(self.settings.path, self._files)
             return
-        for name in self._files.names:
-            yield from read_file(self._files.root / name, name, self.name, self.settings)
+        files = self._files
+        begun = openers(files.root, files.names, files.sizes) if files.sizes else itertools.repeat(None)
+        for name, opener in zip(files.names, begun, strict=False):
+            yield from read_file(files.root / name, name, self.name, self.settings, opener)
 
 
 class Content:
@@ -157,7 +166,7 @@ def share(origin: str) -> int:
     return int.from_bytes(hashlib.sha256(origin.encode(errors="surrogateescape")).digest()[:8])
 
 
-def _survey(source: Source, cache: Path) -> Kept:
+def _survey(source: Source, cache: paths.Path) -> Kept:
     """The table of a source, an entry of `cache`.
 
     Columns: `share` uint64 [D], of the origin; `high` and `low` uint64 [D], the text's digest, white space at its ends
@@ -168,7 +177,7 @@ def _survey(source: Source, cache: Path) -> Kept:
     return keep(cache, key, f"{source.name}: reading", lambda columns: _tabulate(source.read_first(), columns))
 
 
-def _divide(source: Source, cache: Path, fraction: float) -> Kept:
+def _divide(source: Source, cache: paths.Path, fraction: float) -> Kept:
     """The table of a source's only text as two documents, of which the second is held out: its last `fraction`."""
     table = source.table
 

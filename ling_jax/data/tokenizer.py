@@ -5,7 +5,6 @@ Every text round-trips: the alphabet holds all 256 bytes and nothing is normalis
 
 import functools
 import json
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 
 from ling_jax.data import chat
 from ling_jax.files import hub
+from ling_jax.files.paths import at, write_whole
 from ling_jax.files.whole import checksum, read_json
 
 BOS = "<|startoftext|>"
@@ -130,7 +130,7 @@ class Tokenizer:
         Raises:
           ValueError: if there is no such file, one of them cannot be read, or it lacks a needed token.
         """
-        file = epath.Path(hub.folder_of(path, hub.TOKENIZER) or path).expanduser()
+        file = at(hub.folder_of(path, hub.TOKENIZER) or path)
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.exists():
@@ -167,7 +167,7 @@ class Tokenizer:
         """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json, and the chat template in both places
         where readers look for it: transformers from 4.47 on in chat_template.jinja, others in tokenizer_config.json.
         Several templates are a list there, which all of them read, and no file."""
-        target = epath.Path(folder).expanduser()
+        target = at(folder)
         target.mkdir(parents=True, exist_ok=True)
         named = [{"name": name, "template": template} for name, template in self.chat_templates.items()]
         alone = list(self.chat_templates) == ["default"]
@@ -176,11 +176,11 @@ class Tokenizer:
         _write_json(target / CONFIG_FILE, config)
         _write_json(target / "special_tokens_map.json", special)
         if alone:
-            _write_text(target / TEMPLATE_FILE, self.chat_template)
+            write_whole(target / TEMPLATE_FILE, self.chat_template)
         else:
             (target / TEMPLATE_FILE).unlink(missing_ok=True)  # of an earlier tokenizer: it would win over the list
         # Last and in one move: a folder with a tokenizer.json is complete.
-        _write_text(target / "tokenizer.json", self.to_json())
+        write_whole(target / "tokenizer.json", self.to_json())
 
     def to_json(self) -> str:
         return self._core.to_str(pretty=True)
@@ -250,7 +250,7 @@ class Tokenizer:
 
     @property
     def prefix_ids(self) -> list[int]:
-        """What a document starts with in training: BOS, or nothing."""
+        """The ids that a document starts with in training: BOS, or nothing."""
         return [self.bos_id] if self.add_bos_token and self.bos_id is not None else []
 
     @property
@@ -355,11 +355,5 @@ def check_text(text: Any) -> None:
         ) from None
 
 
-def _write_text(path: epath.Path, text: str) -> None:
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"  # hosts may write the same file at once
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -1,1 +1,1 @@
-"""What lies on disks and in buckets: arrays with checksums, JSON, folders with one writer, caches."""
+"""Files on disks and in buckets: arrays with checksums, JSON, folders with one writer, caches."""

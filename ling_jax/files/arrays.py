@@ -10,13 +10,12 @@ of several vouches for its own shards, and a read of some layers checks those la
 A folder without checksums.json was written before there were checksums: it is read as it is.
 """
 
-import functools
 import itertools
 import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -24,25 +23,22 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from ling_jax.files.buckets import context, failure, is_bucket, is_out_of_reach, reaching, store_of
 from ling_jax.files.whole import checksum, read_sealed, sealed
 
 CHECKSUMS = "checksums.json"
 OF_PROCESS = "checksums-{}.json"  # what one process wrote, until `merge_checksums`
 HEADER = ".zarray"
-CHUNK_BYTES = 256 << 20  # of a chunk, or more where no smaller one divides a shard
+CHUNK_BYTES = 256 << 20  # of a chunk, or a quarter more; or more where no smaller one divides a shard
+KEPT_BYTES = 8 << 20  # of a chunk that is kept when a part of it is read: nobody asks for it layer by layer then
 READERS = 4  # arrays read at a time
 AHEAD = 2  # chunks of an array that are read at a time
 
-Path = tuple[str, ...]  # of an array: the keys that lead to it
+ArrayPath = tuple[str, ...]  # of an array: the keys that lead to it
 Index = tuple[slice, ...]  # a part of an array: a start and a stop for every dim
 Cell = tuple[int, ...]  # a chunk's place among an array's chunks
 Bounds = Sequence[tuple[int, int]]  # a part of an array: first and last + 1 for every dim
-Damaged = Callable[[Path, str, str], Exception]  # (array, name of the file, what is wrong) -> what to raise
-
-
-@functools.cache
-def _context() -> ts.Context:
-    return ts.Context({"file_io_concurrency": {"limit": 128}})  # made when it is used: it would not survive a fork
+OnDamage = Callable[[ArrayPath, str, str], Exception]  # (array, name of the file, what is wrong) -> what to raise
 
 
 class Layout(NamedTuple):
@@ -54,7 +50,8 @@ class Layout(NamedTuple):
 
 
 def chunk_of(shape: Sequence[int], itemsize: int, limit: int | None = None) -> tuple[int, ...]:
-    """The largest block of at most `limit` bytes (CHUNK_BYTES) that divides an array and lies together in C order.
+    """The largest block that divides an array, lies together in C order and has at most `limit` bytes (CHUNK_BYTES), or
+    a quarter more: the 76 layers of Ling-1T are cut by 19, not by 4.
 
     A dim that has no divisor near the limit, such as a large prime, is not cut: there a block is larger.
     """
@@ -69,13 +66,24 @@ def chunk_of(shape: Sequence[int], itemsize: int, limit: int | None = None) -> t
 
 
 def _divisor(size: int, most: int) -> int:
-    """The greatest divisor of `size` up to `most`; `size` itself if that is less than an eighth of `most`."""
+    """The greatest divisor of `size` up to `most` and a quarter; `size` itself if that is under an eighth of `most`."""
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
-    best = max(d for d in (*small, *(size // d for d in small)) if d <= most)
+    best = max(d for d in (*small, *(size // d for d in small)) if 4 * d <= 5 * most)
     return best if 8 * best > most else size
 
 
-def _name(path: Path) -> str:
+def layout_of(shape: Sequence[int], dtype: np.dtype, sharding: jax.sharding.Sharding) -> Layout:
+    """How a jax array is stored: its chunks divide its shards."""
+    return Layout(tuple(shape), dtype, chunk_of(sharding.shard_shape(tuple(shape)), dtype.itemsize))
+
+
+def share(chunks: int, replica: int, replicas: int, order: int) -> range:
+    """Which chunks of a shard one of the `replicas` devices that hold it writes; `order` is the array's place among
+    all, so that of many small arrays each device writes some."""
+    return range(chunks)[(replica - order) % replicas :: replicas]
+
+
+def _name(path: ArrayPath) -> str:
     return ".".join(path)
 
 
@@ -91,26 +99,35 @@ def _file(cell: Cell) -> str:
 
 
 def _region(layout: Layout, cell: Cell) -> Index:
-    """What a chunk holds of its array: all of it, but at the edges of an array of before there were checksums."""
+    """The part of an array that a chunk holds: a whole chunk, but at the edges of an array of before there were
+    checksums."""
     sizes = zip(cell, layout.chunk, layout.shape, strict=True)
     return tuple(slice(i * c, min((i + 1) * c, size)) for i, c, size in sizes)
 
 
-def _spec(folder: epath.Path, path: Path) -> dict[str, Any]:
-    where = str(folder / _name(path)) + "/"
-    store = where if "://" in where else {"driver": "file", "path": where}
-    return {"driver": "zarr", "kvstore": store, "store_data_equal_to_fill_value": True}
+def _place(folder: epath.Path) -> dict[str, Any]:
+    return store_of(folder) if is_bucket(folder) else {"driver": "file", "path": f"{folder}/"}
 
 
-def _writable(folder: epath.Path, path: Path, layout: Layout, create: bool) -> ts.TensorStore:
+def _spec(folder: epath.Path, path: ArrayPath) -> dict[str, Any]:
+    return {"driver": "zarr", "kvstore": _place(folder / _name(path)), "store_data_equal_to_fill_value": True}
+
+
+def _writable(folder: epath.Path, path: ArrayPath, layout: Layout, create: bool) -> "ts.Future[ts.TensorStore]":
     """Creates an array, or opens one that another process creates."""
     metadata = {"shape": list(layout.shape), "chunks": list(layout.chunk), "compressor": None}
     spec = _spec(folder, path) | {"metadata": metadata, "dtype": layout.dtype.name}
     if create:
-        return ts.open(spec, create=True, open=True, context=_context()).result()
+        return ts.open(spec, create=True, open=True, context=context())
     spec["metadata"] |= {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None}
     spec["metadata"] |= {"dtype": _zarr_dtype(layout.dtype)}
-    return ts.open(spec, open=True, assume_metadata=True, context=_context()).result()
+    return ts.open(spec, open=True, assume_metadata=True, context=context())
+
+
+def _kvstore(store: ts.TensorStore) -> ts.KvStore:
+    """Where the files of an array are."""
+    assert store.kvstore is not None
+    return store.kvstore
 
 
 def _zarr_dtype(dtype: np.dtype) -> str:
@@ -135,8 +152,8 @@ class HostArray(NamedTuple):
     parts: list[Part]
 
 
-def on_host(arrays: Mapping[Path, Any]) -> dict[Path, HostArray]:
-    """What this process is to write of jax or numpy arrays: numpy ones copied, jax ones brought to the host.
+def on_host(arrays: Mapping[ArrayPath, Any]) -> dict[ArrayPath, HostArray]:
+    """The parts of jax or numpy arrays that this process writes: numpy ones copied, jax ones brought to the host.
 
     Of a shard that several devices hold, each writes some of the chunks. The arrays may be donated afterwards.
     """
@@ -164,13 +181,13 @@ def _plan(array: Any, order: int) -> tuple[Layout, list[_Shard]]:
         cells = list(_cells(layout, [(0, size) for size in values.shape])) if jax.process_index() == 0 else []
         return layout, [_Shard((0,) * values.ndim, values, cells)]
     shape = array.sharding.shard_shape(array.shape)
-    layout = Layout(array.shape, np.dtype(array.dtype), chunk_of(shape, array.dtype.itemsize))
+    layout = layout_of(array.shape, np.dtype(array.dtype), array.sharding)
     replicas = array.sharding.num_devices * math.prod(shape) // math.prod(array.shape)
     cells = list(_cells(layout, [(0, size) for size in shape]))
     shards = []
     for shard in array.addressable_shards:
         start = tuple(s.indices(size)[0] for s, size in zip(shard.index, array.shape, strict=True))
-        mine = cells[(shard.replica_id - order) % replicas :: replicas]
+        mine = [cells[i] for i in share(len(cells), shard.replica_id, replicas, order)]
         shards += [_Shard(start, shard.data, mine)] if mine else []
     return layout, shards
 
@@ -183,13 +200,18 @@ def _parts(layout: Layout, shards: Iterable[_Shard]) -> Iterator[Part]:
             yield Part(at, held[_region(layout, cell)])
 
 
-def write_arrays(folder: epath.Path, arrays: Mapping[Path, HostArray]) -> None:
+def write_arrays(folder: epath.Path, arrays: Mapping[ArrayPath, HostArray]) -> None:
     """Writes this process's chunks and their checksums; `merge_checksums` makes the folder complete."""
+    with reaching(folder):
+        _write_arrays(folder, arrays)
+
+
+def _write_arrays(folder: epath.Path, arrays: Mapping[ArrayPath, HostArray]) -> None:
     lead = jax.process_index() == 0
     writes, entries = [], {}
+    opening = {path: _writable(folder, path, layout, create=lead) for path, (layout, _) in arrays.items()}
     for path, (layout, parts) in arrays.items():
-        store = _writable(folder, path, layout, create=lead)
-        files = entries[path] = {}
+        store, files = opening[path].result(), entries.setdefault(path, {})
         for start, values in parts:
             cell = tuple(s // c for s, c in zip(start, layout.chunk, strict=True))
             write = store[_region(layout, cell)].write(values, can_reference_source_data_indefinitely=True)
@@ -199,8 +221,9 @@ def write_arrays(folder: epath.Path, arrays: Mapping[Path, HostArray]) -> None:
     for write, *_ in writes:
         write.result()
     if lead:
-        for path in arrays:
-            entries[path][HEADER] = checksum((folder / _name(path) / HEADER).read_bytes())
+        headers = {path: _kvstore(store.result()).read(HEADER) for path, store in opening.items()}
+        for path, header in headers.items():
+            entries[path][HEADER] = checksum(header.result().value)
     _write_checksums(folder / OF_PROCESS.format(jax.process_index()), {p: a.layout for p, a in arrays.items()}, entries)
 
 
@@ -222,7 +245,9 @@ def merge_checksums(folder: epath.Path) -> None:
         file.unlink()
 
 
-def _write_checksums(file: epath.Path, layouts: Mapping[Path, Layout], files: Mapping[Path, dict[str, str]]) -> None:
+def _write_checksums(
+    file: epath.Path, layouts: Mapping[ArrayPath, Layout], files: Mapping[ArrayPath, dict[str, str]]
+) -> None:
     arrays = {
         _name(path): {
             "shape": list(layout.shape),
@@ -235,24 +260,34 @@ def _write_checksums(file: epath.Path, layouts: Mapping[Path, Layout], files: Ma
     file.write_text(json.dumps(sealed({"arrays": arrays})) + "\n")
 
 
-def create_arrays(folder: epath.Path, layouts: Mapping[Path, Layout]) -> dict[Path, ts.TensorStore]:
-    """Arrays to be written in parts of any shape, by this process alone; `seal` completes the folder."""
-    return {path: _writable(folder, path, layout, create=True) for path, layout in layouts.items()}
+def create_arrays(folder: epath.Path, layouts: Mapping[ArrayPath, Layout]) -> dict[ArrayPath, ts.TensorStore]:
+    """Arrays for `write_chunks`, by this process alone; `seal` completes the folder."""
+    opening = {path: _writable(folder, path, layout, create=True) for path, layout in layouts.items()}
+    with reaching(folder):
+        return {path: store.result() for path, store in opening.items()}
 
 
-def seal(folder: epath.Path, layouts: Mapping[Path, Layout]) -> None:
-    """Takes the checksums of arrays that were written in parts, from their files; all values must be there."""
+def write_chunks(store: ts.TensorStore, layout: Layout, part: Part) -> dict[str, str]:
+    """Writes values that are whole chunks of an array; returns the checksums of their files by name, for `seal`."""
+    bounds = [(first, first + size) for first, size in zip(part.start, part.values.shape, strict=True)]
+    writes, files = [], {}
+    for cell in _cells(layout, bounds):
+        region = _region(layout, cell)
+        inside = tuple(slice(s.start - a, s.stop - a) for s, a in zip(region, part.start, strict=True))
+        values = np.ascontiguousarray(part.values[inside])
+        writes.append(store[region].write(values, can_reference_source_data_indefinitely=True))
+        files[_file(cell)] = checksum(_bytes(values))
+    for write in writes:
+        write.result()
+    return files
 
-    def files_of(path: Path) -> dict[str, str]:
-        layout = layouts[path]
-        store = ts.open(_spec(folder, path) | {"fill_missing_data_reads": False}, context=_context()).result()
-        cells = list(_cells(layout, [(0, size) for size in layout.shape]))
-        found = {_file(cell): checksum(_bytes(store[_region(layout, cell)].read().result())) for cell in cells}
-        return found | {HEADER: checksum((folder / _name(path) / HEADER).read_bytes())}
 
-    with ThreadPoolExecutor(READERS) as pool:
-        files = dict(zip(layouts, pool.map(files_of, layouts), strict=True))
-    _write_checksums(folder / CHECKSUMS, layouts, files)
+def seal(folder: epath.Path, layouts: Mapping[ArrayPath, Layout], files: Mapping[ArrayPath, Mapping[str, str]]) -> None:
+    """Completes a folder whose chunks `write_chunks` wrote, with the checksums that it gave for each array."""
+    headers = {path: {HEADER: checksum((folder / _name(path) / HEADER).read_bytes())} for path in layouts}
+    for path, layout in layouts.items():
+        assert {*files[path]} == {*map(_file, _cells(layout, [(0, size) for size in layout.shape]))}, path
+    _write_checksums(folder / CHECKSUMS, layouts, {path: {**files[path], **headers[path]} for path in layouts})
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
@@ -262,12 +297,42 @@ def _bytes(values: np.ndarray) -> np.ndarray:
 # Reading.
 
 
+def _unread(place: epath.Path, path: ArrayPath, name: str, error: Exception, damaged: OnDamage) -> Exception:
+    """The error for TensorStore's, which may tell of a damaged file, or of a bucket that is out of reach."""
+    if is_bucket(place) and is_out_of_reach(error):
+        return failure(place / name, error)
+    missing = "missing" in str(error) or "NOT_FOUND" in str(error)
+    return damaged(path, name, "is missing" if missing else f"cannot be read ({str(error).splitlines()[0]})")
+
+
+_Reading = tuple[Index, Callable[[], np.ndarray]]  # a part of an array that is being read; the call waits for it
+
+
+def _span(whole: Index, part: Index) -> tuple[int, int] | None:
+    """The first and last + 1 of the elements that are a part of a chunk; None if they do not lie together."""
+    shape = [w.stop - w.start for w in whole]
+    first = np.ravel_multi_index([p.start - w.start for p, w in zip(part, whole, strict=True)], shape)
+    last = np.ravel_multi_index([p.stop - 1 - w.start for p, w in zip(part, whole, strict=True)], shape)
+    together = last + 1 - first == math.prod(p.stop - p.start for p in part)
+    return (int(first), int(last) + 1) if together else None
+
+
 class StoredArray:
     """One array of an `ArrayFolder`, read in parts; for any number of threads."""
 
-    def __init__(self, path: Path, layout: Layout, store: ts.TensorStore, files: Mapping[str, str], damaged: Damaged):
-        self.layout, self._path, self._store, self._files, self._damaged = layout, path, store, files, damaged
+    def __init__(
+        self,
+        place: epath.Path,
+        path: ArrayPath,
+        layout: Layout,
+        store: ts.TensorStore,
+        files: Mapping[str, str],
+        damaged: OnDamage,
+    ):
+        self.layout, self._place, self._path, self._store = layout, place, path, store
+        self._files, self._damaged = files, damaged
         self._checked: set[Cell] = set()
+        self._kept: dict[Cell, np.ndarray] = {}
 
     def read(self, index: Index | None = None) -> np.ndarray:
         """A part of the array, or all of it, in its dtype; the folder's error where its files are damaged."""
@@ -293,34 +358,53 @@ class StoredArray:
             self._finish(cell, self._start(cell, whole))
 
     def _shared(self, bounds: Bounds, cell: Cell) -> Index:
-        """What a part of the array and a chunk have in common."""
+        """The overlap of a part of the array and a chunk."""
         both = zip(bounds, _region(self.layout, cell), strict=True)
         return tuple(slice(max(first, r.start), min(last, r.stop)) for (first, last), r in both)
 
-    def _start(self, cell: Cell, bounds: Bounds) -> "tuple[Index, ts.Future]":
+    def _start(self, cell: Cell, bounds: Bounds) -> "_Reading":
         """Begins to read a chunk: the shared part of it, but all of it where its checksum is to be compared."""
-        unchecked = self._files and cell not in self._checked
-        region = _region(self.layout, cell) if unchecked else self._shared(bounds, cell)
-        return region, self._store[region].read()
+        whole, shared = _region(self.layout, cell), self._shared(bounds, cell)
+        if cell in self._kept:
+            return whole, lambda: self._kept[cell]
+        if not self._files or cell in self._checked:
+            span = _span(whole, shared) if self._files and self._store.kvstore else None
+            if span is None:
+                return shared, self._store[shared].read().result
+            return shared, self._range(cell, span, [s.stop - s.start for s in shared])
+        return whole, self._store[whole].read().result
 
-    def _finish(self, cell: Cell, started: "tuple[Index, ts.Future]") -> np.ndarray:
+    def _range(self, cell: Cell, span: tuple[int, int], shape: Sequence[int]) -> Callable[[], np.ndarray]:
+        """Begins to read a part of a chunk by its bytes: TensorStore itself reads chunks whole."""
+        size, dtype = self.layout.dtype.itemsize, self.layout.dtype
+        reading = _kvstore(self._store).read(_file(cell), byte_range=slice(span[0] * size, span[1] * size))
+
+        def values() -> np.ndarray:
+            found = reading.result()
+            if found.state == "missing":
+                raise ValueError("it is missing")
+            return np.frombuffer(found.value, dtype).reshape(shape)
+
+        return values
+
+    def _finish(self, cell: Cell, started: "_Reading", keep: bool = False) -> np.ndarray:
         name, (region, reading) = _file(cell), started
         try:
-            values = reading.result()
+            values = reading()
         except Exception as error:  # TensorStore's own kinds
-            missing = "missing" in str(error) or "NOT_FOUND" in str(error)
-            why = "is missing" if missing else f"cannot be read ({str(error).splitlines()[0]})"
-            raise self._damaged(self._path, name, why) from error
-        if self._files and region == _region(self.layout, cell):
+            raise _unread(self._place, self._path, name, error, self._damaged) from error
+        if self._files and region == _region(self.layout, cell) and cell not in self._kept:
             if self._files.get(name) != checksum(_bytes(values)):
                 raise self._damaged(self._path, name, "does not have the checksum it was saved with")
+            if keep and values.nbytes <= KEPT_BYTES:
+                self._kept[cell] = values
             self._checked.add(cell)
         return values
 
-    def _put(self, out: np.ndarray, bounds: Bounds, cell: Cell, started: "tuple[Index, ts.Future]") -> None:
-        """Copies what a chunk and a part of the array share."""
+    def _put(self, out: np.ndarray, bounds: Bounds, cell: Cell, started: "_Reading") -> None:
+        """Copies what a chunk and a part of the array share. Small chunks that are read in parts are kept."""
         shared, region = self._shared(bounds, cell), started[0]
-        values = self._finish(cell, started)
+        values = self._finish(cell, started, keep=shared != region)
         inside = tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(shared, region, strict=True))
         here = tuple(slice(s.start - a, s.stop - a) for s, (a, _) in zip(shared, bounds, strict=True))
         out[here] = values[inside]
@@ -338,10 +422,10 @@ class ArrayFolder:
       damaged: makes the error for a file that is missing or changed.
     """
 
-    def __init__(self, folder: epath.Path, damaged: Damaged, fill: bool = False):
+    def __init__(self, folder: epath.Path, damaged: OnDamage, fill: bool = False):
         self._folder, self._damaged, self._fill = folder, damaged, fill
         self._lock = threading.Lock()
-        self._open: dict[Path, StoredArray] = {}
+        self._open: dict[ArrayPath, Future[StoredArray]] = {}
         self.has_checksums = (folder / CHECKSUMS).exists()
         if self.has_checksums:
             try:
@@ -354,14 +438,19 @@ class ArrayFolder:
             headers = [p for p in folder.iterdir() if (p / HEADER).exists()] if folder.is_dir() else []
             self.layouts = {tuple(p.name.split(".")): _old_layout(p, damaged) for p in headers}
 
-    def array(self, path: Path) -> StoredArray:
-        """An array, opened once; KeyError if there is none."""
+    def array(self, path: ArrayPath) -> StoredArray:
+        """An array, opened once, several at a time; KeyError if there is none."""
         with self._lock:
-            if path not in self._open:
-                self._open[path] = self._opened(path)
-            return self._open[path]
+            first = path not in self._open
+            opened = self._open.setdefault(path, Future())
+        if first:
+            try:
+                opened.set_result(self._opened(path))
+            except BaseException as error:
+                opened.set_exception(error)
+        return opened.result()
 
-    def read(self, paths: Iterable[Path], read: Callable[[Path], Any]) -> dict[Path, Any]:
+    def read(self, paths: Iterable[ArrayPath], read: Callable[[ArrayPath], Any]) -> dict[ArrayPath, Any]:
         """`read` of each path, some at a time."""
         paths = list(paths)
         with ThreadPoolExecutor(READERS) as pool:
@@ -370,30 +459,37 @@ class ArrayFolder:
     def count_files(self) -> int:
         return sum(len(entry["files"]) for entry in self._entries.values())
 
-    def _opened(self, path: Path) -> StoredArray:
+    def _opened(self, path: ArrayPath) -> StoredArray:
         files = self._entries[_name(path)]["files"] if self.has_checksums else {}
-        header = self._folder / _name(path) / HEADER
-        if self.has_checksums:
-            try:
-                right = checksum(header.read_bytes()) == files[HEADER]
-            except FileNotFoundError:
-                raise self._damaged(path, HEADER, "is missing") from None
-            if not right:
+        spec, place = _spec(self._folder, path), self._folder / _name(path)
+        if self.has_checksums:  # read once: TensorStore is told what it says
+            header = self._header(place, path)
+            if checksum(header) != files[HEADER]:
                 raise self._damaged(path, HEADER, "does not have the checksum it was saved with")
-        spec = _spec(self._folder, path) | {"fill_missing_data_reads": self._fill and not self.has_checksums}
+            spec["metadata"] = json.loads(header)
+        spec["fill_missing_data_reads"] = self._fill and not self.has_checksums
         try:
-            store = ts.open(spec, context=_context()).result()
+            store = ts.open(spec, open=True, assume_metadata=self.has_checksums, context=context()).result()
         except Exception as error:
-            raise self._damaged(path, HEADER, f"cannot be read ({str(error).splitlines()[0]})") from error
-        return StoredArray(path, self.layouts[path], store, files, self._damaged)
+            raise _unread(place, path, HEADER, error, self._damaged) from error
+        return StoredArray(place, path, self.layouts[path], store, files, self._damaged)
+
+    def _header(self, place: epath.Path, path: ArrayPath) -> bytes:
+        try:
+            found = ts.KvStore.open(_place(place), context=context()).result().read(HEADER).result()
+            if found.state == "missing":
+                raise ValueError("it is missing")
+        except Exception as error:
+            raise _unread(place, path, HEADER, error, self._damaged) from error
+        return found.value
 
 
 def _layout(entry: Mapping[str, Any]) -> Layout:
     return Layout(tuple(entry["shape"]), jax.numpy.dtype(entry["dtype"]), tuple(entry["chunk"]))
 
 
-def _old_layout(folder: epath.Path, damaged: Damaged) -> Layout:
-    """Of an array that only its own header describes."""
+def _old_layout(folder: epath.Path, damaged: OnDamage) -> Layout:
+    """The layout of an array that only its own header describes."""
     try:
         header = json.loads((folder / HEADER).read_text())
         return Layout(tuple(header["shape"]), jax.numpy.dtype(header["dtype"]), tuple(header["chunks"]))

@@ -1,4 +1,4 @@
-"""What is kept on this machine from one start to the next."""
+"""The cache: files that this machine keeps from one start to the next."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ def can_write(folder: Path) -> bool:
 
 
 def cpu_flags() -> str:
-    """What the processor offers, as far as the system says: a cache may be shared by machines that differ."""
+    """The processor's instruction sets, as far as the system says: a cache may be shared by machines that differ."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -168,7 +168,7 @@ def _note(repo: str, revision: str, commit: str, files: dict[str, File]) -> None
 
 
 def _listed(repo: str, commit: str | None) -> dict[str, File] | None:
-    """What the hub once said of a commit, which never changes."""
+    """The file list of a commit that the hub once gave, which never changes."""
     file = home(repo) / LISTINGS / f"{commit}.json"
     return {name: File(*entry) for name, entry in read_json(file).items()} if commit and file.is_file() else None
 

@@ -35,7 +35,7 @@ SHA1, SHA256 = 40, 64  # hexadecimal digits
 
 
 class File(NamedTuple):
-    """What the hub says of a file; None: nothing."""
+    """A file as the hub describes it; None where it says nothing."""
 
     size: int | None
     hash: str | None

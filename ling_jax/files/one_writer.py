@@ -22,11 +22,15 @@ from typing import Any, Protocol
 import tensorstore as ts
 from etils import epath
 
+from ling_jax.files.buckets import failure, is_bucket, open_store, retries
+from ling_jax.files.paths import move
+
 log = logging.getLogger(__name__)
 
 HOLDER = "writer.json"
 BEAT_SECONDS = 5.0  # between two signs of life of a lease's holder
 STALE_SECONDS = 30.0  # without one, after which the holder is dead
+LEASE_ATTEMPTS = 6  # 15 s and more: less than another process waits for a sign of life
 SETTLE_SECONDS = 1.0  # until two processes that write a lease at once see whose write was the last
 POLL_SECONDS = 0.5
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -83,7 +87,7 @@ class OneWriter:
         assert self._hold is not None
         if isinstance(self._hold, _Lease):
             self._hold.release(self._folder)
-            self._folder.rename(to)
+            move(self._folder, to)
         else:
             self._folder.rename(to)
             self._hold.release(to)
@@ -111,7 +115,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 def _take(folder: epath.Path, name: str) -> "_Hold | dict[str, Any]":
     """The hold, or who has it."""
-    if "://" in str(folder):
+    if is_bucket(folder):
         return _take_lease(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     if not _locks(os.path.realpath(folder)):
@@ -182,8 +186,9 @@ def _is_at(file: int, path: str) -> bool:
 class _Lease(_Hold):
     """A lease that a thread renews; losing it, to a process that took this one for dead, ends this process."""
 
-    def __init__(self, store: ts.KvStore, name: str, value: dict[str, Any], generation: bytes):
-        self._store, self._name, self._value, self._generation = store, name, value, generation
+    def __init__(self, folder: epath.Path, name: str, value: dict[str, Any], generation: bytes):
+        self._folder, self._name, self._value, self._generation = folder, name, value, generation
+        self._store = _store_of(folder)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
@@ -192,9 +197,10 @@ class _Lease(_Hold):
         while not self._ended.wait(BEAT_SECONDS):
             self._value["beat"] = self._value.get("beat", 0) + 1
             try:
-                generation = _put(self._store, self._name, self._value, self._generation)
+                lost = _is_of_another(self._store, self._name, self._value)
+                generation = None if lost else _put(self._store, self._name, self._value, self._generation)
             except Exception as error:  # a bucket out of reach: for the others too
-                log.warning("cannot renew %s: %s", self._name, error)
+                log.warning("cannot renew %s: %s", self._name, str(error).splitlines()[0])
                 continue
             if generation is None:
                 log.critical("another process has taken the run's folder over: this one ends, and writes nothing more")
@@ -203,19 +209,47 @@ class _Lease(_Hold):
 
     def release(self, to: epath.Path) -> None:
         self._ended.set()
-        self._thread.join()
-        self._store.write(self._name, None, if_equal=self._generation).result()
+        attempts = retries.attempts()
+        self._thread.join(None if attempts > 1 else 1.0)  # a bucket out of reach: it may try for long
+        store = _store_of(self._folder, min(attempts, LEASE_ATTEMPTS))
+        try:
+            if not _is_of_another(store, self._name, self._value):
+                store.write(self._name, None, if_equal=self._generation).result()
+        except ValueError as error:  # then it grows stale by itself
+            log.warning("cannot let go of %s: %s", self._name, str(error).splitlines()[0])
 
 
 def _put(store: ts.KvStore, name: str, value: dict[str, Any], expected: bytes) -> bytes | None:
     """Writes a lease where it still is what was `expected`; its new generation, None if it is not."""
-    return store.write(name, json.dumps(value).encode(), if_equal=expected).result().generation or None
+    generation = store.write(name, json.dumps(value).encode(), if_equal=expected).result().generation
+    if not generation:  # or the request was repeated, and the first one had come through
+        now = store.read(name).result()
+        return now.stamp.generation if _parsed(now.value) == value else None
+    return generation
+
+
+def _is_of_another(store: ts.KvStore, name: str, mine: dict[str, Any]) -> bool:
+    """Whether a lease is not there any more, or another's: not every service knows conditions on a write."""
+    found = store.read(name).result()
+    return found.state != "value" or _parsed(found.value).get("id", mine["id"]) != mine["id"]
 
 
 def _take_lease(folder: epath.Path, name: str) -> "_Lease | dict[str, Any]":
-    where = str(folder) + "/"
-    local = {"driver": "file", "path": where, "file_io_locking": {"mode": "none"}}
-    store = ts.KvStore.open(where if "://" in where else local).result()
+    store = _store_of(folder)
+    try:
+        return _take_from(store, folder, name)
+    except ValueError as error:  # TensorStore's
+        raise failure(folder / name, error) if is_bucket(folder) else error from error
+
+
+def _store_of(folder: epath.Path, attempts: int = LEASE_ATTEMPTS) -> ts.KvStore:
+    if is_bucket(folder):
+        return open_store(folder, attempts)
+    local = {"driver": "file", "path": f"{folder}/", "file_io_locking": {"mode": "none"}}
+    return ts.KvStore.open(local).result()
+
+
+def _take_from(store: ts.KvStore, folder: epath.Path, name: str) -> "_Lease | dict[str, Any]":
     found = store.read(name).result()
     holder = _parsed(found.value) if found.state == "value" else {}
     if found.state == "value" and not _is_dead_here(holder):
@@ -231,13 +265,13 @@ def _take_lease(folder: epath.Path, name: str) -> "_Lease | dict[str, Any]":
                 break
     mine = _me() | {"boot": _boot()}
     generation = _put(store, name, mine, found.stamp.generation)
-    if generation is not None and "://" not in where:  # a file system compares and writes in two steps
-        time.sleep(SETTLE_SECONDS)
+    if generation is not None:
+        time.sleep(SETTLE_SECONDS)  # a file system compares and writes in two steps, an emulator does not compare
         now = store.read(name).result()
         generation = now.stamp.generation if _parsed(now.value).get("id") == mine["id"] else None
     if generation is None:
         return _parsed(store.read(name).result().value)
-    return _Lease(store, name, mine, generation)
+    return _Lease(folder, name, mine, generation)
 
 
 def _boot() -> str:

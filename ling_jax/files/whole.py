@@ -6,6 +6,8 @@ from typing import Any
 import xxhash
 from etils import epath
 
+from ling_jax.files.buckets import Unreachable
+
 CHECKSUM = "xxh3_64"  # key and algorithm: of a file's bytes, or of all other keys of the object that has it
 
 
@@ -46,6 +48,8 @@ def read_json(path: Any) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
+    except Unreachable:
+        raise
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from ling_jax.config import ONE_DEVICE, layer_kinds
+from ling_jax.config import ONE_DEVICE, routed_layers
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.reply import Reply
 from ling_jax.generate.requests import (
@@ -27,7 +27,7 @@ from ling_jax.generate.requests import (
     checked_prompts,
     lengths_of,
 )
-from ling_jax.generate.rows import Place, Rows, decode, empty_rows, place, prefill
+from ling_jax.generate.rows import DecodingRows, Place, decode, empty_rows, place, prefill
 from ling_jax.generate.sampling import Kinds, Sampling, empty_options, with_option
 from ling_jax.generate.serving import row_specs, serve
 from ling_jax.kernels.precision import under_own_switches
@@ -42,7 +42,7 @@ WATCHED = 16  # steps between looks for stop strings
 
 @dataclass(kw_only=True)
 class Answer:
-    """What has been drawn for a request."""
+    """The answer to a request, so far or whole."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of each id, under the distribution it was drawn from
@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Update:
-    """What a step brought for a request."""
+    """The news that a step brought for a request."""
 
     ticket: int
     new_ids: list[int]
@@ -74,7 +74,7 @@ class _Waiting:
 
 
 def replay_ids(rows: Sequence[Sequence[np.ndarray]], length: int) -> np.ndarray:
-    """What engines recorded, as the `routing_ids` of a batch: int32 [MoE layers, rows, length, K].
+    """Turns what engines recorded into the `routing_ids` of a batch: int32 [MoE layers, rows, length, K].
 
     A document is a prompt with its answer. Its last token was never run, so that its experts, and those of padding and
     of the MTP layer, are for the router to choose: -1.
@@ -152,11 +152,11 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
         check_drafts(model.config, drafts)
-        if routing and not any(kind.endswith("_moe") for kind in layer_kinds(model.config)):
+        if routing and not routed_layers(model.config, mtp=False):
             raise ValueError("routing = True needs a model with MoE layers, and this one has none")
         self.config, self.slots, self.chunk, self.stops = model.config, slots, chunk, stops
         self.mesh = None if model.mesh.shape == ONE_DEVICE.shape else make_mesh(model.mesh)
-        self.weights = serve(model, self.mesh, fp8)
+        self.fp8, self.weights = fp8, serve(model, self.mesh, fp8)
         rows = -(-rows // self.shards) * self.shards
         self.options = empty_options(rows)
         make = partial(empty_rows, model.config, rows, slots, stops=stops, drafts=drafts, dtype=model.dtype)
@@ -164,11 +164,35 @@ class Engine:
         shardings = None
         if self.mesh is not None:
             shardings = jax.tree.map(partial(NamedSharding, self.mesh), row_specs(jax.eval_shape(make)))
-        self.rows: Rows = jax.jit(make, out_shardings=shardings)()
+        self.rows: DecodingRows = jax.jit(make, out_shardings=shardings)()
         self.queue: deque[_Waiting] = deque()
         self.running: list[_Waiting | None] = [None] * rows
         self.held = [np.zeros(0, np.int32)] * rows  # tokens whose keys and values are in each row
         self.tickets = 0
+
+    @under_own_switches
+    def load(self, model: Ling) -> None:
+        """Takes new weights, without compiling anything again; keys and values of the old ones are forgotten.
+
+        Requests that are running keep what they have drawn and go on with the new weights, which first run their
+        tokens again; where the engine records, their `routing` is then the new weights' choice throughout.
+
+        Raises:
+          ValueError: for a model that was not made as the engine's was (configuration, dtypes, mesh).
+        """
+        program, params, bias = serve(model, self.mesh, self.fp8)
+        if program != self.weights[0]:
+            raise ValueError(
+                "these weights are of a model that was not made as the engine's was: its configuration, dtypes or mesh "
+                "differ; make a new Engine"
+            )
+        self.weights = program, params, bias
+        self.held = [np.zeros(0, np.int32)] * len(self.held)
+        running = [one for one in self.running if one is not None]
+        for one in sorted(running, key=lambda one: one.ticket, reverse=True):
+            answer = self.withdraw(one.ticket)
+            counts = answer.drafted, answer.accepted
+            self.queue.appendleft(_Waiting(one.ticket, one.request, answer, one.tokens, counts))
 
     @under_own_switches
     def submit(self, request: Request, answer: Answer | None = None) -> int:
@@ -252,7 +276,9 @@ class Engine:
         """How many of the tokens that a row holds serve another: their common beginning, but for the last, which is run
         for its logits; the MTP layer's entry for a token depends on the next one too."""
         common = _in_common(held, tokens[:-1])
-        return max(common - 1, 0) if self.rows.drafts_BP.shape[1] else common
+        if self.rows.drafts_BP.shape[1]:
+            common = max(common - 1, 0)
+        return self.rows.cache.shared(common, len(held))
 
     def _put(self, waiting: _Waiting, row: int, source: int, shared: int) -> None:
         request, tokens = waiting.request, np.zeros(self.slots, np.int32)
@@ -342,7 +368,7 @@ def stream(
 
 
 def _replies(stop: Any, tokenizer: Tokenizer | None, rows: int) -> list[Reply | None]:
-    """What watches each row's text for stop strings, if there are any."""
+    """Makes a watcher of each row's text for stop strings, if there are any."""
     texts: Any = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (None,)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"stop = {stop!r} must be a list of texts")

@@ -16,7 +16,7 @@ class Reply:
         self.text, self.shown, self.stopped = "", 0, False
 
     def push(self, ids: Sequence[int]) -> str:
-        """What these ids let be shown; `stopped` is set once a stop string has come, which is cut off."""
+        """Returns the text that these ids complete; `stopped` is set once a stop string has come, which is cut off."""
         for token in ids:
             if self.stopped or token in self.stop_ids:
                 break
@@ -28,7 +28,7 @@ class Reply:
         return self._show(len(self.text) if self.stopped else len(self.text) - self._held())
 
     def finish(self) -> str:
-        """What is left once no more ids come; bytes that are no character become U+FFFD."""
+        """Returns the text that is left once no more ids come; bytes that are no character become U+FFFD."""
         if not self.stopped:
             self.text += self.tokenizer.decode(self.ids)[len(self.text) :]
         return self._show(len(self.text))

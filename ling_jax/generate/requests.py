@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what of it cannot be run."""
+"""Requests to the engine, and the checks that refuse what cannot be run."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

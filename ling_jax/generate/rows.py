@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ling_jax.config import ModelConfig, layer_kinds
+from ling_jax.config import ModelConfig, routed_layers
 from ling_jax.generate.cache import Cache, empty_cache
 from ling_jax.generate.sampling import Kinds, Options, draw, keys_at, log_distribution, logprob_of, penalize, verify
 from ling_jax.generate.serving import Program, row_specs
@@ -26,7 +26,7 @@ from ling_jax.model.model import Ling
 from ling_jax.parallel.mesh import BATCH_AXES, axis_index, manual, pmax
 
 
-class Rows(NamedTuple):
+class DecodingRows(NamedTuple):
     """Where every row stands."""
 
     cache: Cache
@@ -45,20 +45,20 @@ class Rows(NamedTuple):
     drafted_B: jax.Array  # int32 drafts that were run
     accepted_B: jax.Array  # int32 of them that stood
 
-    def of(self, rows_R: jax.Array) -> "Rows":
+    def of(self, rows_R: jax.Array) -> "DecodingRows":
         """Some rows, as rows of their own; B is none, an inactive one."""
         others = jax.tree.map(lambda a: a[rows_R], self._replace(cache=None))
         active_R = others.active_B & (rows_R < self.active_B.size)
         return others._replace(cache=self.cache.rows(rows_R), active_B=active_R)
 
-    def with_rows(self, rows_R: jax.Array, some: "Rows") -> "Rows":
+    def with_rows(self, rows_R: jax.Array, some: "DecodingRows") -> "DecodingRows":
         """The inverse of `of`."""
         mine, theirs = self._replace(cache=None), some._replace(cache=None)
         merged = jax.tree.map(lambda a, b: a.at[rows_R].set(b, mode="drop"), mine, theirs)
         return merged._replace(cache=self.cache.with_rows(rows_R, some.cache))
 
 
-def _distribution(rows: Rows, logits_BV: jax.Array, kinds: Kinds) -> jax.Array:
+def _distribution(rows: DecodingRows, logits_BV: jax.Array, kinds: Kinds) -> jax.Array:
     """Log-probabilities [B, V] of the token at position `known`."""
     if rows.options.bias_BV.shape[1]:
         logits_BV = logits_BV + rows.options.bias_BV
@@ -67,7 +67,7 @@ def _distribution(rows: Rows, logits_BV: jax.Array, kinds: Kinds) -> jax.Array:
     return log_distribution(logits_BV, rows.options, kinds)
 
 
-def _tokens_at(rows: Rows, slots_BT: jax.Array) -> jax.Array:
+def _tokens_at(rows: DecodingRows, slots_BT: jax.Array) -> jax.Array:
     last_slot = rows.tokens_BS.shape[1] - 1
     return jnp.take_along_axis(rows.tokens_BS, jnp.minimum(slots_BT, last_slot), axis=1)
 
@@ -77,7 +77,7 @@ def _write(array_BS: jax.Array, slot_B: jax.Array, where_B: jax.Array, value_B: 
     return array_BS.at[at].set(value_B, mode="drop")
 
 
-def _run(model: Ling, rows: Rows, slots_BT: jax.Array, valid_BT: jax.Array) -> tuple[Rows, jax.Array]:
+def _run(model: Ling, rows: DecodingRows, slots_BT: jax.Array, valid_BT: jax.Array) -> tuple[DecodingRows, jax.Array]:
     """Runs the tokens of these slots through the trunk; returns its output too."""
     out = model.hidden(_tokens_at(rows, slots_BT), segment_ids_BT=valid_BT.astype(jnp.int32), cache=rows.cache)
     routing_BSLK = rows.routing_BSLK
@@ -88,8 +88,10 @@ def _run(model: Ling, rows: Rows, slots_BT: jax.Array, valid_BT: jax.Array) -> t
     return rows._replace(cache=out.cache, routing_BSLK=routing_BSLK), out.hidden_BTD
 
 
-def _draw(rows: Rows, token_B: jax.Array, drawn_BV: jax.Array, logits_BV: jax.Array, where_B: jax.Array) -> Rows:
-    """With this token at position `known` of some rows, which may end them."""
+def _draw(
+    rows: DecodingRows, token_B: jax.Array, drawn_BV: jax.Array, logits_BV: jax.Array, where_B: jax.Array
+) -> DecodingRows:
+    """Writes this token at position `known` of some rows, which may end them."""
     known_B = rows.known_B + where_B
     model_B = logprob_of(jax.nn.log_softmax(logits_BV, axis=-1), token_B)
     ended_B = (token_B[:, None] == rows.stops_BE).any(1) | (known_B >= rows.limit_B)
@@ -103,8 +105,8 @@ def _draw(rows: Rows, token_B: jax.Array, drawn_BV: jax.Array, logits_BV: jax.Ar
 
 
 def _predict(
-    model: Ling, rows: Rows, hidden_BTD: jax.Array, slots_BT: jax.Array, valid_BT: jax.Array, kinds: Kinds
-) -> Rows:
+    model: Ling, rows: DecodingRows, hidden_BTD: jax.Array, slots_BT: jax.Array, valid_BT: jax.Array, kinds: Kinds
+) -> DecodingRows:
     """Runs the MTP layer where the next token is known by now, and drafts P tokens from position `known` on."""
     valid_BT &= slots_BT + 1 < rows.known_B[:, None]
     here_BTD, cache = model.draft(_tokens_at(rows, slots_BT + 1), hidden_BTD, slots_BT, valid_BT, rows.cache)
@@ -124,7 +126,7 @@ def _predict(
     )
 
 
-def advance(model: Ling, rows: Rows, count: int, kinds: Kinds) -> Rows:
+def advance(model: Ling, rows: DecodingRows, count: int, kinds: Kinds) -> DecodingRows:
     """Runs up to `count` tokens of each active row; rows that have none left draw one."""
     slots_BT = rows.cache.length_B[:, None] + jnp.arange(count)
     valid_BT = (slots_BT < rows.known_B[:, None]) & rows.active_B[:, None]
@@ -139,7 +141,7 @@ def advance(model: Ling, rows: Rows, count: int, kinds: Kinds) -> Rows:
     return rows
 
 
-def speculate(model: Ling, rows: Rows, kinds: Kinds) -> Rows:
+def speculate(model: Ling, rows: DecodingRows, kinds: Kinds) -> DecodingRows:
     """Runs the last token and the drafts of each active row; draws one token more than drafts stand."""
     before, count = rows, rows.drafts_BP.shape[1]
     for i in range(count):
@@ -168,10 +170,12 @@ def speculate(model: Ling, rows: Rows, kinds: Kinds) -> Rows:
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(3,))
-def prefill(program: Program, params, bias, rows: Rows, rows_R: jax.Array, count: int, kinds: Kinds) -> Rows:
+def prefill(
+    program: Program, params, bias, rows: DecodingRows, rows_R: jax.Array, count: int, kinds: Kinds
+) -> DecodingRows:
     """Runs up to `count` tokens of some rows; on a mesh, each part of `rows_R` names rows of that part."""
 
-    def run(model: Ling, rows: Rows, rows_R: jax.Array) -> Rows:
+    def run(model: Ling, rows: DecodingRows, rows_R: jax.Array) -> DecodingRows:
         return rows.with_rows(rows_R, advance(model, rows.of(rows_R), count, kinds))
 
     return program(run, params, bias, rows, rows_R, specs=(PartitionSpec(BATCH_AXES),))
@@ -179,12 +183,12 @@ def prefill(program: Program, params, bias, rows: Rows, rows_R: jax.Array, count
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=(3,))
 def decode(
-    program: Program, params, bias, rows: Rows, kinds: Kinds, steps: jax.Array, until_one_ends: jax.Array
-) -> Rows:
+    program: Program, params, bias, rows: DecodingRows, kinds: Kinds, steps: jax.Array, until_one_ends: jax.Array
+) -> DecodingRows:
     """Makes up to `steps` steps of every active row, in a loop on the device; ends early once no row is active, or if
     asked once one has ended, whose place another can take."""
 
-    def run(model: Ling, rows: Rows, steps: jax.Array, until_one_ends: jax.Array) -> Rows:
+    def run(model: Ling, rows: DecodingRows, steps: jax.Array, until_one_ends: jax.Array) -> DecodingRows:
         first_B = rows.active_B
 
         def goes_on(carry):
@@ -201,7 +205,7 @@ def decode(
     return program(run, params, bias, rows, steps, until_one_ends, specs=(PartitionSpec(), PartitionSpec()))
 
 
-def one_step(model: Ling, rows: Rows, kinds: Kinds) -> Rows:
+def one_step(model: Ling, rows: DecodingRows, kinds: Kinds) -> DecodingRows:
     """A step of decoding, with drafts or without."""
     return speculate(model, rows, kinds) if rows.drafts_BP.shape[1] else advance(model, rows, 1, kinds)
 
@@ -210,7 +214,7 @@ Scalar = int | jax.Array
 
 
 class Place(NamedTuple):
-    """What a row is given to do."""
+    """The request that a row is given, as arrays."""
 
     row: Scalar  # of all
     source: Scalar  # a row of the same part of the mesh, whose first tokens' keys and values it takes over
@@ -223,10 +227,10 @@ class Place(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
-def place(mesh: Mesh | None, rows: Rows, new: Place, options: Options) -> Rows:
+def place(mesh: Mesh | None, rows: DecodingRows, new: Place, options: Options) -> DecodingRows:
     """Gives a row to a request; `options` are all rows'."""
 
-    def run(rows: Rows, new: Place, options: Options) -> Rows:
+    def run(rows: DecodingRows, new: Place, options: Options) -> DecodingRows:
         here, first = rows.known_B.size, axis_index(*BATCH_AXES) * rows.known_B.size
         row = jnp.where((new.row >= first) & (new.row < first + here), new.row - first, here)
         source = jnp.clip(new.source - first, 0, here - 1)
@@ -267,12 +271,11 @@ def empty_rows(
     dtype: jnp.dtype,
     routing: bool,
     tensor: int = 1,
-) -> Rows:
+) -> DecodingRows:
     """`batch` rows of up to `slots` tokens, none of them active; `tensor` as in `empty_cache`."""
-    layers = sum(kind.endswith("_moe") for kind in layer_kinds(config))
-    routed = (batch, slots, layers, config.num_experts_per_tok)
-    return Rows(
-        cache=empty_cache(config, batch, slots, dtype, mtp=drafts > 0, tensor=tensor),
+    routed = (batch, slots, routed_layers(config, mtp=False), config.num_experts_per_tok)
+    return DecodingRows(
+        cache=empty_cache(config, batch, slots, dtype, drafts=drafts, tensor=tensor),
         tokens_BS=jnp.zeros((batch, slots), jnp.int32),
         logprobs_BS=jnp.zeros((batch, slots), jnp.float32),
         model_logprobs_BS=jnp.zeros((batch, slots), jnp.float32),

@@ -16,8 +16,9 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What a token is drawn from, in this order: logits, `logit_bias` added, penalties, division by the temperature,
-    then the smallest part that passes `top_k`, `top_p` and `min_p`, each taken of what the one before it left."""
+    """The distribution that a token is drawn from is made in this order: logits, `logit_bias` added, penalties,
+    division by the temperature, then the smallest part that passes `top_k`, `top_p` and `min_p`, each taken of what the
+    one before it left."""
 
     temperature: float = 0.0  # 0 takes the best token
     top_p: float = 1.0  # the fewest best tokens that hold this much probability; 1 keeps all
@@ -68,7 +69,7 @@ class Options(NamedTuple):
 
 
 class Kinds(NamedTuple):
-    """What any row needs, so that what none needs is not in the program."""
+    """The options that any row uses: what none uses is not in the program."""
 
     sampled: bool = False
     filtered: bool = False

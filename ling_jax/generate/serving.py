@@ -16,9 +16,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ling_jax.config import ModelConfig
+from ling_jax.config.parameters import quantised
 from ling_jax.kernels.fp8 import quantise_weight
 from ling_jax.model.attention import head_rows
-from ling_jax.model.linear import IN_FP8
 from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
 from ling_jax.parallel.mesh import BATCH_AXES, manual
 
@@ -49,19 +50,19 @@ class Program(NamedTuple):
 
 
 def row_specs(rows: Any) -> Any:
-    """How `generate.rows.Rows` are split: caches by `Cache.specs`, all else [B, ...] over rows."""
+    """How `generate.rows.DecodingRows` are split: caches by `Cache.specs`, all else [B, ...] over rows."""
     others = jax.tree.map(lambda _: PartitionSpec(BATCH_AXES), rows._replace(cache=None))
     return others._replace(cache=rows.cache.specs())
 
 
-def in_fp8(params: Any) -> Any:
-    """Parameters with the weights of IN_FP8 as `FP8Weight`."""
+def in_fp8(config: ModelConfig, params: Any) -> Any:
+    """Parameters, those of `config.parameters.quantised` as `FP8Weight`."""
+    in_blocks = quantised(config)
 
-    def quantised(path: Any, value: jax.Array) -> Any:
-        *_, module, name = (key.key for key in path)
-        return quantise_weight(value) if module in IN_FP8 and name == "weight" else value
+    def as_served(path: Any, value: jax.Array) -> Any:
+        return quantise_weight(value) if tuple(key.key for key in path) in in_blocks else value
 
-    return jax.tree_util.tree_map_with_path(quantised, params)
+    return jax.tree_util.tree_map_with_path(as_served, params)
 
 
 def serving_model(model: Ling) -> Ling:
@@ -79,18 +80,24 @@ def serve(model: Ling, mesh: Mesh | None, fp8: bool = False) -> tuple[Program, A
     if fp8:
         model.mesh.check_fp8(model.config)
     if mesh is None:
-        return Program(graph, None), jax.jit(in_fp8)(params) if fp8 else params, bias
-    target = serving_model(model)
-    graph, _, _ = split_model(target)
+        return Program(graph, None), _quantised(model.config, params) if fp8 else params, bias
+    graph, _, _ = split_model(serving_model(model))
+    return Program(graph, mesh), _arranged(graph, mesh, fp8, params, bias), bias
+
+
+_quantised = jax.jit(in_fp8, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _arranged(graph: nnx.GraphDef, mesh: Mesh, fp8: bool, params: Any, bias: Any) -> Any:
+    """Parameters where and in the order in which a serving model computes with them; compiled once for all weights."""
+    model = nnx.merge(graph, params, bias)
     rows = head_rows(model.config, model.mesh.tensor).reshape(-1)
 
     def arrange(path: Any, value: jax.Array) -> jax.Array:
         fused = jax.tree_util.keystr(path, simple=True, separator=".").endswith("query_key_value.weight")
         return value[..., rows, :] if fused else value
 
-    def arranged(params: Any) -> Any:
-        params = jax.tree_util.tree_map_with_path(arrange, params)
-        return in_fp8(params) if fp8 else params
-
-    shardings = jax.tree.map(partial(NamedSharding, mesh), param_specs(target))
-    return Program(graph, mesh), jax.jit(arranged, out_shardings=shardings)(params), bias
+    params = jax.tree_util.tree_map_with_path(arrange, params)
+    shardings = jax.tree.map(partial(NamedSharding, mesh), param_specs(model))
+    return jax.lax.with_sharding_constraint(in_fp8(model.config, params) if fp8 else params, shardings)

@@ -1,6 +1,7 @@
 """Text in, text out, over an engine: streamed answers, files of prompts, conversations."""
 
 import dataclasses
+import io
 import json
 import signal
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 from ling_jax.data.chat import checked_messages
 from ling_jax.data.tokenizer import Tokenizer, check_text
+from ling_jax.files.paths import at, open_to_read
 from ling_jax.generate.engine import Answer, Engine, Request
 from ling_jax.generate.reply import Reply
 
@@ -101,12 +103,13 @@ def read_prompts(file: str, check: Callable[[dict[str, Any]], None] = lambda rec
     "tools").
 
     Args:
+      file: local or in a bucket.
       check: raises ValueError for a record that cannot be used.
     Raises:
       ValueError: names every line that is none, with what is wrong with it.
     """
     records, wrong = [], {}
-    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with io.TextIOWrapper(open_to_read(at(file)), encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -125,7 +128,7 @@ def read_prompts(file: str, check: Callable[[dict[str, Any]], None] = lambda rec
 
 
 class _NoRecord(ValueError):
-    """What follows the number of a line that holds none."""
+    """The reason why a line holds no record, which follows its number in the message."""
 
 
 def _record(line: str) -> dict[str, Any]:

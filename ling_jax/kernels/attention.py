@@ -6,7 +6,6 @@
 Legend: B rows, T queries, t of a chunk, S keys, H query heads, G kv heads, M = H/G, R = M*t, C head_dim.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ling_jax.kernels import native
+from ling_jax.kernels.choose import Kernel, pallas
 from ling_jax.kernels.precision import precision_of
 from ling_jax.kernels.splash import splash, splash_bwd
 
@@ -22,7 +22,7 @@ QUERY_CHUNK = 1024
 MASKED = -1e30  # finite: a row that sees no key gives a mean, not NaN
 
 
-class Answer(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention over some keys, to be merged with that over others."""
 
     out_BTHC: jax.Array  # float32
@@ -49,14 +49,16 @@ def _unrows(x_BGRC: jax.Array, queries: int) -> jax.Array:
     return x_BtGMC.reshape(batch, queries, -1, width)
 
 
-def _scores(q_BGRC, k_BGSC, seen_BtS, scale):
+def _scores(q_BGRC: jax.Array, k_BGSC: jax.Array, seen_BtS: jax.Array, scale: float):
     """float32 [B, G, R, S]."""
     repeats = q_BGRC.shape[2] // seen_BtS.shape[1]
     seen_B1RS = jnp.tile(seen_BtS, (1, repeats, 1))[:, None]
     return jnp.where(seen_B1RS, _product("bgrc,bgsc->bgrs", q_BGRC, k_BGSC) * scale, MASKED)
 
 
-def _answer(q_BtHC, k_BGSC, v_BGSC, seen_BtS, scale) -> tuple[jax.Array, jax.Array]:
+def _answer(
+    q_BtHC: jax.Array, k_BGSC: jax.Array, v_BGSC: jax.Array, seen_BtS: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
     """The fields of an Answer; a query that sees no key gets the mean of all values."""
     scores = _scores(_rows(q_BtHC, k_BGSC.shape[1]), k_BGSC, seen_BtS, scale)
     top = scores.max(-1, keepdims=True)
@@ -67,7 +69,16 @@ def _answer(q_BtHC, k_BGSC, v_BGSC, seen_BtS, scale) -> tuple[jax.Array, jax.Arr
     return _unrows(out, queries), _unrows(top + jnp.log(total), queries)[..., 0]
 
 
-def _gradients(q_BtHC, k_BGSC, v_BGSC, seen_BtS, lse_BtH, delta_BtH, g_BtHC, scale) -> Gradients:
+def _gradients(
+    q_BtHC: jax.Array,
+    k_BGSC: jax.Array,
+    v_BGSC: jax.Array,
+    seen_BtS: jax.Array,
+    lse_BtH: jax.Array,
+    delta_BtH: jax.Array,
+    g_BtHC: jax.Array,
+    scale: float,
+) -> Gradients:
     """dq [B, t, H, C], dk and dv [B, G, S, C]."""
     q, lse, delta, g = (_rows(x, k_BGSC.shape[1]) for x in (q_BtHC, lse_BtH[..., None], delta_BtH[..., None], g_BtHC))
     weights = jnp.exp(_scores(q, k_BGSC, seen_BtS, scale) - lse)
@@ -83,7 +94,7 @@ def _chunks(queries: int) -> list[slice]:
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
-def _seen(q_segments_BT, kv_segments_BS, mine: slice, causal: bool) -> tuple[slice, jax.Array]:
+def _seen(q_segments_BT: jax.Array, kv_segments_BS: jax.Array, mine: slice, causal: bool) -> tuple[slice, jax.Array]:
     """The keys that a chunk of queries can need, and whether each query sees each of them."""
     keys = slice(0, mine.stop if causal else None)
     seen_BtS = kv_segments_BS[:, None, keys] == q_segments_BT[:, mine, None]
@@ -92,7 +103,16 @@ def _seen(q_segments_BT, kv_segments_BS, mine: slice, causal: bool) -> tuple[sli
     return keys, seen_BtS
 
 
-def _xla(q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, *, scale, causal) -> tuple[jax.Array, jax.Array]:
+def _xla(
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
     """In chunks of queries, so that memory grows with S and not with T x S."""
     k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
     parts = []
@@ -104,7 +124,17 @@ def _xla(q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, *, scale, causal
 
 
 def _xla_bwd(
-    q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC, *, scale, causal
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    out_BTHC: jax.Array,
+    lse_BTH: jax.Array,
+    g_BTHC: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
 ) -> Gradients:
     k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
     delta_BTH = (g_BTHC.astype(jnp.float32) * out_BTHC.astype(jnp.float32)).sum(-1)
@@ -122,22 +152,30 @@ _native = native.or_else("attention", native.attention, _xla)
 _native_bwd = native.or_else("attention_gradients", native.attention_gradients, _xla_bwd)
 
 
-def _choose(
-    implementation: str, functions: tuple[Callable, Callable, Callable], *args: jax.Array, **static: Any
-) -> Any:
-    xla, kernel, in_cpp = (partial(f, **static) for f in functions)
-    if any(x.dtype != args[0].dtype or x.dtype not in native.DTYPES for x in args[:3]):
-        in_cpp = xla
-    if implementation == "xla":
-        return xla(*args)
-    if implementation == "native":
-        return jax.lax.platform_dependent(*args, cpu=in_cpp, default=xla)
-    interpreted = partial(kernel, interpret=True)
-    compiled = partial(kernel, interpret=False)
-    if implementation == "splash":
-        return jax.lax.platform_dependent(*args, cpu=interpreted, default=compiled)
-    # Decided by the platform that the program is lowered for, never by the machine that compiles it.
-    return jax.lax.platform_dependent(*args, cpu=in_cpp, tpu=compiled, default=xla)
+def _in_cpp(*args: jax.Array, **static: Any) -> tuple[jax.Array, jax.Array]:
+    return (_native if _known(*args) else _xla)(*args, **static)
+
+
+def _in_cpp_bwd(*args: jax.Array, **static: Any) -> Gradients:
+    return (_native_bwd if _known(*args) else _xla_bwd)(*args, **static)
+
+
+def _known(q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array) -> bool:
+    return q.dtype in native.DTYPES and q.dtype == k.dtype == v.dtype
+
+
+_FORWARD = Kernel(
+    cpu=_in_cpp,
+    tpu=partial(splash, interpret=False),
+    rest=_xla,
+    named={"native": Kernel(cpu=_in_cpp, rest=_xla), "splash": pallas(splash), "xla": _xla},
+)
+_BACKWARD = Kernel(
+    cpu=_in_cpp_bwd,
+    tpu=partial(splash_bwd, interpret=False),
+    rest=_xla_bwd,
+    named={"native": Kernel(cpu=_in_cpp_bwd, rest=_xla_bwd), "splash": pallas(splash_bwd), "xla": _xla_bwd},
+)
 
 
 def attend(
@@ -150,7 +188,7 @@ def attend(
     scale: float,
     causal: bool,
     implementation: str = "auto",
-) -> Answer:
+) -> PartialAttention:
     """Softmax attention of each query over those of the given keys that are of its segment (spec 2.3).
 
     Scores and softmax are float32. Not differentiable: see `attend_bwd`.
@@ -164,11 +202,13 @@ def attend(
       A query that sees no key has out 0 and an lse of MASKED, which counts for nothing in a merge.
     """
     args = (q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS)
-    answer = Answer(*_choose(implementation, (_xla, splash, _native), *args, scale=scale, causal=causal))
+    answer = PartialAttention(*_FORWARD(*args, implementation=implementation, scale=scale, causal=causal))
     if causal:
         return answer  # each query sees itself
     lonely_BTH = answer.lse_BTH < MASKED / 2
-    return Answer(jnp.where(lonely_BTH[..., None], 0, answer.out_BTHC), jnp.where(lonely_BTH, MASKED, answer.lse_BTH))
+    return PartialAttention(
+        jnp.where(lonely_BTH[..., None], 0, answer.out_BTHC), jnp.where(lonely_BTH, MASKED, answer.lse_BTH)
+    )
 
 
 def attend_bwd(
@@ -194,7 +234,7 @@ def attend_bwd(
     """
     lse_BTH = jnp.where(lse_BTH < MASKED / 2, 0, lse_BTH)  # weights of 0, not of 1, where no key is seen
     args = (q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC)
-    return _choose(implementation, (_xla_bwd, splash_bwd, _native_bwd), *args, scale=scale, causal=causal)
+    return _BACKWARD(*args, implementation=implementation, scale=scale, causal=causal)
 
 
 def keep(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -219,14 +259,16 @@ def attention(
     return _attention_fwd(q_BTHC, k_BTGC, v_BTGC, segments_BT, scale, implementation)[0]
 
 
-def _attention_fwd(q_BTHC, k_BTGC, v_BTGC, segments_BT, scale, implementation):
+def _attention_fwd(
+    q_BTHC: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array, segments_BT: jax.Array, scale: float, implementation: str
+):
     args = (q_BTHC, k_BTGC, v_BTGC, segments_BT, segments_BT)
     answer = attend(*args, scale=scale, causal=True, implementation=implementation)
     out_BTHC, lse_BTH = keep(answer.out_BTHC.astype(q_BTHC.dtype), answer.lse_BTH)
     return out_BTHC, (*args, out_BTHC, lse_BTH)
 
 
-def _attention_bwd(scale, implementation, saved, g_BTHC):
+def _attention_bwd(scale: float, implementation: str, saved: Any, g_BTHC: jax.Array):
     q_BTHC, k_BTGC, v_BTGC, q_segments_BT, kv_segments_BT, out_BTHC, lse_BTH = saved
     dq, dk, dv = attend_bwd(
         q_BTHC, k_BTGC, v_BTGC, q_segments_BT, kv_segments_BT, out_BTHC, lse_BTH, g_BTHC,

@@ -16,50 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from ling_jax.kernels import fp8_tpu
+from ling_jax.kernels.choose import Kernel, pallas
 from ling_jax.kernels.fp8 import BLOCK, FP8Weight, block_max, codes_of, each, scales_of
 from ling_jax.kernels.grouped import grouped_product, grouped_weight_gradient, groups_of_blocks
 from ling_jax.kernels.precision import dot
 
 TINY = 2.0**-100  # a tile's greatest magnitude counts as no less: an ordinary float32 as its scale
 
-# What `MasterWeight.watch` sums of each operand but the weight, and which these are.
+# What `kernels.weight.MasterWeight.watch` sums of each operand but the weight, and which these are.
 OPERANDS = ("inputs", "gradients", "gradients_by_rows", "inputs_by_rows")  # the last two of the weight's gradient
 SUMS = ("nonzero", "lost", "product", "square", "quantised_square")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MasterWeight:
-    """A weight [..., O, I] in training: products read `quantised`, their gradient is that of `master`."""
-
-    master: jax.Array
-    quantised: FP8Weight
-    watch: jax.Array | None = None  # float32 zeros [..., OPERANDS, SUMS], whose gradient is what was to be watched
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.master.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.master.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.master.ndim
-
-    def __getitem__(self, index: object) -> "MasterWeight":
-        assert index is ..., "parts are taken of its arrays"
-        return self
-
-    def hollow(self) -> "MasterWeight":
-        """What a backward pass needs of it: a master that was gathered to be here is not kept, nor gathered again."""
-        return MasterWeight(jnp.zeros((), self.dtype), self.quantised, self.watch)
-
-    def gradient(self, of_master: jax.Array, watched: jax.Array | None) -> Any:
-        """The gradient of all this, for a custom VJP; codes have none."""
-        none: Any = None
-        return MasterWeight(of_master.astype(self.dtype), none, watched)
 
 
 @jax.tree_util.register_dataclass
@@ -76,25 +42,27 @@ class Tiles:
         return self.codes.astype(jnp.float32) * each(self.scales, self.dim, self.codes.shape[self.dim])
 
 
+def _quantise(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
+    scales = scales_of(block_max(jnp.abs(x.astype(jnp.float32)), dim, BLOCK), TINY)
+    return codes_of(x, each(scales, dim, x.shape[dim])), scales
+
+
+def _quantise_kernel(x: jax.Array, dim: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    codes, scales = fp8_tpu.quantise(_fill(x, BLOCK, BLOCK), dim, TINY, interpret=interpret)
+    return codes[: x.shape[0], : x.shape[1]], jax.lax.slice_in_dim(scales, 0, x.shape[1 - dim], axis=1 - dim)
+
+
+_QUANTISE = Kernel(
+    tpu=partial(_quantise_kernel, interpret=False),
+    rest=_quantise,
+    named={"xla": _quantise, "pallas": pallas(_quantise_kernel)},
+)
+
+
 def quantise_tiles(x: jax.Array, dim: int, implementation: str = "auto") -> Tiles:
     """[A, B] in tiles of 128 along `dim`: scale = amax * float32(1 / 448), code = x / scale; "xla", "pallas" (for TPU;
     interpreted on CPU) or "auto"."""
-
-    def xla(x):
-        scales = scales_of(block_max(jnp.abs(x.astype(jnp.float32)), dim, BLOCK), TINY)
-        return codes_of(x, each(scales, dim, x.shape[dim])), scales
-
-    def kernel(x, interpret):
-        codes, scales = fp8_tpu.quantise(_fill(x, BLOCK, BLOCK), dim, TINY, interpret=interpret)
-        return codes[: x.shape[0], : x.shape[1]], jax.lax.slice_in_dim(scales, 0, x.shape[1 - dim], axis=1 - dim)
-
-    compiled = partial(kernel, interpret=False)
-    if implementation == "xla":
-        codes, scales = xla(x)
-    elif implementation == "pallas":
-        codes, scales = jax.lax.platform_dependent(x, cpu=partial(kernel, interpret=True), default=compiled)
-    else:
-        codes, scales = jax.lax.platform_dependent(x, tpu=compiled, default=xla)
+    codes, scales = _QUANTISE(x, implementation=implementation, dim=dim)
     return Tiles(codes, scales, dim)
 
 
@@ -119,7 +87,7 @@ def _inside(y_RN: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
     return jnp.where((jnp.arange(y_RN.shape[0]) < sizes_E.sum())[:, None], y_RN, 0)
 
 
-def _multiplied_out(x: Tiles, w: FP8Weight, sizes_E, out_dim, dtype):
+def _multiplied_out(x: Tiles, w: FP8Weight, sizes_E: jax.Array | None, out_dim: int, dtype: jnp.dtype):
     """On CPU, where FP8 is no faster: the values that codes and scales stand for, in float32."""
     x_RK, weight = x.multiplied_out(), w.astype(jnp.dtype(jnp.float32))
     if sizes_E is None:
@@ -127,14 +95,14 @@ def _multiplied_out(x: Tiles, w: FP8Weight, sizes_E, out_dim, dtype):
     return grouped_product(x_RK, weight, sizes_E, BLOCK, out_dim).astype(dtype)
 
 
-def _multiplied_out_dw(g: Tiles, x: Tiles, sizes_E):
+def _multiplied_out_dw(g: Tiles, x: Tiles, sizes_E: jax.Array | None):
     g_RO, x_RI = g.multiplied_out(), x.multiplied_out()
     if sizes_E is None:
         return dot(g_RO, x_RI, ((0,), (0,)))
     return grouped_weight_gradient(g_RO, x_RI, sizes_E, BLOCK)
 
 
-def _loop(x: Tiles, w: FP8Weight, sizes_E, out_dim, dtype):
+def _loop(x: Tiles, w: FP8Weight, sizes_E: jax.Array | None, out_dim: int, dtype: jnp.dtype):
     """Block by block of the contracted dim, so that no more than one product of [R, N] is there."""
     codes_RK = _fill(x.codes, 1, BLOCK)
     w_codes = _fill(w.codes, *((1, BLOCK) if out_dim == 1 else (BLOCK, 1)))
@@ -161,7 +129,7 @@ def _loop(x: Tiles, w: FP8Weight, sizes_E, out_dim, dtype):
     return _inside(jax.lax.fori_loop(0, codes_RK.shape[1] // BLOCK, body, zeros), sizes_E).astype(dtype)
 
 
-def _loop_dw(g: Tiles, x: Tiles, sizes_E):
+def _loop_dw(g: Tiles, x: Tiles, sizes_E: jax.Array | None):
     g_codes, x_codes = _fill(g.codes, BLOCK, 1), _fill(x.codes, BLOCK, 1)
     blocks, groups = g_codes.shape[0] // BLOCK, 1 if sizes_E is None else sizes_E.size
     groups_J = jnp.zeros(blocks, jnp.int32) if sizes_E is None else groups_of_blocks(sizes_E, blocks, BLOCK)
@@ -176,18 +144,18 @@ def _loop_dw(g: Tiles, x: Tiles, sizes_E):
     return total_EOI[0] if sizes_E is None else total_EOI
 
 
-def _kernel(x: Tiles, w: FP8Weight, sizes_E, out_dim, dtype, interpret):
+def _kernel(x: Tiles, w: FP8Weight, sizes_E: jax.Array | None, out_dim: int, dtype: jnp.dtype, interpret: bool):
     codes_RK = _fill(x.codes, BLOCK, BLOCK)
     w_codes, w_scales = _fill(w.codes, BLOCK, BLOCK), w.scales
     sizes = sizes_E
     if sizes is None:
         w_codes, w_scales, sizes = w_codes[None], w_scales[None], jnp.array([codes_RK.shape[0]], jnp.int32)
-    options = dict(out_dim=out_dim, dtype=dtype, interpret=interpret)
+    options: dict[str, Any] = dict(out_dim=out_dim, dtype=dtype, interpret=interpret)
     y_RN = fp8_tpu.product(codes_RK, _fill(x.scales, BLOCK, 1), w_codes, w_scales, sizes, **options)
     return _inside(y_RN[: x.codes.shape[0], : w.codes.shape[w.codes.ndim - 3 + out_dim]], sizes_E)
 
 
-def _kernel_dw(g: Tiles, x: Tiles, sizes_E, interpret):
+def _kernel_dw(g: Tiles, x: Tiles, sizes_E: jax.Array | None, interpret: bool):
     g_codes, x_codes = (_fill(tiles.codes, BLOCK, BLOCK) for tiles in (g, x))
     g_scales, x_scales = (_fill(tiles.scales, 1, BLOCK) for tiles in (g, x))
     sizes = jnp.array([g_codes.shape[0]], jnp.int32) if sizes_E is None else sizes_E
@@ -196,16 +164,18 @@ def _kernel_dw(g: Tiles, x: Tiles, sizes_E, interpret):
     return dw_EOI[0] if sizes_E is None else dw_EOI
 
 
-def _choose(implementation: str, functions: tuple[Any, Any, Any], args: Any) -> jax.Array:
-    multiplied_out, loop, kernel = functions
-    if implementation == "multiplied_out":
-        return multiplied_out(*args)
-    if implementation == "loop":
-        return loop(*args)
-    compiled = partial(kernel, interpret=False)
-    if implementation == "pallas":
-        return jax.lax.platform_dependent(*args, cpu=partial(kernel, interpret=True), default=compiled)
-    return jax.lax.platform_dependent(*args, cpu=multiplied_out, tpu=compiled, default=loop)
+_PRODUCT = Kernel(
+    cpu=_multiplied_out,
+    tpu=partial(_kernel, interpret=False),
+    rest=_loop,
+    named={"multiplied_out": _multiplied_out, "loop": _loop, "pallas": pallas(_kernel)},
+)
+_WEIGHT_GRADIENT = Kernel(
+    cpu=_multiplied_out_dw,
+    tpu=partial(_kernel_dw, interpret=False),
+    rest=_loop_dw,
+    named={"multiplied_out": _multiplied_out_dw, "loop": _loop_dw, "pallas": pallas(_kernel_dw)},
+)
 
 
 def product(
@@ -225,45 +195,11 @@ def product(
         or "auto".
     """
     assert x.dim == 1
-    options = dict(out_dim=out_dim, dtype=jnp.dtype(dtype))
-    functions = partial(_multiplied_out, **options), partial(_loop, **options), partial(_kernel, **options)
-    return _choose(implementation, functions, (x, w, sizes_E))
+    return _PRODUCT(x, w, sizes_E, implementation=implementation, out_dim=out_dim, dtype=jnp.dtype(dtype))
 
 
 def weight_gradient(g: Tiles, x: Tiles, sizes_E: jax.Array | None, implementation: str = "auto") -> jax.Array:
     """float32 [E, O, I] (or [O, I]): the sum of g_r x_r^T over the rows r of each group, 0 for an empty one; both are
     quantised along dim 0. See `product`."""
     assert g.dim == x.dim == 0
-    return _choose(implementation, (_multiplied_out_dw, _loop_dw, _kernel_dw), (g, x, sizes_E))
-
-
-def gradients(g_RO: jax.Array, x_RI: jax.Array, w: MasterWeight, sizes_E: jax.Array | None = None) -> Any:
-    """The weight's, with what it watches of all four operands but the weight itself."""
-    g, x = quantise_tiles(g_RO, 0), quantise_tiles(x_RI, 0)
-    sums = None
-    if w.watch is not None:
-        rows = [(a, quantise_tiles(a, 1)) for a in (x_RI, g_RO)]
-        pairs = (*rows, (g_RO, g), (x_RI, x))
-        sums = jnp.stack([deviation(a, tiles.multiplied_out()) for a, tiles in pairs])
-    return w.gradient(weight_gradient(g, x, sizes_E), sums)
-
-
-@jax.custom_vjp
-def linear(x: jax.Array, w: MasterWeight) -> jax.Array:
-    """`kernels.linear.linear` in FP8: [..., I] -> [..., O] in x's dtype."""
-    y_RO = product(quantise_tiles(x.reshape(-1, x.shape[-1]), 1), w.quantised, None, 1, x.dtype)
-    return y_RO.reshape(*x.shape[:-1], -1)
-
-
-def _linear_fwd(x, w):
-    return linear(x, w), (x, w.hollow())
-
-
-def _linear_bwd(saved, g):
-    x, w = saved
-    g_RO, x_RI = (a.reshape(-1, a.shape[-1]) for a in (g, x))
-    dx_RI = product(quantise_tiles(g_RO, 1), w.quantised, None, 2, x.dtype)
-    return dx_RI.reshape(x.shape), gradients(g_RO, x_RI, w)
-
-
-linear.defvjp(_linear_fwd, _linear_bwd)
+    return _WEIGHT_GRADIENT(g, x, sizes_E, implementation=implementation)

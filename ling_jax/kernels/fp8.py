@@ -4,13 +4,15 @@ Legend: R rows sorted by group, E groups (experts), I inputs, O outputs, b block
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ling_jax.config.run import FP8_BLOCK
+from ling_jax.config.mesh import FP8_BLOCK
+from ling_jax.kernels import work
 from ling_jax.kernels.precision import kernel_precision
 
 BLOCK = FP8_BLOCK
@@ -38,10 +40,6 @@ class FP8Weight:
     @property
     def dtype(self) -> jnp.dtype:
         return self.codes.dtype
-
-    def __getitem__(self, index: object) -> "FP8Weight":
-        assert index is ..., "parts are taken of codes and scales"
-        return self
 
     def astype(self, dtype: jnp.dtype) -> jax.Array:
         """Codes times their scales, in float32, then as `dtype`."""
@@ -84,7 +82,7 @@ def quantise_weight(w: jax.Array) -> FP8Weight:
     return FP8Weight(codes_of(w, _each(scales, w.shape)), scales)
 
 
-def _kernel(codes_of_ref, scales_of_ref, x_ref, codes_ref, scales_ref, out_ref):
+def _kernel(codes_of_ref: Any, scales_of_ref: Any, x_ref: Any, codes_ref: Any, scales_ref: Any, out_ref: Any):
     """One row times a tile of its group's weight."""
     del codes_of_ref, scales_of_ref
     total = jnp.zeros((1, out_ref.shape[-1]), jnp.float32)
@@ -135,3 +133,6 @@ def rows_product(
     call = pl.pallas_call(_kernel, grid_spec=grid, out_shape=out, interpret=interpret, name="fp8_rows")
     with kernel_precision(x_RI.dtype):
         return call(groups_R + first, groups_R, x_RI[:, None], codes_GOI, scales_EbO)[:, 0]
+
+
+work.register("fp8_rows", work.grouped)

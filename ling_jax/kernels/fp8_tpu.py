@@ -14,12 +14,14 @@ Lower case r, i, o, k, n: its blocks of 128. J steps of a grid.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ling_jax.kernels import work
 from ling_jax.kernels.fp8 import BLOCK, LARGEST
 
 WEIGHT_TILE = 5 << 20  # bytes; the most that a step holds of a weight, of which two are in VMEM
@@ -47,7 +49,17 @@ def tiles(rows: int, groups: int, inner: int, outputs: int) -> tuple[int, int]:
     return _divisor(rows, 256) if groups == 1 else BLOCK, _divisor(outputs, WEIGHT_TILE // inner)
 
 
-def _product_kernel(groups_ref, used_ref, x_ref, x_scales_ref, w_ref, w_scales_ref, out_ref, *, out_dim: int):
+def _product_kernel(
+    groups_ref: Any,
+    used_ref: Any,
+    x_ref: Any,
+    x_scales_ref: Any,
+    w_ref: Any,
+    w_scales_ref: Any,
+    out_ref: Any,
+    *,
+    out_dim: int,
+):
     """A tile of rows times a tile of its group's weight."""
     del groups_ref
     blocks, rows = x_scales_ref.shape
@@ -67,7 +79,7 @@ def _product_kernel(groups_ref, used_ref, x_ref, x_scales_ref, w_ref, w_scales_r
         out_ref[...] = total.astype(out_ref.dtype)
 
 
-def _tile_kernel(x_ref, codes_ref, scales_ref, *, dim: int, floor: float):
+def _tile_kernel(x_ref: Any, codes_ref: Any, scales_ref: Any, *, dim: int, floor: float):
     """Tiles of 128 along `dim`, their scales along lanes: of dim 1 one row of [k, rows] for each 128 columns."""
     x = x_ref[...].astype(jnp.float32)
     scales = jnp.maximum(jnp.abs(x).max(dim, keepdims=True), floor) * jnp.float32(1 / LARGEST)
@@ -169,7 +181,9 @@ def product(
     )(groups_J, used, codes_RK, scales_Rk.T, w_codes_EOI, w_scales_EkN)
 
 
-def _gradient_kernel(groups_ref, blocks_ref, g_ref, g_scales_ref, x_ref, x_scales_ref, out_ref):
+def _gradient_kernel(
+    groups_ref: Any, blocks_ref: Any, g_ref: Any, g_scales_ref: Any, x_ref: Any, x_scales_ref: Any, out_ref: Any
+):
     """Adds a block of rows to a tile of its group's sum, which stays in VMEM until the next group's turn."""
     step = pl.program_id(2)
 
@@ -249,3 +263,7 @@ def weight_gradient(
         interpret=interpret,
         name="fp8_weight_gradient",
     )(groups_J, blocks_J, g_codes_RO, g_scales_rO[:, None], x_codes_RI, x_scales_rI[:, None])
+
+
+work.register("fp8_product|fp8_weight_gradient", partial(work.grouped, rows_first=True))
+work.register("fp8_quantise", lambda call: work.Cost({}))

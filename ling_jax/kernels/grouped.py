@@ -3,53 +3,18 @@
 Legend: R rows, E groups (experts), I inputs, O outputs, J blocks of `block` rows.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from ling_jax.kernels import fp8, megablox, native
+from ling_jax.kernels.choose import Kernel, by_platform, pallas
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.precision import precision_of
 
 MAX_BLOCK = 128
 TILE = 512  # the most rows that a kernel takes at a time
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LayerWeight:
-    """One layer's weights [E, O, I], where they lie in the stack of all: a kernel's operand that is a part of an array
-    would be copied, chosen groups or not."""
-
-    stack_LEOI: jax.Array | FP8Weight
-    layer: jax.Array  # int32 []
-    # To train: the stack once more, handed from layer to layer. Gradients go to it alone: on the way back each layer
-    # writes its part into one array where a scan would stack copies. Every layer must be run, once.
-    through_LEOI: jax.Array | None = None
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.stack_LEOI.dtype
-
-    def __getitem__(self, index: object) -> "LayerWeight":
-        assert index is ..., "a product takes the whole layer"
-        return self
-
-    def own(self) -> jax.Array:
-        """[E, O, I], cut out."""
-        assert isinstance(self.stack_LEOI, jax.Array)
-        return jax.lax.dynamic_index_in_dim(self.stack_LEOI, self.layer, keepdims=False)
-
-    def among_all(self, group_sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """All layers' groups as one row of them, and their sizes: 0 but for this layer's."""
-        stack_LEOI = self.stack_LEOI
-        assert not isinstance(stack_LEOI, FP8Weight)
-        layers, groups = stack_LEOI.shape[:2]
-        sizes = jnp.zeros(layers * groups, jnp.int32)
-        sizes = jax.lax.dynamic_update_slice(sizes, group_sizes_E.astype(jnp.int32), (self.layer * groups,))
-        return stack_LEOI.reshape(layers * groups, *stack_LEOI.shape[2:]), sizes
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
@@ -78,7 +43,7 @@ def groups_of_blocks(group_sizes_E: jax.Array, num_blocks: int, block: int) -> j
     return jnp.searchsorted(ends_E, jnp.arange(num_blocks), side="right").astype(jnp.int32)
 
 
-def _blocked(x_RI, w_EOI, group_sizes_E, block, out_dim):
+def _blocked(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int):
     """Every block times a copy of its group's weight; blocks past the last group meet a zero weight."""
     groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
     w_JOI = w_EOI.astype(x_RI.dtype).at[groups_J].get(mode="fill", fill_value=0)
@@ -86,7 +51,7 @@ def _blocked(x_RI, w_EOI, group_sizes_E, block, out_dim):
     return y.reshape(x_RI.shape[0], -1).astype(x_RI.dtype)
 
 
-def _blocked_dw(g_RO, x_RI, group_sizes_E, block):
+def _blocked_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int):
     num_groups, num_blocks = group_sizes_E.size, x_RI.shape[0] // block
     groups_J = groups_of_blocks(group_sizes_E, num_blocks, block)
     products_JOI = _blocked_dot(g_RO.reshape(num_blocks, block, -1), x_RI.reshape(num_blocks, block, -1), (1, 1))
@@ -99,7 +64,7 @@ def _inside(y_RO: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     return jnp.where(inside_R[:, None], y_RO, 0)
 
 
-def _ragged(x_RI, w_EOI, group_sizes_E, block, out_dim):
+def _ragged(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int):
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (3 - out_dim,)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -116,7 +81,7 @@ def _ragged(x_RI, w_EOI, group_sizes_E, block, out_dim):
     return _inside(y, group_sizes_E).astype(x_RI.dtype)
 
 
-def _ragged_dw(g_RO, x_RI, group_sizes_E, block):
+def _ragged_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int):
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
@@ -125,17 +90,22 @@ def _ragged_dw(g_RO, x_RI, group_sizes_E, block):
     )
 
 
-def _megablox(x_RI, w_EOI, group_sizes_E, block, out_dim, interpret):
+def _megablox(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int, interpret: bool):
     y_RO = megablox.product(x_RI, w_EOI, group_sizes_E, out_dim=out_dim, interpret=interpret)
     return _inside(y_RO, group_sizes_E)
 
 
-def _megablox_dw(g_RO, x_RI, group_sizes_E, block, interpret):
+def _megablox_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int, interpret: bool):
     return megablox.weight_gradient(g_RO, x_RI, group_sizes_E, interpret=interpret)
 
 
-def _fp8_product(x_RI, stack: FP8Weight, layer, group_sizes_E, block):
-    """With one layer of a stack. Few rows read the chosen groups' codes; for many they are multiplied out first."""
+def fp8_grouped_product(
+    x_RI: jax.Array, stack: FP8Weight, layer: jax.Array, group_sizes_E: jax.Array, block: int
+) -> jax.Array:
+    """`grouped_product` with `out_dim` 1 and one layer of a stack of FP8 blocks [L, E, O, I].
+
+    Few rows read the chosen groups' codes; for many they are multiplied out first.
+    """
     groups = stack.shape[1]
     scales = jax.lax.dynamic_index_in_dim(stack.scales, layer, keepdims=False)
     codes = stack.codes.reshape(-1, *stack.shape[2:])
@@ -159,16 +129,14 @@ def _fp8_product(x_RI, stack: FP8Weight, layer, group_sizes_E, block):
     if x_RI.shape[0] > fp8.FEW:
         return multiplied_out(*args)
     whole = all(size % fp8.BLOCK == 0 for size in stack.shape[2:])
-    return jax.lax.platform_dependent(
-        *args, cpu=chosen, tpu=kernel if whole else multiplied_out, default=multiplied_out
-    )
+    return by_platform(*args, cpu=chosen, tpu=kernel if whole else multiplied_out, rest=multiplied_out)
 
 
-def _native(x_RI, w_EOI, group_sizes_E, block, out_dim):
+def _native(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int) -> jax.Array:
     return native.product(x_RI, w_EOI, group_sizes_E, out_dim=out_dim)
 
 
-def _native_dw(g_RO, x_RI, group_sizes_E, block):
+def _native_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int) -> jax.Array:
     return native.weight_gradient(g_RO, x_RI, group_sizes_E)
 
 
@@ -176,28 +144,44 @@ _native_product = native.or_else("grouped_product", _native, _blocked)
 _native_weight_gradient = native.or_else("grouped_weight_gradient", _native_dw, _blocked_dw)
 
 
-def _choose(implementation, functions, rows, other, group_sizes_E):
-    blocked, ragged, kernel, in_cpp = functions
-    if rows.dtype not in native.DTYPES or other.dtype not in native.DTYPES:
-        in_cpp = blocked
-    args = (rows, other, group_sizes_E)
-    if implementation == "blocked":
-        return blocked(*args)
-    if implementation == "ragged":
-        return ragged(*args)
-    if implementation == "native":
-        return jax.lax.platform_dependent(*args, cpu=in_cpp, default=blocked)
-    compiled = partial(kernel, interpret=False)
-    if implementation == "megablox":
-        return jax.lax.platform_dependent(*args, cpu=partial(kernel, interpret=True), default=compiled)
-    # Decided by the platform that the program is lowered for, never by the machine that compiles it. XLA:CPU computes
-    # every group for every row of a ragged product, and so does XLA for some TPUs.
-    return jax.lax.platform_dependent(*args, cpu=in_cpp, tpu=compiled, default=ragged)
+def _in_cpp(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, *, block: int, out_dim: int) -> jax.Array:
+    known = x_RI.dtype in native.DTYPES and w_EOI.dtype in native.DTYPES
+    return (_native_product if known else _blocked)(x_RI, w_EOI, group_sizes_E, block=block, out_dim=out_dim)
+
+
+def _in_cpp_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, *, block: int) -> jax.Array:
+    known = g_RO.dtype in native.DTYPES and x_RI.dtype in native.DTYPES
+    return (_native_weight_gradient if known else _blocked_dw)(g_RO, x_RI, group_sizes_E, block=block)
+
+
+# XLA:CPU computes every group for every row of a ragged product, and so does XLA for some TPUs.
+_PRODUCT = Kernel(
+    cpu=_in_cpp,
+    tpu=partial(_megablox, interpret=False),
+    rest=_ragged,
+    named={
+        "native": Kernel(cpu=_in_cpp, rest=_blocked),
+        "blocked": _blocked,
+        "megablox": pallas(_megablox),
+        "ragged": _ragged,
+    },
+)
+_WEIGHT_GRADIENT = Kernel(
+    cpu=_in_cpp_dw,
+    tpu=partial(_megablox_dw, interpret=False),
+    rest=_ragged_dw,
+    named={
+        "native": Kernel(cpu=_in_cpp_dw, rest=_blocked_dw),
+        "blocked": _blocked_dw,
+        "megablox": pallas(_megablox_dw),
+        "ragged": _ragged_dw,
+    },
+)
 
 
 def grouped_product(
     x_RI: jax.Array,
-    w_EOI: jax.Array | FP8Weight | LayerWeight,
+    w_EOI: jax.Array,
     group_sizes_E: jax.Array,
     block: int,
     out_dim: int = 1,
@@ -207,7 +191,7 @@ def grouped_product(
 
     Args:
       x_RI: rows sorted by group, R a multiple of `block`; rows that only pad must be zero.
-      w_EOI: any float dtype, cast to x's; or FP8 blocks, which few rows read as they are; or a layer of a stack.
+      w_EOI: any float dtype, cast to x's.
       group_sizes_E: int32 rows of each group, padding included, each a multiple of `block`.
       block: rows per block, see `block_rows`.
       implementation: "native" (C++, for CPU; "blocked" where it cannot be built), "blocked" (XLA), "megablox" (Pallas,
@@ -215,15 +199,7 @@ def grouped_product(
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """
-    if isinstance(w_EOI, FP8Weight):
-        w_EOI = LayerWeight(jax.tree.map(lambda a: a[None], w_EOI), jnp.zeros((), jnp.int32))
-    if isinstance(w_EOI, LayerWeight):
-        if isinstance(w_EOI.stack_LEOI, FP8Weight):
-            assert out_dim == 1, "FP8 weights are for inference"
-            return _fp8_product(x_RI, w_EOI.stack_LEOI, w_EOI.layer, group_sizes_E, block)
-        w_EOI, group_sizes_E = w_EOI.among_all(group_sizes_E)
-    functions = [partial(f, block=block, out_dim=out_dim) for f in (_blocked, _ragged, _megablox, _native_product)]
-    return _choose(implementation, functions, x_RI, w_EOI, group_sizes_E)
+    return _PRODUCT(x_RI, w_EOI, group_sizes_E, implementation=implementation, block=block, out_dim=out_dim)
 
 
 def grouped_weight_gradient(
@@ -231,5 +207,4 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """float32 [E, O, I]: the sum of g_r x_r^T over the rows r of each group, 0 for an empty one; see
     `grouped_product`."""
-    functions = [partial(f, block=block) for f in (_blocked_dw, _ragged_dw, _megablox_dw, _native_weight_gradient)]
-    return _choose(implementation, functions, g_RO, x_RI, group_sizes_E)
+    return _WEIGHT_GRADIENT(g_RO, x_RI, group_sizes_E, implementation=implementation, block=block)

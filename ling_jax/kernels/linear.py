@@ -1,43 +1,39 @@
-"""The one seam for matrix products with weights in HF's [out, in] orientation.
+"""Matrix products with weights in HF's [out, in] orientation.
 
 Legend: I inputs, O outputs.
 """
 
+from typing import Any
+
 import jax
 
-from ling_jax.kernels import blockwise
-from ling_jax.kernels.blockwise import MasterWeight
-from ling_jax.kernels.fp8 import FP8Weight
+from ling_jax.kernels.choose import by_platform
 from ling_jax.kernels.precision import dot
 
 
-def linear(x: jax.Array, w_OI: jax.Array | FP8Weight | MasterWeight) -> jax.Array:
+@jax.custom_vjp
+def linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
     """x w^T.
 
     Args:
-      x: [..., I], the compute dtype.  w_OI: any float dtype, cast to it; or in FP8, to serve or to train.
+      x: [..., I], the compute dtype.  w_OI: any float dtype, cast to it.
     Returns:
       [..., O] in x's dtype, accumulated in float32; weight gradients keep the float32 sum.
     """
-    return blockwise.linear(x, w_OI) if isinstance(w_OI, MasterWeight) else _linear(x, w_OI)
-
-
-@jax.custom_vjp
-def _linear(x, w_OI):
     return dot(x, w_OI.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
 
 
-def _linear_fwd(x: jax.Array, w_OI: jax.Array):
-    return _linear(x, w_OI), (x, w_OI)
+def _linear_fwd(x: jax.Array, w_OI: jax.Array) -> tuple[jax.Array, Any]:
+    return linear(x, w_OI), (x, w_OI)
 
 
-def _linear_bwd(saved, g):
+def _linear_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w_OI = saved
     dx = dot(g, w_OI.astype(g.dtype), ((x.ndim - 1,), (0,))).astype(x.dtype)
     return dx, _weight_gradient(g, x).astype(w_OI.dtype)  # float32 sums reach float32 weights unrounded
 
 
-def _weight_gradient(g, x):
+def _weight_gradient(g: jax.Array, x: jax.Array) -> jax.Array:
     """float32 [O, I]. XLA:CPU writes the first operand once more, transposed: it is to be the narrower one, and the
     barrier keeps XLA from turning that round again."""
     rows = tuple(range(x.ndim - 1))
@@ -50,7 +46,7 @@ def _weight_gradient(g, x):
 
     if g.shape[-1] <= x.shape[-1]:
         return straight(g, x)
-    return jax.lax.platform_dependent(g, x, cpu=turned, default=straight)
+    return by_platform(g, x, cpu=turned, rest=straight)
 
 
-_linear.defvjp(_linear_fwd, _linear_bwd)
+linear.defvjp(_linear_fwd, _linear_bwd)

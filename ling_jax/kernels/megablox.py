@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from ling_jax.kernels import work
 from ling_jax.kernels.precision import kernel_precision
 
 ROWS = (512, 256, 128)
@@ -54,7 +55,7 @@ def _fill(x_RI: jax.Array, tile: int) -> jax.Array:
     return jnp.pad(x_RI, ((0, missing), (0, 0))) if missing else x_RI
 
 
-def product(x_RI, w_EOI, group_sizes_E, *, out_dim: int, interpret: bool) -> jax.Array:
+def product(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, *, out_dim: int, interpret: bool) -> jax.Array:
     """x_r w_e^T (`out_dim` 1) or x_r w_e (`out_dim` 2) in x's dtype; what lies past the last group is unspecified."""
     w = w_EOI.astype(x_RI.dtype)
     tiling = tiles(x_RI.shape[0], w.shape[0], w.shape[3 - out_dim], w.shape[out_dim], w.dtype.itemsize)
@@ -66,9 +67,12 @@ def product(x_RI, w_EOI, group_sizes_E, *, out_dim: int, interpret: bool) -> jax
     return y[: x_RI.shape[0]]
 
 
-def weight_gradient(g_RO, x_RI, group_sizes_E, *, interpret: bool) -> jax.Array:
+def weight_gradient(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, *, interpret: bool) -> jax.Array:
     """float32 [E, O, I]: sum of g_r x_r^T over each group's rows, 0 for an empty one; other rows are never read."""
     tiling = weight_tiles(x_RI.shape[0], group_sizes_E.size, g_RO.shape[1], x_RI.shape[1], x_RI.dtype.itemsize)
     g, x = _fill(g_RO, tiling[0]), _fill(x_RI, tiling[0])
     with kernel_precision(x.dtype):
         return tgmm(g.swapaxes(0, 1), x, group_sizes_E, jnp.float32, tiling, interpret=interpret)
+
+
+work.register("gmm|tgmm", work.grouped)

@@ -539,9 +539,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttentionGradient, attention_gradient_handler,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler, (arrays<7, 4>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExpertsGradient, experts_gradient_handler, (arrays<13, 9>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingEmpty, empty_handler, (arrays<0, 1>().Attr<std::int64_t>("number")));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAdamW, adamw_handler,
-                              (arrays<5, 3>()
-                                   .Attr<float>("b1")
-                                   .Attr<float>("b2")
-                                   .Attr<float>("eps")
-                                   .Attr<float>("decay")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    LingAdamW, adamw_handler,
+    (arrays<5, 3>().Attr<float>("b1").Attr<float>("b2").Attr<float>("eps").Attr<float>("decay")));

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class NoLibrary(Exception):
 
 
 def _output(*command: str) -> str:
-    """What a command prints. Raises `NoLibrary` if it cannot be run, fails or hangs."""
+    """Runs a command and returns what it prints. Raises `NoLibrary` if it cannot be run, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -160,23 +160,31 @@ def or_else(name: str, native: Callable[..., Any], fallback: Callable[..., Any])
     """A function that is `native` where the library is `available` and `fallback` elsewhere.
 
     It is a primitive, so that this is decided when a program is lowered for CPU: a program for TPU, whose conditionals
-    on the platform are traced with their CPU branch too, builds nothing. Arguments are arrays, keywords static; results
-    are an array or a tuple of them.
+    on the platform are traced with their CPU branch too, builds nothing. Arguments and results are pytrees of arrays,
+    keywords static.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
 
-    def chosen(*args: jax.Array, **static: Any) -> list[jax.Array]:
+    @functools.lru_cache(maxsize=256)
+    def shapes(avals: tuple[jax.ShapeDtypeStruct, ...], tree: Any, static: tuple[tuple[str, Any], ...]) -> Any:
+        return jax.eval_shape(functools.partial(fallback, **dict(static)), *jax.tree.unflatten(tree, avals))
+
+    def shapes_of(arrays: Sequence[Any], tree: Any, static: Mapping[str, Any]) -> Any:
+        avals = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
+        return shapes(avals, tree, tuple(static.items()))
+
+    def chosen(*arrays: jax.Array, tree: Any, **static: Any) -> list[jax.Array]:
+        args = jax.tree.unflatten(tree, arrays)
         return jax.tree.leaves((native if available() else fallback)(*args, **static))
 
-    def abstract(*avals: Any, **static: Any) -> list[ShapedArray]:
-        arrays = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-        outs = jax.eval_shape(functools.partial(fallback, **static), *arrays)
-        return [ShapedArray(out.shape, out.dtype) for out in jax.tree.leaves(outs)]
+    def abstract(*avals: Any, tree: Any, **static: Any) -> list[ShapedArray]:
+        return [ShapedArray(out.shape, out.dtype) for out in jax.tree.leaves(shapes_of(avals, tree, static))]
 
-    def bind(*args: jax.Array, **static: Any) -> Any:
-        results = primitive.bind(*args, **static)
-        return tuple(results) if len(results) > 1 else results[0]
+    def bind(*args: Any, **static: Any) -> Any:
+        arrays, tree = jax.tree.flatten(args)
+        results = primitive.bind(*arrays, tree=tree, **static)
+        return jax.tree.unflatten(jax.tree.structure(shapes_of(arrays, tree, static)), results)
 
     primitive.def_impl(chosen)
     primitive.def_abstract_eval(abstract)
@@ -198,7 +206,14 @@ def weight_gradient(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array) 
 
 
 def attention(
-    q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, *, scale: float, causal: bool
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of `kernels.attention.attend`; q, k and v all float32 or all bfloat16. A query that sees no key has
     an lse of -1e30."""
@@ -209,7 +224,17 @@ def attention(
 
 
 def attention_gradients(
-    q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC, *, scale: float, causal: bool
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    out_BTHC: jax.Array,
+    lse_BTH: jax.Array,
+    g_BTHC: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`kernels.attention.attend_bwd`; g in q's dtype, `out` in either."""
     outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q_BTHC, k_BSGC, v_BSGC)]
@@ -219,7 +244,15 @@ def attention_gradients(
 
 
 def experts(
-    x_ND, scale_NK, ids_NK, gate_LEFD, up_LEFD, down_LEDF, layer, *, rows: int
+    x_ND: jax.Array,
+    scale_NK: jax.Array,
+    ids_NK: jax.Array,
+    gate_LEFD: jax.Array,
+    up_LEFD: jax.Array,
+    down_LEDF: jax.Array,
+    layer: jax.Array,
+    *,
+    rows: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(y [N, D], gate and up [rows, F]) of `kernels.swiglu.routed_swiglu` with one layer of a stack; x, and the weights
     alike, each float32 or bfloat16. Gate and up are in an order of their own, for `experts_gradients`; the last of them
@@ -232,7 +265,17 @@ def experts(
 
 
 def experts_gradients(
-    x_ND, scale_NK, ids_NK, gate_LEFD, up_LEFD, down_LEDF, layer, gate_RF, up_RF, g_ND, *into: jax.Array
+    x_ND: jax.Array,
+    scale_NK: jax.Array,
+    ids_NK: jax.Array,
+    gate_LEFD: jax.Array,
+    up_LEFD: jax.Array,
+    down_LEDF: jax.Array,
+    layer: jax.Array,
+    gate_RF: jax.Array,
+    up_RF: jax.Array,
+    g_ND: jax.Array,
+    *into: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Gradients of x (in its dtype), of scales, and of the layer's three weights: written where that layer's part lies
     `into` three stacks [L, ...], or ones [1, ...], float32. g in x's dtype."""
@@ -241,7 +284,8 @@ def experts_gradients(
     outs += [jax.ShapeDtypeStruct(stack.shape, jnp.float32) for stack in into]
     outs += [jax.ShapeDtypeStruct((pairs, columns), x_ND.dtype) for columns in (width, width, width, hidden)]
     args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer, gate_RF, up_RF, g_ND
-    call = jax.ffi.ffi_call("ling_experts_gradient", outs, input_output_aliases={10: 2, 11: 3, 12: 4})
+    aliases = {len(args) + i: 2 + i for i in range(len(into))}
+    call = jax.ffi.ffi_call("ling_experts_gradient", outs, input_output_aliases=aliases)
     return tuple(call(*args, *into)[:5])
 
 
@@ -253,7 +297,7 @@ def empty(like: jax.Array, *, number: int) -> jax.Array:
 def adamw(
     weight: jax.Array, gradient: jax.Array, mean: jax.Array, square: jax.Array, scalars: jax.Array, **rule: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(weight, mean, square) after `train.optimizer.Update`, all float32; written where they lie if donated.
+    """(weight, mean, square) after `train.optimizer.OptimizerUpdate`, all float32; written where they lie if donated.
 
     Args:
       scalars: float32 [5]: what gradients are multiplied with, the learning rate, what the mean and the square are

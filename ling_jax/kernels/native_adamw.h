@@ -47,9 +47,10 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBu
                          ffi::AnyBuffer square, ffi::AnyBuffer scalars, ffi::Result<ffi::AnyBuffer> new_weight,
                          ffi::Result<ffi::AnyBuffer> new_mean, ffi::Result<ffi::AnyBuffer> new_square, float b1,
                          float b2, float eps, float decay) {
-  const std::array<std::pair<const float*, float*>, 3> pairs = {{{data<const float>(weight), data<float>(*new_weight)},
-                                                                 {data<const float>(mean), data<float>(*new_mean)},
-                                                                 {data<const float>(square), data<float>(*new_square)}}};
+  const std::array<std::pair<const float*, float*>, 3> pairs = {
+      {{data<const float>(weight), data<float>(*new_weight)},
+       {data<const float>(mean), data<float>(*new_mean)},
+       {data<const float>(square), data<float>(*new_square)}}};
   const Index count = weight.element_count();
   for (const auto& [from, to] : pairs) {  // the same memory, but where XLA chose otherwise
     if (from != to) std::memcpy(to, from, count * sizeof(float));

@@ -5,7 +5,7 @@
 #include "native_vectors.h"
 
 #if LING_LANES != 16 || defined(LING_NO_AMX)  // its vectors are a tile's rows; the tests want 16 lanes without it too
-#elif defined(LING_AMX_EMULATED)  // by the tests: the same tiles in plain code
+#elif defined(LING_AMX_EMULATED)              // by the tests: the same tiles in plain code
 #include LING_AMX_EMULATED
 #define LING_AMX 1
 #elif defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
@@ -17,8 +17,8 @@
 #if defined(LING_AMX)
 namespace {
 
-constexpr Index kStep = 32;              // contracted elements of one tile product: 16 pairs
-constexpr Index kTile = 16 * kStep;      // elements of a tile
+constexpr Index kStep = 32;               // contracted elements of one tile product: 16 pairs
+constexpr Index kTile = 16 * kStep;       // elements of a tile
 constexpr Index kPackBytes = 256 * 1024;  // bytes of b at a time
 
 // This process may use the tiles' registers. Linux gives them to those who ask.

@@ -127,10 +127,10 @@ Index panel_scores(const View& view, const float* k, const float* q, Index width
 struct Forward {
   const Attention& a;
   const Index most = a.most_rows(), padded = a.padded();
-  float *rows = memory(0, most * a.width), *across = memory(1, most * a.width);  // queries, also as panels of q^T
-  float *keys = memory(2, kBlockKeys * a.width), *values = memory(3, kBlockKeys * padded);
-  float* scores = memory(4, kBlockKeys * kColumns);  // then weights
-  float *sums = memory(5, most * padded), *top = memory(6, most), *total = memory(7, most);
+  float *rows = memory(0, most* a.width), *across = memory(1, most* a.width);  // queries, also as panels of q^T
+  float *keys = memory(2, kBlockKeys* a.width), *values = memory(3, kBlockKeys* padded);
+  float* scores = memory(4, kBlockKeys* kColumns);  // then weights
+  float *sums = memory(5, most* padded), *top = memory(6, most), *total = memory(7, most);
   float* shrink = memory(8, kColumns);
 };
 
@@ -243,13 +243,13 @@ struct Backward {
   const Index most = a.most_rows(), padded = a.padded();
   const Index stride = most + 16;  // of weights' lines; those of a power of two share few places of the first cache
   // Queries and the cotangents of their outputs; `across` as panels of their transposes.
-  float *rows = memory(0, most * a.width), *across = memory(1, most * a.width), *panels = memory(2, most * padded);
-  float *g_rows = memory(3, most * a.width), *g_across = memory(4, most * a.width);
-  float *g_panels = memory(5, most * padded), *dq = memory(6, most * padded);
+  float *rows = memory(0, most* a.width), *across = memory(1, most* a.width), *panels = memory(2, most* padded);
+  float *g_rows = memory(3, most* a.width), *g_across = memory(4, most* a.width);
+  float *g_panels = memory(5, most* padded), *dq = memory(6, most* padded);
   float *lse = memory(7, most), *delta = memory(8, most);
-  float *keys = memory(9, kBlockKeys * a.width), *values = memory(10, kBlockKeys * a.width);
-  float* key_panels = memory(11, kBlockKeys * padded);
-  float *weights = memory(12, kBlockKeys * stride), *dscores = memory(13, kBlockKeys * stride);
+  float *keys = memory(9, kBlockKeys* a.width), *values = memory(10, kBlockKeys* a.width);
+  float* key_panels = memory(11, kBlockKeys* padded);
+  float *weights = memory(12, kBlockKeys* stride), *dscores = memory(13, kBlockKeys* stride);
 };
 
 // A block of queries with what the backward pass knows of them.
@@ -429,8 +429,15 @@ ffi::Error attention_gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer q, ff
     return with_type(out, [&](auto* o) {
       using X = std::remove_pointer_t<decltype(x)>;
       using O = std::remove_pointer_t<decltype(o)>;
-      const Arrays<X, O> arrays{x, data<X>(k), data<X>(v), o, data<float>(lse), data<X>(g),
-                                data<float>(*dq), data<float>(*dk), data<float>(*dv)};
+      const Arrays<X, O> arrays{x,
+                                data<X>(k),
+                                data<X>(v),
+                                o,
+                                data<float>(lse),
+                                data<X>(g),
+                                data<float>(*dq),
+                                data<float>(*dk),
+                                data<float>(*dv)};
       attend_backward(pool, a, arrays, queries, keys);
       return ffi::Error::Success();
     });

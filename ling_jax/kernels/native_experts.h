@@ -231,8 +231,8 @@ ffi::Error experts_gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi:
     return with_type(w_gate, [&](auto* first) {
       const Weights<std::remove_pointer_t<decltype(first)>> weights = weights_of(first, w_up, w_down, layer);
       const Inner<X> inner{data<X>(*inner_gated), data<X>(*inner_gate), data<X>(*inner_up)};
-      experts_backward<X>(pool, pairs, weights, rows, data<const float>(scale), data<const X>(gate),
-                          data<const X>(up), data<const X>(g), data<X>(*dx), data<float>(*dscale),
+      experts_backward<X>(pool, pairs, weights, rows, data<const float>(scale), data<const X>(gate), data<const X>(up),
+                          data<const X>(g), data<X>(*dx), data<float>(*dscale),
                           data<float>(*dgate) + part_of(*dgate, layer), data<float>(*dup) + part_of(*dup, layer),
                           data<float>(*ddown) + part_of(*ddown, layer), inner, data<X>(*results));
       return ffi::Error::Success();

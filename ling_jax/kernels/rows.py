@@ -53,11 +53,11 @@ def table_rows(table_VD: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
     return take_rows(table_VD, index).astype(dtype)
 
 
-def _table_rows_fwd(table_VD, index, dtype):
+def _table_rows_fwd(table_VD: jax.Array, index: jax.Array, dtype: jnp.dtype):
     return table_rows(table_VD, index, dtype), (index, table_VD[:, :0])  # of the table, only its length and dtype
 
 
-def _table_rows_bwd(dtype, saved, g):
+def _table_rows_bwd(dtype: jnp.dtype, saved: Any, g: jax.Array):
     index, hollow_V0 = saved
     zeros_VD = jnp.zeros((hollow_V0.shape[0], g.shape[-1]), jnp.float32)
     return zeros_VD.at[index].add(g.astype(jnp.float32), mode="drop").astype(hollow_V0.dtype), None

@@ -4,6 +4,7 @@ going out of the forward pass and, over perhaps more keys than these, into the b
 Legend: B rows, T queries, S keys, H query heads, G kv heads, C head_dim.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from ling_jax.kernels import work
 from ling_jax.kernels.precision import kernel_precision
 
 TILE = 128
@@ -42,11 +44,11 @@ def _tokens_first(x_BHTC: jax.Array, length: int) -> jax.Array:
     return x_BHTC.swapaxes(1, 2)[:, :length].astype(jnp.float32)
 
 
-def _segments(q_segments_BT, kv_segments_BS) -> kernels.SegmentIds:
+def _segments(q_segments_BT: jax.Array, kv_segments_BS: jax.Array) -> kernels.SegmentIds:
     return kernels.SegmentIds(q=_fill(q_segments_BT, PADDED), kv=_fill(kv_segments_BS, PADDED))
 
 
-def _kernel(q_BHTC, k_BGSC, causal: bool, interpret: bool) -> kernels.SplashAttentionKernel:
+def _kernel(q_BHTC: jax.Array, k_BGSC: jax.Array, causal: bool, interpret: bool) -> kernels.SplashAttentionKernel:
     (heads, queries), keys = q_BHTC.shape[1:3], k_BGSC.shape[2]
     mask = masks.CausalMask((queries, queries)) if causal else masks.FullMask((queries, keys))
     q, kv = _block(queries), _block(keys)
@@ -66,7 +68,17 @@ def _kernel(q_BHTC, k_BGSC, causal: bool, interpret: bool) -> kernels.SplashAtte
 
 
 @partial(jax.jit, static_argnames=("scale", "causal", "interpret"))
-def splash(q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, *, scale, causal, interpret):
+def splash(
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    interpret: bool,
+):
     """(out, lse) of `attention.attend`; T and S are padded to whole tiles. The lse of a query that sees no key is
     hugely negative.
 
@@ -82,7 +94,18 @@ def splash(q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, *, scale, caus
 
 @partial(jax.jit, static_argnames=("scale", "causal", "interpret"))
 def splash_bwd(
-    q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC, *, scale, causal, interpret
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    out_BTHC: jax.Array,
+    lse_BTH: jax.Array,
+    g_BTHC: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    interpret: bool,
 ):
     """`attention.attend_bwd`."""
     q_BHTC, k_BGSC, v_BGSC = _heads_first(q_BTHC * scale), _heads_first(k_BSGC), _heads_first(v_BSGC)
@@ -98,3 +121,16 @@ def splash_bwd(
         dq, dk, dv = jax.vmap(backward)(q_BHTC, k_BGSC, v_BGSC, segments, out_BHTC, lse_BHT, g_BHTC)
     queries, keys = q_BTHC.shape[1], k_BSGC.shape[1]
     return _tokens_first(dq, queries) * scale, _tokens_first(dk, keys), _tokens_first(dv, keys)
+
+
+def _cost(call: work.KernelCall, products: int) -> work.Cost:
+    """So many matrix products of all scores, 2 H T S C each; half of them where a query sees no key after it."""
+    q, k = [a for a in call.operands if a.ndim >= 2 and a.dtype.kind != "i"][:2]
+    *heads, queries, width = q.shape
+    seen = 0.5 if "causal" in call.scopes else 1.0
+    return work.Cost({q.dtype.name: 2.0 * products * math.prod(heads) * queries * k.shape[-2] * width * seen})
+
+
+work.register(".*_fwd.*", partial(_cost, products=2))  # scores, values
+work.register(".*_dkv.*", partial(_cost, products=4))  # scores, their cotangent, dk, dv
+work.register(".*_dq.*", partial(_cost, products=3))  # scores, their cotangent, dq

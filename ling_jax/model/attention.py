@@ -13,17 +13,17 @@ from flax import nnx
 
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.attention import attention, cached_attention
-from ling_jax.kernels.linear import linear
+from ling_jax.kernels.weight import as_weight
 from ling_jax.model.linear import Init, Linear
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.rope import apply_rope
 from ling_jax.parallel.context import context_attention
 from ling_jax.parallel.mesh import axis_index, axis_size
-from ling_jax.parallel.rules import gather, tensor_rows
+from ling_jax.parallel.rules import gather_weight, tensor_rows
 
 
 class Context(NamedTuple):
-    """What every layer of one call shares."""
+    """The inputs that every layer of one call shares."""
 
     rope: tuple[jax.Array, jax.Array]  # cos, sin [B, T, 1, r/2]
     positions_BT: jax.Array  # int32 RoPE positions, and slots in the cache if there is one
@@ -63,13 +63,14 @@ class QueryKeyValue(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., rows of this device's heads]."""
         rows_PR = head_rows(self.config, axis_size("tensor"))
-        weight = self.weight[...]
+        weight = as_weight(self.weight.get_value())
         if not self.weight.split[0]:  # else they are this device's already
             weight = tensor_rows(weight, rows_PR)
-        y = linear(x, gather(weight, self.weight.axes, self.weight.split, x.dtype, self.mesh.reduce_dtype))
+        weight = gather_weight(weight, self.weight.axes, self.weight.split, x.dtype, self.mesh.reduce_dtype)
+        y = weight.linear(x)
         if self.bias is None:
             return y
-        return y + self.bias[...][jnp.asarray(rows_PR)[axis_index("tensor")]].astype(y.dtype)
+        return y + self.bias.get_value()[jnp.asarray(rows_PR)[axis_index("tensor")]].astype(y.dtype)
 
 
 class Attention(nnx.Module):

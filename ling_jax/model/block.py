@@ -3,13 +3,14 @@
 Legend: B rows, T tokens, N = B*T, D hidden, K experts per token.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ling_jax.config import ModelConfig
+from ling_jax.config import LayerKind, ModelConfig
 from ling_jax.model.attention import Attention, Context
 from ling_jax.model.experts import Experts
 from ling_jax.model.linear import Init, SwiGLU
@@ -17,12 +18,36 @@ from ling_jax.model.norm import RMSNorm
 from ling_jax.model.router import Router, Routing
 from ling_jax.parallel.mesh import psum
 
+# What mixes the tokens of a row, by its name in `config.layers`. A mixer is made as mixer(config, init) and called as
+# mixer(x_BTD, context, cache), which gives [B, T, D] and the cache with these tokens.
+MIXERS: dict[str, Callable[[ModelConfig, Init], Callable[..., tuple[jax.Array, Any]]]] = {"softmax": Attention}
+
 
 class LayerOutput(NamedTuple):
+    """The results of a layer.
+
+    Attributes:
+      hidden_BTD: the next layer's input.
+      routing: None for a dense layer.
+      cache: the states of decoding with these tokens, None where there are none.
+      carriers: see `model.experts.ExpertsOutput`.
+      captured: every intermediate that `capture` can name.
+    """
+
     hidden_BTD: jax.Array
-    routing: Routing | None  # None for a dense layer
+    routing: Routing | None
     cache: Any
-    captured: dict[str, jax.Array]  # every intermediate that `capture` can name
+    carriers: dict[str, jax.Array]
+    captured: dict[str, jax.Array]
+
+
+class MoEOutput(NamedTuple):
+    """The results of a sparse FFN."""
+
+    y_BTD: jax.Array
+    routing: Routing
+    logits_BTE: jax.Array  # float32, of the router
+    carriers: dict[str, jax.Array]
 
 
 class SparseMoE(nnx.Module):
@@ -36,8 +61,8 @@ class SparseMoE(nnx.Module):
 
     def __call__(
         self, x_BTD: jax.Array, valid_BT: jax.Array, ids_BTK: jax.Array | None, skip: bool = False
-    ) -> tuple[jax.Array, Routing, jax.Array]:
-        """Returns the output, the routing and the router's logits; to `skip` is to give padding no experts."""
+    ) -> MoEOutput:
+        """The shared expert's output and the chosen experts' together; to `skip` is to give padding no experts."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         ids_NK = None if ids_BTK is None else ids_BTK.reshape(x_ND.shape[0], -1)
         with jax.named_scope("router"):
@@ -45,7 +70,7 @@ class SparseMoE(nnx.Module):
         ids_NK = routing.ids
         if skip:
             ids_NK = jnp.where(valid_BT.reshape(-1, 1), ids_NK, self.experts.num_experts)
-        y_ND, dropped = self.experts(x_ND, ids_NK, routing.weights)
+        y_ND, dropped, carriers = self.experts(x_ND, ids_NK, routing.weights)
         if self.shared_experts is not None:  # needs nothing of the dispatch, so it can run while rows travel
             with jax.named_scope("shared_expert"):
                 y_ND = y_ND + self.shared_experts.partial(x_ND)
@@ -53,22 +78,21 @@ class SparseMoE(nnx.Module):
         rows = x_BTD.shape[:2]
         ids_BTK, weights_BTK = (a.reshape(*rows, -1) for a in (routing.ids, routing.weights))
         routing = routing._replace(ids=ids_BTK, weights=weights_BTK, dropped=dropped)
-        return y_ND.reshape(x_BTD.shape), routing, logits_NE.reshape(*rows, -1)
+        return MoEOutput(y_ND.reshape(x_BTD.shape), routing, logits_NE.reshape(*rows, -1), carriers)
 
 
 class Block(nnx.Module):
     """A layer of a kind named in the layer plan (spec 2.2)."""
 
-    def __init__(self, config: ModelConfig, kind: str, init: Init):
-        attention, ffn = kind.split("_")
-        if attention != "softmax":
+    def __init__(self, config: ModelConfig, kind: LayerKind, init: Init):
+        if kind.mixer not in MIXERS:
             raise ValueError(
-                "this version converts the linear attention layers of Ring-linear, but cannot run them yet"
+                f"this version converts the {kind.mixer} attention layers of Ring-linear, but cannot run them yet"
             )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, init.dtype)
-        self.attention = Attention(config, init)
+        self.attention = MIXERS[kind.mixer](config, init)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, init.dtype)
-        if ffn == "moe":
+        if kind.routed:
             self.mlp = SparseMoE(config, init)
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, init)
@@ -81,12 +105,12 @@ class Block(nnx.Module):
         captured = {"hidden_states": x_BTD, "attn_out": attn_BTD}
         x_BTD = x_BTD + attn_BTD
         normed_BTD = self.post_attention_layernorm(x_BTD)
-        routing = None
+        routing, carriers = None, {}
         if isinstance(self.mlp, SparseMoE):
-            y_BTD, routing, captured["router_logits"] = self.mlp(
+            y_BTD, routing, captured["router_logits"], carriers = self.mlp(
                 normed_BTD, context.segments_BT > 0, ids_BTK, skip=cache is not None
             )
         else:
             with jax.named_scope("dense_ffn"):
                 y_BTD = self.mlp(normed_BTD)
-        return LayerOutput(x_BTD + y_BTD, routing, cache, captured)
+        return LayerOutput(x_BTD + y_BTD, routing, cache, carriers, captured)

@@ -4,8 +4,8 @@ Legend: N tokens, D hidden, E experts, K experts per token, F expert width, R ro
 each expert's padded to whole blocks).
 """
 
-import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,28 @@ from flax import nnx
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.rows import plan_rows
 from ling_jax.kernels.swiglu import block_for, routed_swiglu
+from ling_jax.kernels.weight import as_weight
 from ling_jax.model.linear import Init
 from ling_jax.parallel.dispatch import dispatch
 from ling_jax.parallel.mesh import axis_size
-from ling_jax.parallel.rules import gather
+from ling_jax.parallel.rules import gather_weight
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # as `kernels.swiglu` takes their weights
+
+
+class ExpertsOutput(NamedTuple):
+    """The results of the routed experts.
+
+    Attributes:
+      y_ND: in the dtype of the input; this device's part of it under tensor parallelism.
+      dropped: int32, how many token-expert pairs were left out.
+      carriers: of the weights that train in their stacks, by their projections' names, for the next layer; {} if none
+        does. See `kernels.weight.LayerWeight`.
+    """
+
+    y_ND: jax.Array
+    dropped: jax.Array
+    carriers: dict[str, jax.Array]
 
 
 class ExpertWeights(nnx.Module):
@@ -37,21 +55,18 @@ class Experts(nnx.Module):
         self.up_proj = ExpertWeights(config, hidden, width, ("expert_ffn", "expert_hidden"), init)
         self.down_proj = ExpertWeights(config, width, hidden, ("expert_hidden", "expert_ffn"), init)
 
-    def __call__(self, x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """sum_k weight_k expert_k(x) for every token, [N, D] in x's dtype (this device's part of it under tensor
-        parallelism), and the int32 number of token-expert pairs that were dropped. Id `num_experts` is none. Of
-        weights that train in their stacks, what goes through is afterwards what to give the next layer."""
-        params = [projection.weight for projection in (self.gate_proj, self.up_proj, self.down_proj)]
+    def __call__(self, x_ND: jax.Array, ids_NK: jax.Array, weights_NK: jax.Array) -> ExpertsOutput:
+        """The sum over k of weight_k expert_k(x) for every token; id `num_experts` is none."""
+        params = [getattr(self, name).weight for name in PROJECTIONS]
         dtypes = dict(wire_dtype=x_ND.dtype, reduce_dtype=self.mesh.reduce_dtype)
-        shards = tuple(param[...] for param in params)
-        whole = tuple(partial(gather, names=param.axes, split=param.split, **dtypes) for param in params)
+        shards = tuple(as_weight(param.get_value()) for param in params)
+        whole = tuple(partial(gather_weight, names=param.axes, split=param.split, **dtypes) for param in params)
         if axis_size("expert") > 1:
-            return dispatch(x_ND, ids_NK, weights_NK, shards, self.num_experts, self.mesh, whole)
+            y_ND, dropped = dispatch(x_ND, ids_NK, weights_NK, shards, self.num_experts, self.mesh, whole)
+            return ExpertsOutput(y_ND, dropped, {})
         block = block_for(shards, ids_NK.size, self.num_experts)
         with jax.named_scope("plan"):
             plan = plan_rows(ids_NK, self.num_experts, block)
         weights = tuple(make(shard) for make, shard in zip(whole, shards, strict=True))
-        y_ND, through = routed_swiglu(x_ND, weights_NK, weights, plan, block)
-        for param, stack in zip(params, through, strict=False):  # none unless weights train in their stacks
-            param.set_value(dataclasses.replace(param.get_value(), through_LEOI=stack))
-        return y_ND, jnp.zeros((), jnp.int32)
+        y_ND, carriers = routed_swiglu(x_ND, weights_NK, weights, plan, block)
+        return ExpertsOutput(y_ND, jnp.zeros((), jnp.int32), dict(zip(PROJECTIONS, carriers, strict=False)))

@@ -1,4 +1,4 @@
-"""What a model may be given, checked where users call it.
+"""Checks of a model's inputs, made where users call it.
 
 Values are looked at only where they are known: inside a compiled program shapes and dtypes are all there is.
 

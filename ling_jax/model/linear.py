@@ -1,20 +1,16 @@
-"""Linear: a weight in HF's [out, in] orientation behind the `kernels.linear` seam."""
+"""Linear: a weight in HF's [out, in] orientation and what products are made with of it."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ling_jax.config import ONE_DEVICE, MeshConfig
-from ling_jax.kernels.linear import linear
+from ling_jax.config.mesh import ONE_DEVICE, MeshConfig, split_of
+from ling_jax.kernels.weight import Weight, as_weight
 from ling_jax.parallel.mesh import psum
-from ling_jax.parallel.rules import gather, split_of
-
-# Modules whose products are in FP8 where asked: all of attention and FFNs (spec 3.2 and 6).
-IN_FP8 = ("query_key_value", "dense", "gate_proj", "up_proj", "down_proj")
+from ling_jax.parallel.rules import gather_weight
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,9 @@ class Init:
         return nnx.Param(jnp.zeros(size, self.dtype), axes=(axis,), split=((),))
 
 
-def whole(param: nnx.Param, dtype: jnp.dtype, mesh: MeshConfig) -> Any:
-    """What this device computes with of a matrix: `parallel.rules.gather` of its shard, sent as `dtype`."""
-    return gather(param[...], param.axes, param.split, dtype, mesh.reduce_dtype)
+def weight_of(param: nnx.Param, dtype: jnp.dtype, mesh: MeshConfig) -> Weight:
+    """The weight that this device computes with: its shard, gathered (`parallel.rules`) and sent as `dtype`."""
+    return gather_weight(as_weight(param.get_value()), param.axes, param.split, dtype, mesh.reduce_dtype)
 
 
 class Linear(nnx.Module):
@@ -58,11 +54,11 @@ class Linear(nnx.Module):
         y = self.partial(x)
         if "tensor" in self.weight.split[1]:
             y = psum(y, "tensor")
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
     def partial(self, x: jax.Array) -> jax.Array:
         """Without the sum over `tensor` and the bias."""
-        return linear(x, whole(self.weight, x.dtype, self.mesh))
+        return weight_of(self.weight, x.dtype, self.mesh).linear(x)
 
 
 @partial(jax.checkpoint, prevent_cse=False)  # the backward pass keeps these two arrays, not five

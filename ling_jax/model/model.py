@@ -13,17 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from ling_jax.config import ONE_DEVICE, MeshConfig, ModelConfig, Segment, layer_kinds, layer_plan
+from ling_jax.config import ONE_DEVICE, LayerKind, LayerRun, MeshConfig, ModelConfig, layer_kinds, layer_runs
 from ling_jax.config.text import columns
-from ling_jax.kernels.blockwise import MasterWeight
-from ling_jax.kernels.fp8 import FP8Weight
-from ling_jax.kernels.grouped import LayerWeight
 from ling_jax.kernels.precision import dot, under_own_switches
-from ling_jax.kernels.swiglu import after_all
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
 from ling_jax.model.inputs import check_names, checked_batch
@@ -32,28 +27,13 @@ from ling_jax.model.mtp import MTP, next_tokens
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.rope import rope_tables
 from ling_jax.model.router import ExpertBias, Routing, replayed
+from ling_jax.model.stack import How, rematerialised, run_layers
 from ling_jax.parallel.mesh import all_gather, axis_index, axis_size, psum
 from ling_jax.parallel.rules import gather, look_up, spec_of
 
 # What may be named in `capture`. "hidden_states" is the input of each trunk layer and the last one's output;
 # per-layer entries are stacked in layer order, the MTP layer last.
 CAPTURES = ("hidden_states", "attn_out", "router_logits", "final_norm", "mtp_hidden")
-
-_POLICIES = jax.checkpoint_policies
-# What the backward pass keeps of a layer, beside its weights ("none" keeps everything). The names are given to arrays
-# by kernels.attention, parallel.dispatch and below.
-REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "full": _POLICIES.nothing_saveable,  # its input
-    "minimal": _POLICIES.dots_with_no_batch_dims_saveable,  # the products with weights
-    "save_attention": _POLICIES.save_only_these_names("attention"),
-    "save_dispatch": _POLICIES.save_only_these_names("dispatch"),  # the rows that came to this device's experts
-    "offload": _POLICIES.save_and_offload_only_these_names(  # its input, in the host's memory
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["layer_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
 
 
 class Hidden(NamedTuple):
@@ -81,7 +61,7 @@ class Embedding(nnx.Module):
         self.padding_id, self.mesh = config.pad_token_id, init.mesh
 
     def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        table_VD = self.weight[...]
+        table_VD = self.weight.get_value()
         first = axis_index("tensor") * table_VD.shape[0]  # of this device's part of the vocabulary
         local_BT = jnp.where(tokens_BT >= first, tokens_BT - first, table_VD.shape[0])
         with jax.named_scope("embedding"):
@@ -91,7 +71,7 @@ class Embedding(nnx.Module):
         return jnp.where((tokens_BT == self.padding_id)[..., None], jax.lax.stop_gradient(rows), rows)
 
 
-def _block_maker(config: ModelConfig, kind: str, init: Init) -> Callable[[nnx.Rngs], Block]:
+def _block_maker(config: ModelConfig, kind: LayerKind, init: Init) -> Callable[[nnx.Rngs], Block]:
     return lambda rngs: Block(config, kind, dataclasses.replace(init, rngs=rngs))
 
 
@@ -141,7 +121,7 @@ class Ling(nnx.Module):
         self.word_embeddings = Embedding(config, init)
         stacks = {}
         for kind, count in Counter(layer_kinds(config)).items():
-            stacks[kind] = nnx.vmap(_block_maker(config, kind, init))(rngs.split(count))
+            stacks[kind.key] = nnx.vmap(_block_maker(config, kind, init))(rngs.split(count))
         self.layers = nnx.Dict(stacks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, init.dtype)
         head = (config.hidden_size, config.vocab_size, ("vocab", "hidden"))
@@ -153,7 +133,7 @@ class Ling(nnx.Module):
         Inside a manual region it is this device's shard, and rows are gathered, sent as `dtype`."""
         weight = (self.word_embeddings if self.lm_head is None else self.lm_head).weight
         options = dict(wire_dtype=jnp.dtype(dtype), reduce_dtype=self.mesh.reduce_dtype)
-        return weight[...], partial(gather, names=weight.axes, split=weight.split, **options)
+        return weight.get_value(), partial(gather, names=weight.axes, split=weight.split, **options)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits of hidden states [..., D], not rounded to the compute dtype on the way; those of the whole
@@ -228,13 +208,11 @@ class Ling(nnx.Module):
             places_BT = segment_positions(segment_ids_BT)
         assert places_BT is not None
         context = Context(rope_tables(self.config, places_BT, self.dtype), places_BT, segment_ids_BT)
-        x_BTD = self.word_embeddings(tokens_BT, self.dtype)
-        x_BTD, per_layer, cache = self._run_layers(x_BTD, context, routing_ids, cache, capture)
-        final_BTD = self.norm(x_BTD)
-        mtp_out = None
-        if with_mtp:
-            with jax.named_scope("mtp"):
-                mtp_out = self._run_mtp(tokens_BT, segment_ids_BT, final_BTD, context, routing_ids)
+        x_BTD = self.embed(tokens_BT)
+        how = self._how(capture, cache)
+        x_BTD, per_layer, cache = self.run(layer_runs(self.config), x_BTD, context, routing_ids, cache, how)
+        final_BTD, mtp_out = self.finish(x_BTD, tokens_BT, context, routing_ids, mtp=with_mtp)
+        if mtp_out is not None:
             per_layer.append(mtp_out._replace(captured=_without(mtp_out.captured, "hidden_states")))
         routing, captured = _stack_outputs(per_layer, capture)
         if "hidden_states" in capture:
@@ -244,6 +222,45 @@ class Ling(nnx.Module):
         if "mtp_hidden" in capture and mtp_out is not None:
             captured["mtp_hidden"] = mtp_out.hidden_BTD
         return Hidden(final_BTD, None if mtp_out is None else mtp_out.hidden_BTD, routing, captured, cache)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """The input of the first layer: [B, T, D]."""
+        return self.word_embeddings(tokens_BT, self.dtype)
+
+    def run(
+        self,
+        runs: Sequence[LayerRun],
+        x_BTD: jax.Array,
+        context: Context,
+        routing_ids: jax.Array | None = None,
+        cache: Any = None,
+        how: How | None = None,
+    ) -> tuple[jax.Array, list[LayerOutput], Any]:
+        """The output of some of the trunk's layers that follow one another, each layer's outputs, and the cache.
+
+        Args:
+          runs: of `config.layer_runs`, which layers.
+          routing_ids, cache: as in `hidden`, of the whole model.
+        """
+        how = self._how((), cache) if how is None else how
+        return run_layers(self.layers, runs, x_BTD, context, routing_ids, cache, how)
+
+    def finish(
+        self,
+        x_BTD: jax.Array,
+        tokens_BT: jax.Array,
+        context: Context,
+        routing_ids: jax.Array | None = None,
+        *,
+        mtp: bool = True,
+    ) -> tuple[jax.Array, LayerOutput | None]:
+        """Runs what follows the last layer: returns [B, T, D] after the final norm, and the output of the MTP layer,
+        which the model must have if `mtp`. Arguments as in `run` and `hidden`."""
+        final_BTD = self.norm(x_BTD)
+        if not mtp:
+            return final_BTD, None
+        with jax.named_scope("mtp"):
+            return final_BTD, self._run_mtp(tokens_BT, final_BTD, context, routing_ids)
 
     def draft(
         self, next_BT: jax.Array, trunk_BTD: jax.Array, positions_BT: jax.Array, valid_BT: jax.Array, cache: Any
@@ -262,139 +279,24 @@ class Ling(nnx.Module):
         rope = rope_tables(self.config, positions_BT, self.dtype)
         context = Context(rope, positions_BT, valid_BT.astype(jnp.int32))
         with jax.named_scope("mtp"):
-            out = self.mtp(self.word_embeddings(next_BT, self.dtype), trunk_BTD, context, None, cache.layer("mtp", 0))
+            out = self.mtp(self.embed(next_BT), trunk_BTD, context, None, cache.layer("mtp", 0))
         return out.hidden_BTD, cache.with_layer("mtp", out.cache)
 
-    def _run_mtp(self, tokens_BT, segment_ids_BT, final_BTD, context, routing_ids) -> LayerOutput:
+    def _run_mtp(
+        self, tokens_BT: jax.Array, final_BTD: jax.Array, context: Context, routing_ids: jax.Array | None
+    ) -> LayerOutput:
         assert self.mtp is not None
         graph, params = nnx.split(self.mtp)
-        embedded_BTD = self.word_embeddings(next_tokens(tokens_BT, segment_ids_BT), self.dtype)
+        embedded_BTD = self.embed(next_tokens(tokens_BT, context.segments_BT))
         ids_BTK = None if routing_ids is None else routing_ids[-1]
 
         def run(params, embedded_BTD, final_BTD, ids_BTK):
             return nnx.merge(graph, params)(embedded_BTD, final_BTD, context, ids_BTK)
 
-        return self._remat(run)(params, embedded_BTD, final_BTD, ids_BTK)
+        return rematerialised(run, self._how((), None))(params, embedded_BTD, final_BTD, ids_BTK)
 
-    def _remat(self, f: Callable) -> Callable:
-        # Inside a scan the loop keeps forward and recomputation apart; straight code needs the barrier.
-        if self.remat == "none":
-            return f
-        return jax.checkpoint(f, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll)
-
-    def _run_layers(self, x_BTD, context, routing_ids, cache, capture) -> tuple[jax.Array, list[LayerOutput], Any]:
-        """Runs every segment of the plan; returns its output, the layers' outputs in order, the cache."""
-        used: Counter[str] = Counter()
-        moe_used = 0
-        alone = cache is None and math.prod(self.mesh.shape) == 1
-        through = {kind: _through(layers) if alone else [] for kind, layers in self.layers.items()}
-        per_layer: list[LayerOutput] = []
-        for segment in layer_plan(self.config):
-            moe_count = sum(kind.endswith("_moe") for kind in segment.pattern) * segment.repeats
-            ids = None if routing_ids is None else routing_ids[moe_used : moe_used + moe_count]
-            carry = x_BTD, cache, through
-            (x_BTD, cache, through), outs = self._run_segment(segment, used, carry, context, ids, capture)
-            per_layer += outs
-            used.update({kind: n * segment.repeats for kind, n in Counter(segment.pattern).items()})
-            moe_used += moe_count
-        return after_all(x_BTD, through), per_layer, cache
-
-    def _run_segment(self, segment: Segment, used, carry, context, ids, capture):
-        """The carry (x_BTD, cache, through) after a segment, and its layers' outputs. `through`: by kind, what goes
-        through experts' weights that train in their stacks (`LayerWeight`)."""
-        counts = Counter(segment.pattern)
-        x_BTD, cache, through = carry
-        graphs, wholes, stacks = {}, {}, {}
-        for kind, count in counts.items():
-            graphs[kind], wholes[kind] = nnx.split(self.layers[kind])
-            params = _numbered(wholes[kind]) if cache is not None or through[kind] else wholes[kind]
-            stacks[kind] = _rows(params, used[kind], segment.repeats, count)
-        if ids is not None:
-            ids = ids.reshape(segment.repeats, -1, *ids.shape[1:]) if ids.shape[0] else None
-
-        def run_layer(kind, params, x_BTD, ids_BTK, layer_cache, through):
-            x_BTD = checkpoint_name(x_BTD, "layer_input")
-            if cache is not None or through:
-                params = _in_place(params, wholes[kind], through)
-            layer = nnx.merge(graphs[kind], params)
-            out = layer(x_BTD, context, ids_BTK, layer_cache)
-            out = out._replace(captured={k: v for k, v in out.captured.items() if k in capture})
-            return out, _through(layer) if through else through
-
-        def body(carry, xs):
-            (x_BTD, cache, through), (stacks, ids, repeat) = carry, xs
-            through = dict(through)
-            seen: Counter[str] = Counter()
-            outs: list[LayerOutput] = []
-            for kind in segment.pattern:
-                moe_seen = sum(out.routing is not None for out in outs)
-                ids_BTK = None if ids is None or not kind.endswith("_moe") else ids[moe_seen]
-                index = used[kind] + repeat * counts[kind] + seen[kind]
-                layer_cache = None if cache is None else cache.layer(kind, index)
-                run = self._remat(partial(run_layer, kind))
-                out, through[kind] = run(stacks[kind][seen[kind]], x_BTD, ids_BTK, layer_cache, through[kind])
-                cache = None if cache is None else cache.with_layer(kind, out.cache)
-                x_BTD = out.hidden_BTD
-                outs.append(out._replace(hidden_BTD=None, cache=None))
-                seen[kind] += 1
-            return (x_BTD, cache, through), outs
-
-        xs = (stacks, ids, jnp.arange(segment.repeats))
-        carry, outs = jax.lax.scan(body, carry, xs, unroll=segment.repeats if self.unroll else 1)
-        return carry, [_take(out, i) for i in range(segment.repeats) for out in outs]
-
-
-def _take(tree: Any, index: int) -> Any:
-    return jax.tree.map(lambda a: a[index], tree)
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, FP8Weight | MasterWeight | LayerWeight)
-
-
-def _of_experts(path: Any) -> bool:
-    return ".experts." in jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _map_experts(f: Callable[..., Any], params: Any, *others: Any) -> Any:
-    """`params` with f of each weight of the routed experts."""
-
-    def at(path: Any, value: Any, *same: Any) -> Any:
-        return f(value, *same) if _of_experts(path) else value
-
-    return jax.tree_util.tree_map_with_path(at, params, *others, is_leaf=_is_weight)
-
-
-def _numbered(params: Any) -> Any:
-    """The experts' weights replaced by their layers' numbers, so that a scan copies none."""
-    return _map_experts(lambda w: jnp.arange(w.shape[0], dtype=jnp.int32), params)
-
-
-def _in_place(params: Any, wholes: Any, through: Sequence[jax.Array]) -> Any:
-    """One layer of what was `_numbered`, with its experts' weights where they lie; to train, with what goes through."""
-    rest = iter(through)
-
-    def at(layer: jax.Array, stack: Any) -> LayerWeight:
-        return LayerWeight(jax.lax.stop_gradient(stack), layer, next(rest)) if through else LayerWeight(stack, layer)
-
-    return _map_experts(at, params, wholes)
-
-
-def _through(layer: nnx.Module) -> list[jax.Array]:
-    """What goes through the experts' weights of a layer, in the order of its parameters; of a stack of layers, what the
-    first is given. Nothing unless all are arrays: some may train in FP8."""
-    params = jax.tree_util.tree_leaves_with_path(nnx.state(layer, nnx.Param), is_leaf=_is_weight)
-    values = [value for path, value in params if _of_experts(path)]
-    found = [value.through_LEOI if isinstance(value, LayerWeight) else value for value in values]
-    arrays = [value for value in found if isinstance(value, jax.Array)]
-    return arrays if len(arrays) == len(found) else []
-
-
-def _rows(tree: Any, first: int, repeats: int, count: int) -> list[Any]:
-    """`count` stacks of `repeats` layers: every count-th one from `first` on, from first + 1 on, ... A scan is given
-    what its body uses as it is: a weight that is indexed in the body is saved once more for the backward pass."""
-    last = first + repeats * count
-    return [jax.tree.map(lambda a, i=i: a[first + i : last : count], tree) for i in range(count)]
+    def _how(self, capture: Sequence[str], cache: Any) -> How:
+        return How(capture, self.remat, self.unroll, cache is None and math.prod(self.mesh.shape) == 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ling_jax.config import ModelConfig
+from ling_jax.config.layers import MTP_KIND
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
 from ling_jax.model.linear import Init, Linear
@@ -32,7 +33,7 @@ class MTP(nnx.Module):
         self.enorm = RMSNorm(hidden, eps, init.dtype)
         self.hnorm = RMSNorm(hidden, eps, init.dtype)
         self.eh_proj = Linear(2 * hidden, hidden, ("hidden", "mtp_input"), init)
-        self.block = Block(config, "softmax_moe", init)
+        self.block = Block(config, MTP_KIND, init)
         self.final_layernorm = RMSNorm(hidden, eps, init.dtype)
 
     def __call__(

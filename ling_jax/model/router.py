@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from ling_jax.config import ModelConfig, layer_kinds
-from ling_jax.model.linear import Init, whole
+from ling_jax.config import ModelConfig, routed_layers
+from ling_jax.model.linear import Init
+from ling_jax.parallel.rules import gather
 
 
 class ExpertBias(nnx.Variable):
@@ -86,9 +87,8 @@ def replayed(ids_LBTK: jax.Array | np.ndarray, config: ModelConfig, shape: tuple
       ValueError: for another shape or dtype, an expert that is none, or one that a token has twice.
     """
     ids_LBTK = ids_LBTK if isinstance(ids_LBTK, jax.Array) else np.asarray(ids_LBTK)
-    layers = sum(kind.endswith("_moe") for kind in layer_kinds(config))
+    layers, known = routed_layers(config, mtp=False), routed_layers(config, mtp=True)
     (rows, tokens), choices = shape, config.num_experts_per_tok
-    known = layers + config.num_nextn_predict_layers
     allowed = [(n, rows, t, choices) for n in {layers, known} for t in (tokens, tokens - 1)]
     if ids_LBTK.shape not in allowed:
         more = " (the last may be left out: the MTP layer's)" if known > layers else ""
@@ -130,10 +130,13 @@ class Router(nnx.Module):
         self, x_ND: jax.Array, valid_N: jax.Array, ids_NK: jax.Array | None = None
     ) -> tuple[Routing, jax.Array]:
         """Returns the routing and the float32 logits [N, E]."""
+        weight_ED = gather(
+            self.weight.get_value(), self.weight.axes, self.weight.split, jnp.float32, self.mesh.reduce_dtype
+        )
         logits_NE = jnp.einsum(
             "nd,ed->ne",
             x_ND.astype(jnp.float32),
-            whole(self.weight, jnp.dtype(jnp.float32), self.mesh).astype(jnp.float32),
+            weight_ED.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
-        return route(logits_NE, self.expert_bias[...], valid_N, self.config, ids_NK), logits_NE
+        return route(logits_NE, self.expert_bias.get_value(), valid_N, self.config, ids_NK), logits_NE

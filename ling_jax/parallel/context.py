@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ling_jax.kernels.attention import MASKED, Answer, attend, attend_bwd, keep
+from ling_jax.kernels.attention import MASKED, PartialAttention, attend, attend_bwd, keep
 from ling_jax.parallel.mesh import axis_index, axis_size
 
 AXIS = "context"
@@ -54,12 +54,12 @@ def shift_left(x_BT: jax.Array, fill: int) -> jax.Array:
     return moved_BT.at[:, half - 1].set(first_PB[early + 1]).at[:, -1].set(first_PB[late + 1])
 
 
-def _merge(a: Answer, b: Answer, counts: Any = True) -> Answer:
+def _merge(a: PartialAttention, b: PartialAttention, counts: Any = True) -> PartialAttention:
     """Attention over the keys of both; `b` is left out unless `counts`."""
     b_lse = jnp.where(counts, b.lse_BTH, MASKED)
     lse = jnp.logaddexp(a.lse_BTH, b_lse)
     share_a, share_b = (jnp.exp(x - lse)[..., None] for x in (a.lse_BTH, b_lse))
-    return Answer(a.out_BTHC * share_a + b.out_BTHC * share_b, lse)
+    return PartialAttention(a.out_BTHC * share_a + b.out_BTHC * share_b, lse)
 
 
 def _pieces(*arrays: jax.Array) -> tuple[tuple, tuple]:
@@ -106,7 +106,7 @@ def _visit(method: str, kv: Any, state: Any, dkv: Any, fold: Callable) -> tuple[
     return state, jax.tree.map(lambda x: jax.lax.psum_scatter(x, AXIS), all_dkv)
 
 
-def _forward(q_BtHC, k_BtGC, v_BtGC, segments_Bt, scale, method, implementation) -> Answer:
+def _forward(q_BtHC, k_BtGC, v_BtGC, segments_Bt, scale, method, implementation) -> PartialAttention:
     me, kv = axis_index(AXIS), (k_BtGC, v_BtGC, segments_Bt)
 
     def product(queries, keys, causal=False):

@@ -28,8 +28,8 @@ from ling_jax.config import MeshConfig
 from ling_jax.kernels.grouped import padded_rows
 from ling_jax.kernels.rows import RowPlan, gather_rows, plan_rows, sum_choices, take_rows
 from ling_jax.kernels.swiglu import block_for, row_gradients, swiglu, weight_gradients
+from ling_jax.kernels.weight import Weight, as_weight
 from ling_jax.parallel.mesh import WORK_AXES, axis_index, axis_size, pmax
-from ling_jax.parallel.quantise import pull_back
 from ling_jax.parallel.ragged import Routes, ragged_all_to_all
 
 AXIS = "expert"
@@ -182,11 +182,11 @@ QUEUES: dict[str, Callable[[jax.Array, int], Any]] = {
 }
 
 
-Whole = tuple[Callable[[jax.Array], jax.Array], ...]  # makes this rank's experts' gate, up and down of their shards
+Whole = tuple[Callable[[Weight], Weight], ...]  # makes this rank's experts' gate, up and down of their shards
 
 
 class Exchange(NamedTuple):
-    """What is known before the first row moves."""
+    """The plan of an exchange, known before the first row moves."""
 
     whole: Whole
     first: Round
@@ -257,7 +257,7 @@ def _run_bwd(exchange, saved, g_ND):
     cotangents, the largest buffers, are no longer needed.
     """
     queue, x_ND, scale_NK, shards, first_RD = saved
-    pairs = [pull_back(whole, shard) for whole, shard in zip(exchange.whole, shards, strict=True)]
+    pairs = [shard.pulled_back(whole) for whole, shard in zip(exchange.whole, shards, strict=True)]
     weights, to_shards = tuple(w for w, _ in pairs), [f for _, f in pairs]
     with jax.named_scope("dispatch"):
         scale = queue.spread_weights(scale_NK)
@@ -306,13 +306,15 @@ def dispatch(
 
     Args:
       x_ND: this device's tokens.  ids_NK: int32 experts of each, distinct; `num_experts` is none.  scale_NK: float32.
-      shards: this device's parts of its rank's experts' gate, up and down, [e, ...] each.
+      shards: this device's parts of its rank's experts' gate, up and down, [e, ...] each; what
+        `kernels.weight.as_weight` takes.
       mesh: `dispatcher`, `buffer_factor` and `overflow` are read.
       whole: makes each weight, as `kernels.swiglu` has them, of its shard (a linear map).
     Returns:
       [N, D] in x's dtype, and the int32 number of pairs that this rank's buffer had no room for (0 unless
       `mesh.overflow` is "drop").
     """
+    shards = tuple(map(as_weight, shards))
     ranks, local = axis_size(AXIS), num_experts // axis_size(AXIS)
     tokens, choices = ids_NK.shape
     worst = ranks * tokens * min(choices, local)

@@ -112,15 +112,25 @@ def rows_here(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
 
 
 def place_batch(
-    mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray], here: np.ndarray, rows: int
+    mesh: jax.sharding.Mesh,
+    batch: Mapping[str, np.ndarray],
+    fields: Mapping[str, str],
+    here: np.ndarray,
+    rows: int,
 ) -> dict[str, jax.Array]:
-    """The global batch of `rows` rows, [rows, T] each, from the rows `here` that this process has read."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """The global batch of `rows` rows, from the rows `here` that this process has read.
 
-    def place(value: np.ndarray) -> jax.Array:
+    Args:
+      fields: the dims of each array, one letter each, of which B is that of the rows.
+    """
+
+    def place(value: np.ndarray, dims: str) -> jax.Array:
+        axis = dims.index("B")
+        sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+
         def part(index: Any) -> np.ndarray:
-            return value[np.searchsorted(here, np.arange(rows)[index[0]])]
+            return np.take(value, np.searchsorted(here, np.arange(rows)[index[axis]]), axis)
 
-        return jax.make_array_from_callback((rows, *value.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((*value.shape[:axis], rows, *value.shape[axis + 1 :]), sharding, part)
 
-    return {name: place(value) for name, value in batch.items()}
+    return {name: place(batch[name], dims) for name, dims in fields.items()}

@@ -1,22 +1,19 @@
 """FP8 blocks of weights that are split over the mesh: those of the whole weight, whatever the split."""
 
-import dataclasses
-from collections.abc import Callable
 from math import gcd
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels.blockwise import MasterWeight, deviation
+from ling_jax.config.mesh import DIMS, Split
+from ling_jax.kernels.blockwise import deviation
 from ling_jax.kernels.fp8 import BLOCK, FLOOR, FP8Weight, block_max, codes_of, each, scales_of
 from ling_jax.parallel.mesh import all_gather, axis_index, axis_size
-from ling_jax.parallel.rules import STORAGE, Split
 
 
 def _stored(names: tuple[str, ...], split: Split) -> list[tuple[str, ...]]:
     """The axes that each dim is split over only to be stored."""
-    return [axes if name in STORAGE else () for name, axes in zip(names, split, strict=True)]
+    return [axes if DIMS[name].stored else () for name, axes in zip(names, split, strict=True)]
 
 
 def quantise_shard(w: jax.Array, names: tuple[str, ...], split: Split) -> FP8Weight:
@@ -39,7 +36,7 @@ def watch_shard(w: jax.Array, names: tuple[str, ...], split: Split) -> jax.Array
 
 
 def _scales(w: jax.Array, names: tuple[str, ...], split: Split) -> tuple[jax.Array, jax.Array]:
-    """Those of all blocks, and each element's of this device."""
+    """Scales of all blocks, and the scale of each element this device holds."""
     amax, axes_of = jnp.abs(w.astype(jnp.float32)), _stored(names, split)
     # Units of a shard first, of both dims: what is gathered is no larger than scales are.
     units = {dim: gcd(BLOCK, w.shape[dim]) if axis_size(*axes_of[dim]) > 1 else BLOCK for dim in (-2, -1)}
@@ -62,16 +59,3 @@ def _mine(scales: jax.Array, dim: int, size: int, unit: int, axes: tuple[str, ..
     units = jnp.repeat(scales, BLOCK // unit, axis=dim)
     here = jax.lax.dynamic_slice_in_dim(units, axis_index(*axes) * (size // unit), size // unit, dim % scales.ndim)
     return jnp.repeat(here, unit, axis=dim)
-
-
-def pull_back(whole: Callable[[Any], Any], shard: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """`whole` of a shard, and what makes the shard's gradient of the whole's; as `jax.vjp`, for `MasterWeight` too."""
-    if not isinstance(shard, MasterWeight):
-        weight, scatter = jax.vjp(whole, shard)
-        return weight, lambda d: scatter(d)[0]
-
-    def of_master(master: jax.Array) -> jax.Array:
-        return whole(dataclasses.replace(shard, master=master)).master
-
-    scatter = jax.vjp(of_master, shard.master)[1]
-    return whole(shard), lambda d: shard.gradient(scatter(d.master)[0], d.watch)

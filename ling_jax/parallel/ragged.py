@@ -9,9 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ling_jax.kernels.choose import by_platform
+
 
 class Routes(NamedTuple):
-    """What this rank sends and gets; each int32 [P * s], entries p * s to p * s + s - 1 about rank p."""
+    """The rows that this rank sends and gets; each int32 [P * s], entries p * s to p * s + s - 1 about rank p."""
 
     input_offsets: jax.Array  # first row, in this rank's operand, of a slice that goes to p
     send_sizes: jax.Array  # its rows
@@ -49,5 +51,4 @@ def ragged_all_to_all(operand: jax.Array, output: jax.Array, routes: Routes, axi
     Args:
       operand, output: [R, ...] of one dtype and row shape; R may differ between the two.
     """
-    branches = partial(_emulated, axis=axis), partial(_native, axis=axis)
-    return jax.lax.platform_dependent(operand, output, routes, cpu=branches[0], default=branches[1])
+    return by_platform(operand, output, routes, cpu=partial(_emulated, axis=axis), rest=partial(_native, axis=axis))

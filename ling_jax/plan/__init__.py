@@ -1,1 +1,1 @@
-"""What a training step will cost on a TPU that is not here: memory from the compiler, time from a roofline."""
+"""Plans of a training step on a TPU that is not here: memory from the compiler, time from a roofline."""

@@ -17,6 +17,8 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from ling_jax.kernels.work import Cost, KernelCall, cost_of
+
 # Names of `jax.named_scope` that make up a scope's label, outermost first.
 SCOPES = (
     "embedding", "mtp", "attention", "dense_ffn", "router", "plan", "dispatch", "experts", "combine",
@@ -37,9 +39,6 @@ COLLECTIVES = {
     "ppermute": "collective-permute", "all_to_all": "all-to-all", "ragged_all_to_all": "ragged-all-to-all",
 }  # fmt: skip
 
-FP8_KERNELS = ("fp8_product", "fp8_weight_gradient")
-SPLASH_PRODUCTS = {"_fwd": 2, "_dkv": 4, "_dq": 3}  # matrix products of one block of scores
-
 
 class Key(NamedTuple):
     """Where work belongs."""
@@ -58,7 +57,7 @@ class Sent(NamedTuple):
 
 @dataclass
 class Work:
-    """Of one device, for one step."""
+    """The work of one device in one step."""
 
     flops: dict[str, float] = field(default_factory=dict)  # by dtype of the operands
     hbm_bytes: float = 0.0
@@ -85,7 +84,7 @@ class Count(NamedTuple):
 
 
 class Value(NamedTuple):
-    """What is known of an array: the arrays in HBM that it is made of, by number, with their bytes."""
+    """A value in a trace: the arrays in HBM that it is made of, by number, with their bytes."""
 
     sources: dict[int, float]
     written: bool  # whether it is itself one of them
@@ -121,15 +120,6 @@ def count_step(
     outputs = counter.run(jaxpr, closed, [counter.written(size) for size in given], "", 1)
     counter.write(Key("optimizer", "update"), 1, outputs, returned)
     return Count(counter.work, counter.uncounted_loops)
-
-
-def _names(eqn: Any, stack: str) -> list[str]:
-    """Of a kernel: its own, and those of the functions around it."""
-    return [*stack.rsplit("/", 2)[-2:], str(eqn.params.get("name"))]
-
-
-def _is_grouped(eqn: Any, stack: str) -> bool:
-    return not {"gmm", "tgmm", "fp8_rows", *FP8_KERNELS}.isdisjoint(_names(eqn, stack))
 
 
 def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -243,13 +233,13 @@ class _Counter:
             updates = _bytes(eqn.invars[2])
             work.hbm_bytes += trips * (2 if name == "scatter" else 3) * updates
             return [inputs[0]]
+        cost = Cost(self._flops(eqn, name))
         if name == "pallas_call":
             self._materialise(eqn, inputs, key_of(stack), trips)
-        if name == "pallas_call" and _is_grouped(eqn, stack):
-            work.hbm_bytes += trips * self._grouped_bytes(eqn)
-        else:
-            work.hbm_bytes += trips * (sum(sources.values()) + sum(sizes))
-        for dtype, flops in self._flops(eqn, name, stack).items():
+            cost = cost_of(self._call(eqn, stack))
+        moved = sum(sources.values()) + sum(sizes) if cost.bytes is None else cost.bytes
+        work.hbm_bytes += trips * moved
+        for dtype, flops in cost.flops.items():
             work.flops[dtype] = work.flops.get(dtype, 0.0) + trips * flops
         return [self.written(size) for size in sizes]
 
@@ -267,7 +257,7 @@ class _Counter:
         self.write(key, trips * length, outputs, [_bytes(v) for v in inner.outvars])
         return [self.written(_bytes(v)) for v in eqn.outvars]
 
-    def _flops(self, eqn: Any, name: str, stack: str) -> dict[str, float]:
+    def _flops(self, eqn: Any, name: str) -> dict[str, float]:
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
             a, out = eqn.invars[0].aval, eqn.outvars[0].aval
@@ -277,8 +267,6 @@ class _Counter:
             return {
                 a.dtype.name: 2.0 * self._rows(a.shape[0]) * math.prod(b.shape[1:] if out.ndim == 2 else out.shape[1:])
             }
-        if name == "pallas_call":
-            return self._kernel(eqn, stack)
         return {}
 
     def _rows(self, room: int) -> int:
@@ -292,39 +280,11 @@ class _Counter:
             if weight and (found := sum(value.sources.values())) < 0.9 * _bytes(v):
                 self.at(key).hbm_bytes += trips * (found + _bytes(v))
 
-    def _grouped_bytes(self, eqn: Any) -> float:
-        """Of a grouped product's arrays: the expected rows, and the weights (3 dims) of experts that have some."""
-        arrays = [v for v in (*eqn.invars, *eqn.outvars) if getattr(v.aval, "ndim", 0) >= 2]
-        rows = [v for v in arrays if v.aval.ndim == 2 or v.aval.shape[1] == 1]
-        first = 0 if str(eqn.params.get("name")) in FP8_KERNELS else -1  # tgmm's first operand is transposed
-        room = [v for v in eqn.invars if v in rows][first].aval.shape[0]
-        others = [v for v in arrays if v not in rows]
-        weights = sum(min(1.0, self.experts_read / v.aval.shape[0]) * _bytes(v) for v in others)
-        return self._rows(room) / room * sum(map(_bytes, rows)) + weights
-
-    def _kernel(self, eqn: Any, stack: str) -> dict[str, float]:
-        """Pallas calls, by what stands in their name or that of the function around them.
-
-        splash_*_fwd: 4 H T S C (scores and values); *_dkv: 8 (scores, their cotangent, dk, dv); *_dq: 6 (scores, their
-        cotangent, dq); half where a query sees no key after it. All grouped ones, with one group too: 2 R I O, with the
-        expected rows.
-        """
-        names = _names(eqn, stack)
-        arrays = [v.aval for v in eqn.invars if getattr(v.aval, "ndim", 0) >= 2 and v.aval.dtype.kind != "i"]
-        out = eqn.outvars[0].aval
-        if _is_grouped(eqn, stack):
-            a, b = [a for a in arrays if a.dtype.itemsize == arrays[0].dtype.itemsize][:2]  # not FP8's scales
-            rows, wide = (b.shape[0], out.shape[1:]) if b.ndim == 2 else (a.shape[0], b.shape[1:])
-            return {a.dtype.name: 2.0 * self._rows(rows) * math.prod(wide)}
-        if "fp8_quantise" in names:
-            return {}
-        products = [n for part, n in SPLASH_PRODUCTS.items() if any(part in name for name in names)]
-        if not products:
-            raise ValueError(f"no formula for the work of the kernel {names}: add one to plan/count.py")
-        q, k = arrays[:2]
-        *heads, queries, width = q.shape
-        seen = 0.5 if "causal" in stack else 1.0
-        return {q.dtype.name: 2.0 * products[0] * math.prod(heads) * queries * k.shape[-2] * width * seen}
+    def _call(self, eqn: Any, stack: str) -> KernelCall:
+        """A Pallas call, as its formula takes it."""
+        operands, results = ([v.aval for v in vs if getattr(v.aval, "ndim", 0)] for vs in (eqn.invars, eqn.outvars))
+        names = [str(eqn.params.get("name")), *reversed(stack.rsplit("/", 2)[-2:])]
+        return KernelCall(names, stack, operands, results, self._rows, self.experts_read)
 
     def _collective(self, eqn: Any, name: str, key: Key, trips: float) -> None:
         named = eqn.params.get("axis_name", eqn.params.get("axes"))

@@ -17,7 +17,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Of one JAX device; a tpu7x chip is two, which share its links."""
+    """Figures of one JAX device; a tpu7x chip is two, which share its links."""
 
     hbm_bytes: float  # that a program can use
     hbm_bytes_per_second: float
@@ -49,7 +49,7 @@ def peak_flops(device: Any, dtype: str) -> float:
 
 @dataclass(frozen=True)
 class Wire:
-    """What a collective over some mesh axes travels on."""
+    """The links that a collective over some mesh axes travels on."""
 
     name: str  # "ici x", ..., "dcn"
     ring: int  # devices along it

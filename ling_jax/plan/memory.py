@@ -1,4 +1,4 @@
-"""What the compiler says of a program's memory."""
+"""A program's memory, as the compiler reports it."""
 
 import logging
 import math
@@ -67,7 +67,7 @@ def buffers_of(compiled: jax.stages.Compiled) -> list[Buffer]:
 
 
 def largest_buffers(text: str, number: int = 10) -> list[Buffer]:
-    """Of an optimised module's text: the largest results that are stored in HBM, one row a shape and scope.
+    """Finds the largest results that an optimised module stores in HBM, one row a shape and scope, in its text.
 
     Which of them live at the same time the text does not say; together they can be more than the temporaries.
     """

@@ -19,6 +19,7 @@ from ling_jax.plan.count import Count, count_step
 from ling_jax.plan.hardware import Chip, chip_of, peak_flops
 from ling_jax.plan.memory import Buffer, Memory, buffers_of, memory_of, memory_of_error
 from ling_jax.plan.roofline import Bound, bound
+from ling_jax.plan.traffic import Traffic, traffic_of
 from ling_jax.train.state import Trainer, make_trainer
 from ling_jax.train.step import make_train_step
 
@@ -34,7 +35,7 @@ COMPILE_ONLY = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of one step of `config` on a topology; figures are per JAX device."""
+    """The plan of one step of `config` on a topology; figures are per JAX device."""
 
     config: RunConfig
     topology: str
@@ -44,6 +45,7 @@ class Plan:
     count: Count
     memory: Memory
     buffers: list[Buffer]
+    traffic: dict[str, Traffic]
     compile_s: float
 
     @property
@@ -60,7 +62,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of all devices, in one step."""
+        """Tokens of all devices in one step."""
         return self.config.data.global_batch_size * self.config.data.sequence_length
 
     @property
@@ -94,6 +96,7 @@ class Plan:
             "roofline_seconds": {**seconds._asdict(), "step": seconds.seconds},
             "mfu_at_roofline": self.mfu,
             "tokens_per_second_per_device": self.tokens / self.devices / seconds.seconds,
+            "traffic": {name: one.to_json() for name, one in self.traffic.items()},
             "compile_s": self.compile_s,
         }
         return json.dumps(values)
@@ -129,7 +132,7 @@ class Step(NamedTuple):
 
 
 def shard_bytes(tree: Any) -> list[float]:
-    """Of each array, those on one device."""
+    """Bytes of each array that one device holds."""
     leaves = jax.tree.leaves(tree)
     return [float(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize) for a in leaves]
 
@@ -143,14 +146,14 @@ def trace_step(config: RunConfig, devices: list[Any]) -> Step:
         trainer.shardings(),
     )
     shape = (config.data.global_batch_size, config.data.sequence_length)
-    rows = NamedSharding(trainer.mesh, PartitionSpec(BATCH_AXES))
+    rows = NamedSharding(trainer.compute.mesh, PartitionSpec(BATCH_AXES))
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in BATCH}
     traced = make_train_step(trainer).trace(state, batch)
     given = shard_bytes((state, batch))
     metrics = [float(a.size * a.dtype.itemsize) for a in jax.tree.leaves(traced.out_info[1])]
     tokens = config.rows_per_device * config.data.sequence_length // config.mesh.context
     balanced = tokens * config.model.num_experts_per_tok
-    sizes = dict(trainer.mesh.shape)
+    sizes = dict(trainer.compute.mesh.shape)
     count = count_step(traced, given, shard_bytes(state) + metrics, sizes, balanced, "tpu")
     held = sum(math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(state.params))
     return Step(trainer, traced, count, sum(given), held)
@@ -166,7 +169,7 @@ def make_plan(config: RunConfig, topology: str, slices: int = 1) -> Plan:
 
 
 def compile_plan(config: RunConfig, topology: str, slices: int, step: Step) -> Plan:
-    mesh = step.trainer.mesh
+    mesh = step.trainer.compute.mesh
     device = mesh.devices.flat[0]
     hbm = chip_of(device).hbm_bytes
     log.info("compiling the train step for %d %s devices, a few minutes", mesh.devices.size, device.device_kind)
@@ -179,4 +182,5 @@ def compile_plan(config: RunConfig, topology: str, slices: int, step: Step) -> P
             raise
         memory = memory_of_error(str(error), step.given, hbm)
     seconds = time.perf_counter() - start
-    return Plan(config, topology, slices, mesh, count_params(config.model), step.count, memory, buffers, seconds)
+    counts, traffic = count_params(config.model), traffic_of(step.trainer)
+    return Plan(config, topology, slices, mesh, counts, step.count, memory, buffers, traffic, seconds)

@@ -1,7 +1,7 @@
 """A plan as text for people: what fits, which buffers are large, what bounds each scope."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ling_jax.config import MESH_AXES, MeshConfig, RunConfig
@@ -9,6 +9,7 @@ from ling_jax.config.text import columns
 from ling_jax.plan.count import PHASES, Count, Work
 from ling_jax.plan.plan import Plan
 from ling_jax.plan.roofline import bound
+from ling_jax.plan.traffic import ASSUMED, Traffic
 
 SHARE = 0.001  # of the step: scopes below it are summed up in one row
 
@@ -40,9 +41,9 @@ def mesh_text(mesh: MeshConfig) -> str:
 
 
 def render(plan: Plan) -> str:
-    return "\n\n".join(
-        [_head(plan), _memory(plan), _buffers(plan), scopes_table(plan.count, plan.mesh), _phases(plan), _step(plan)]
-    )
+    scopes = scopes_table(plan.count, plan.mesh)
+    traffic = f"{columns(traffic_rows(plan.traffic), numbers=True)}\n{ASSUMED}"
+    return "\n\n".join([_head(plan), _memory(plan), _buffers(plan), scopes, _phases(plan), _step(plan), traffic])
 
 
 def _head(plan: Plan) -> str:
@@ -123,3 +124,16 @@ def _step(plan: Plan) -> str:
     if plan.count.uncounted_loops:
         lines.append(f"{plan.count.uncounted_loops} loops of further dispatch rounds are counted as none")
     return "\n".join(lines)
+
+
+def traffic_rows(traffic: Mapping[str, Traffic]) -> list[tuple[str, ...]]:
+    """A head, and a row for each piece of work: what all hosts together move, and the busiest of them; the seconds that
+    this takes, by bytes or by requests."""
+    head = ("storage", "hosts", "read", "written", "objects", "largest", "busiest host", "seconds", "by")
+    rows: list[tuple[str, ...]] = [head]
+    for name, one in traffic.items():
+        by, seconds = max(one.seconds.items(), key=lambda pair: pair[1])
+        sizes = [gb(size) if size else "-" for size in (one.read, one.written)]
+        objects = [f"{one.objects:,}", gb(one.largest)] if one.objects else ["-", "-"]
+        rows.append((name, str(one.hosts), *sizes, *objects, gb(one.of_host), f"{seconds:,.0f}", by))
+    return rows

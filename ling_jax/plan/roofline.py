@@ -23,7 +23,7 @@ class Bound(NamedTuple):
 
 
 def bound(work: Work, mesh: Any) -> Bound:
-    """What `work` takes at the peaks of the devices of `mesh`, perfectly overlapped.
+    """The time that `work` takes at the peaks of the devices of `mesh`, perfectly overlapped.
 
     A collective's bytes are shared by the dims its axes lie along, each at its links' rate. Rows that are sent from
     each device to every other travel a quarter of a ring, or a third of a line, on average.

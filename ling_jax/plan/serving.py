@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ling_jax.config import MESH_AXES, MeshConfig, ModelConfig, count_params
 from ling_jax.config.text import columns
 from ling_jax.generate.cache import cache_bytes
-from ling_jax.generate.rows import Rows, advance, empty_rows, one_step
+from ling_jax.generate.rows import DecodingRows, advance, empty_rows, one_step
 from ling_jax.generate.sampling import Kinds, empty_options
 from ling_jax.generate.serving import Program, in_fp8, row_specs, serving_model
 from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
@@ -31,7 +31,7 @@ STOPS = 8
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of one call of a program; bytes and work are per device."""
+    """One call of a program; bytes and work are per device."""
 
     name: str  # "prefill" or "decode"
     tokens: int  # that all devices run in it
@@ -129,7 +129,7 @@ def make_serving_plan(
     bias = placed(bias, jax.tree.map(lambda _: PartitionSpec(), bias))
     if fp8:
         served.mesh.check_fp8(served.config)
-        params = jax.eval_shape(in_fp8, params)
+        params = jax.eval_shape(partial(in_fp8, model), params)
     arguments = placed(params, param_specs(served)), bias, placed(state, row_specs(state))
     calls = []
     for name, tokens in {"prefill": chunk * program.batch_shards, "decode": asked}.items():
@@ -142,7 +142,7 @@ def make_serving_plan(
     return ServingPlan(model, split, topology, mesh, rows, slots, dtype, fp8, weights, held, calls)
 
 
-def _prefill(chunk: int, model: Ling, rows: Rows) -> Rows:
+def _prefill(chunk: int, model: Ling, rows: DecodingRows) -> DecodingRows:
     """A chunk of one row's prompt on each device."""
     first = jnp.zeros(1, jnp.int32)
     return rows.with_rows(first, advance(model, rows.of(first), chunk, Kinds()))

@@ -52,7 +52,7 @@ def suggest(config: RunConfig, topology: str, slices: int) -> Suggestion:
         for changed in configs:
             if changed not in seen:
                 step = trace_step(changed, devices)
-                one = Candidate(changed, bound(step.count.total(), step.trainer.mesh), _floor(changed, step))
+                one = Candidate(changed, bound(step.count.total(), step.trainer.compute.mesh), _floor(changed, step))
                 seen[changed] = one, step
                 log.info("%s: at least %.3f s", describe(changed), one.seconds)
         return min(seen.values(), key=lambda pair: (pair[0].floor > hbm, pair[0].seconds))[0].config
@@ -110,8 +110,8 @@ def _microbatches(config: RunConfig) -> Iterator[RunConfig]:
 
 
 def _floor(config: RunConfig, step: Step) -> float:
-    """What is given to the step, float32 gradients of the parameters held, and the layers' inputs where the device
-    keeps them: what no compiler can do without."""
+    """Bytes that no compiler can do without: the step's arguments, float32 gradients of the parameters held, and the
+    layers' inputs where the device keeps them."""
     gradients = step.parameters * 4.0
     tokens = config.rows_per_device * config.data.sequence_length // config.mesh.context
     inputs = tokens * config.model.hidden_size * 2.0 * config.model.num_hidden_layers
@@ -126,7 +126,7 @@ def describe(config: RunConfig) -> str:
 
 
 def flags(config: RunConfig) -> str:
-    """Of the searched settings."""
+    """The command-line flags of the searched settings."""
     mesh = " ".join(f"--mesh.{axis} {getattr(config.mesh, axis)}" for axis in ("data", "fsdp", "expert", "context"))
     return (
         f"{mesh} --mesh.buffer-factor {config.mesh.buffer_factor:g} --train.microbatches {config.train.microbatches} "

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ling_jax.parallel.rules import RULES
+from ling_jax.config.mesh import DIMS
 
 BLOCK = 256  # values with one scale
 SHORTEST = 32  # block, where no dim is longer: below it, the scale would cost too much
@@ -53,14 +53,14 @@ def block_dims(params: dict, axes: dict) -> dict:
 def block_dim(shape: tuple[int, ...], names: tuple[str, ...]) -> int:
     """Which of a parameter's own dims blocks lie along, counted from the end; 0: its moments stay float32.
 
-    It depends on no mesh, so that a checkpoint fits every one: longest blocks first, then dims that `parallel.rules`
+    It depends on no mesh, so that a checkpoint fits every one: longest blocks first, then dims that `config.mesh`
     never splits, then those that only `tensor` does. A block that a shard's edge cuts costs communication.
     """
     if len(names) < 2 or math.prod(shape) < SMALLEST:
         return 0
 
     def worth(dim: int) -> tuple[int, ...]:
-        axes = RULES[names[dim]]
+        axes = DIMS[names[dim]].axes
         return min(shape[dim], BLOCK), not axes, axes == ("tensor",)
 
     best = max(range(-len(names), 0), key=worth)

@@ -22,14 +22,14 @@ INK, GRID = "#3d4450", "#e6e8ec"
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2563a8", "#cf6f1b", "#2b8a67", "#c0362c", "#7a5aa6", "#8a919c"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
 
-Record = Mapping[str, Any]
+MetricsRecord = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the drawing functions read."""
+    """The records of a run that the drawing functions read."""
 
-    records: Sequence[Record]
+    records: Sequence[MetricsRecord]
     baselines: Mapping[str, float]
     first_moe_layer: int
 
@@ -49,7 +49,7 @@ class Series(NamedTuple):
     values: np.ndarray
 
 
-def series(records: Sequence[Record], key: str) -> Series:
+def series(records: Sequence[MetricsRecord], key: str) -> Series:
     """The steps at which `key` was logged as a number; missing keys and nulls are left out."""
     found = [(r["step"], r[key]) for r in records if r.get(key) is not None]
     steps = np.array([step for step, _ in found], np.int64)
@@ -87,7 +87,7 @@ class Table(NamedTuple):
     values_SL: np.ndarray
 
 
-def table(records: Sequence[Record], key: str, limit: int) -> Table:
+def table(records: Sequence[MetricsRecord], key: str, limit: int) -> Table:
     """The steps at which `key` was logged as a list, evenly thinned to `limit` of them.
 
     Lists of another length than the last one's are left out.
@@ -170,7 +170,7 @@ def _last(line: Series, form: str = ".3f") -> str:
     return format(line.values[-1], form)
 
 
-def _eval_series(records: Sequence[Record], unit: str) -> dict[str, Series]:
+def _eval_series(records: Sequence[MetricsRecord], unit: str) -> dict[str, Series]:
     """Source to its eval/<source>/<unit>, in the order of first mention; a source's name may hold slashes."""
     head, tail = "eval/", f"/{unit}"
     keys = {key: None for r in records for key in r if key.startswith(head) and key.endswith(tail)}
@@ -436,7 +436,7 @@ FIGURES = (
 )  # fmt: skip
 
 
-def expert_load_figure(runs: Mapping[str, Sequence[Record]], path: epath.PathLike) -> None:
+def expert_load_figure(runs: Mapping[str, Sequence[MetricsRecord]], path: epath.PathLike) -> None:
     """Draws the worst layer's max/mean expert load of several runs over steps, as a PNG.
 
     Args:
@@ -460,7 +460,7 @@ def expert_load_figure(runs: Mapping[str, Sequence[Record]], path: epath.PathLik
     epath.Path(path).write_bytes(png(figure))
 
 
-def loss_gap_figure(runs: Mapping[str, Sequence[Record]], reference: str, path: epath.PathLike) -> None:
+def loss_gap_figure(runs: Mapping[str, Sequence[MetricsRecord]], reference: str, path: epath.PathLike) -> None:
     """Draws the training losses of several runs, and below them each one's relative gap to `reference`, as a PNG.
 
     Args: as in `expert_load_figure`; all runs have the same steps.

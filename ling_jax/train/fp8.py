@@ -13,46 +13,47 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ling_jax.kernels.blockwise import OPERANDS, SUMS, MasterWeight
+from ling_jax.config.mesh import Split
+from ling_jax.config.parameters import ParamPath, quantised
+from ling_jax.kernels.blockwise import OPERANDS, SUMS
 from ling_jax.kernels.fp8 import FP8Weight
-from ling_jax.model.linear import IN_FP8
+from ling_jax.kernels.weight import MasterWeight
 from ling_jax.model.model import Ling
 from ling_jax.parallel.quantise import quantise_shard, watch_shard
-from ling_jax.parallel.rules import Split
 
 WATCHED = (*OPERANDS, "weights")
-Path = tuple[str, ...]  # of a parameter, such as ("layers", "softmax_moe", "mlp", "experts", "up_proj", "weight")
 
 
 class Dims(NamedTuple):
-    """Of a weight that products are made with."""
+    """The dims of a weight: their names, and the mesh axes that split them."""
 
     names: tuple[str, ...]
     split: Split
 
 
 class Trained(NamedTuple):
-    """What a step's gradient is taken of."""
+    """The arrays that a step's gradient is taken of."""
 
     params: dict[str, Any]
-    watch: dict[Path, jax.Array]  # see `MasterWeight.watch`; {} to watch nothing
+    watch: dict[ParamPath, jax.Array]  # see `MasterWeight.watch`; {} to watch nothing
 
 
-def module_of(path: Path) -> str:
+def module_of(path: ParamPath) -> str:
     """The name that patterns of `train.fp8_except` are matched with: "layers.softmax_moe.mlp.experts.up_proj"."""
     return ".".join(path[:-1])
 
 
-def weights_in_fp8(model: Ling, excepted: Sequence[str]) -> dict[Path, Dims]:
+def weights_in_fp8(model: Ling, excepted: Sequence[str]) -> dict[ParamPath, Dims]:
     """All weights of attention and FFNs, those of the MTP layer too, but for modules that match a pattern.
 
     Raises:
       ValueError: for a pattern that matches nothing, with all names.
     """
-    found: dict[Path, Dims] = {}
+    found: dict[ParamPath, Dims] = {}
+    in_blocks = quantised(model.config)
     for path, variable in nnx.state(model, nnx.Param).flat_state():
-        if path[-2] in IN_FP8 and path[-1] == "weight":
-            found[tuple(map(str, path))] = Dims(variable.get_metadata()["axes"], variable.get_metadata()["split"])
+        if (names := tuple(map(str, path))) in in_blocks:
+            found[names] = Dims(variable.get_metadata()["axes"], variable.get_metadata()["split"])
     names = [module_of(path) for path in found]
     for pattern in excepted:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -64,42 +65,44 @@ def weights_in_fp8(model: Ling, excepted: Sequence[str]) -> dict[Path, Dims]:
     }
 
 
-def quantise(params: dict, weights: Mapping[Path, Dims]) -> dict[Path, FP8Weight]:
+def quantise(params: dict, weights: Mapping[ParamPath, Dims]) -> dict[ParamPath, FP8Weight]:
     """FP8 blocks of the shards of `weights`, which are of the whole weights' blocks."""
-    flat: dict[Path, Any] = flatten_dict(params)
+    flat: dict[ParamPath, Any] = flatten_dict(params)
     with jax.named_scope("quantise_weights"):
         return {path: jax.lax.stop_gradient(quantise_shard(flat[path], *dims)) for path, dims in weights.items()}
 
 
-def with_codes(params: dict, quantised: Mapping[Path, FP8Weight], watch: Mapping[Path, jax.Array]) -> dict[str, Any]:
+def with_codes(
+    params: dict, quantised: Mapping[ParamPath, FP8Weight], watch: Mapping[ParamPath, jax.Array]
+) -> dict[str, Any]:
     """Parameters whose products are made with `quantised` and whose gradients are their own."""
-    flat: dict[Path, Any] = flatten_dict(params)
+    flat: dict[ParamPath, Any] = flatten_dict(params)
     for path, codes in quantised.items():
         flat[path] = MasterWeight(flat[path], codes, watch.get(path))
     return unflatten_dict(flat)
 
 
-def watch_weights(params: dict, weights: Mapping[Path, Dims]) -> dict[Path, jax.Array]:
+def watch_weights(params: dict, weights: Mapping[ParamPath, Dims]) -> dict[ParamPath, jax.Array]:
     """[L, SUMS] of the weights themselves."""
-    flat: dict[Path, Any] = flatten_dict(params)
+    flat: dict[ParamPath, Any] = flatten_dict(params)
     return {path: watch_shard(flat[path], *dims) for path, dims in weights.items()}
 
 
-def unwatched(params: dict, weights: Mapping[Path, Dims]) -> dict[Path, jax.Array]:
+def unwatched(params: dict, weights: Mapping[ParamPath, Dims]) -> dict[ParamPath, jax.Array]:
     """Zeros [L, OPERANDS, SUMS] for each weight in FP8 (without L for what is not stacked)."""
-    flat: dict[Path, Any] = flatten_dict(params)
+    flat: dict[ParamPath, Any] = flatten_dict(params)
     lead = {path: flat[path].shape[: flat[path].ndim - len(dims.names)] for path, dims in weights.items()}
     return {path: jnp.zeros((*shape, len(OPERANDS), len(SUMS)), jnp.float32) for path, shape in lead.items()}
 
 
 class Loss(NamedTuple):
-    """What quantising one operand loses, in each layer: float64 [L]."""
+    """The loss by quantising one operand, in each layer: float64 [L]."""
 
     lost: np.ndarray  # share of its elements that became zero
     cosine: np.ndarray  # between it and its quantised form
 
 
-def losses(sums: Mapping[Path, np.ndarray]) -> dict[tuple[str, str], Loss]:
+def losses(sums: Mapping[ParamPath, np.ndarray]) -> dict[tuple[str, str], Loss]:
     """By module and operand, from the sums that `train.step.make_watcher` gives."""
     found = {}
     for path, sums_LOS in sums.items():

@@ -1,4 +1,4 @@
-"""What the devices can do: the denominator of MFU, and memory in use."""
+"""The devices' peak, the denominator of MFU, and their memory in use."""
 
 import resource
 import sys

@@ -1,8 +1,9 @@
-"""Losses as sums and counts, never means: accumulation and sharding cannot change them.
+"""The loss of pre-training, as sums and counts, and log-probabilities of tokens.
 
 Legend: B rows, T tokens, D hidden, L MoE layers, E experts.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,35 +12,28 @@ import numpy as np
 from flax import nnx
 
 from ling_jax.config import ModelConfig
-from ling_jax.kernels.cross_entropy import target_logprobs
 from ling_jax.kernels.precision import under_own_switches
 from ling_jax.model.inputs import checked_batch, known
 from ling_jax.model.model import Ling, split_model
-from ling_jax.model.router import replayed
+from ling_jax.model.router import Routing, replayed
 from ling_jax.parallel.context import shift_left
-from ling_jax.parallel.mesh import axis_size
+from ling_jax.train.objective import MODEL_FIELDS, Batch, Metrics, logprobs
 
 IGNORE = -100  # a target that is none
 
-Batch = dict[str, jax.Array]  # tokens, targets, positions, segment_ids: int32 [B, T]
 
-
-class Counts(NamedTuple):
-    """float32 scalars: how many targets, MTP targets and (non-padding) tokens a batch has."""
+class TargetCounts(NamedTuple):
+    """float32 scalars: how many targets and MTP targets a batch has."""
 
     targets: jax.Array
     mtp_targets: jax.Array
-    tokens: jax.Array
 
 
 class Sums(NamedTuple):
-    """float32 scalars summed over a batch, in nats; and the experts' token counts."""
+    """float32 scalars summed over a batch, in nats."""
 
     nll: jax.Array
     mtp_nll: jax.Array
-    z: jax.Array  # of logsumexp(router logits)^2, over tokens and MoE layers
-    expert_counts_LE: jax.Array  # int32
-    dropped: jax.Array  # int32 [] token-expert pairs left out by the dispatch
 
 
 def shift_targets(targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -48,53 +42,48 @@ def shift_targets(targets_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array
     return jnp.where(same_BT, shift_left(targets_BT, IGNORE), IGNORE)
 
 
-def count_targets(batch: Batch) -> Counts:
-    """Counts over all dims of `batch`, microbatches included."""
-    rows = {k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()}
-    mtp = shift_targets(rows["targets"], rows["segment_ids"])
-    return Counts(*(x.sum(dtype=jnp.float32) for x in (rows["targets"] >= 0, mtp >= 0, rows["segment_ids"] > 0)))
+def target_nll(model: Ling, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """float32 scalar: the summed cross-entropy of all targets that are not IGNORE."""
+    return -jnp.where(targets_BT >= 0, logprobs(model, hidden_BTD, targets_BT), 0).sum()
 
 
-def _logprobs(model: Ling, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    vocab_axis = "tensor" if axis_size("tensor") > 1 else None
-    logprobs_N = target_logprobs(flat_ND, *model.head(flat_ND.dtype), targets_BT.reshape(-1), vocab_axis)
-    return logprobs_N.reshape(targets_BT.shape)
+class NextToken(NamedTuple):
+    """Cross-entropy of the next token and, with an MTP layer, of the one after it (spec 2.6, 2.9)."""
 
+    config: ModelConfig
 
-def loss_sums(model: Ling, batch: Batch, mtp_targets_BT: jax.Array | None = None) -> Sums:
-    """Cross-entropy of the next token, of the one after it (MTP, spec 2.6) and the router's z term.
+    @property
+    def fields(self) -> Mapping[str, str]:
+        return {**MODEL_FIELDS, "targets": "BT"}
 
-    `mtp_targets_BT` replaces the shifted targets (the reference's own are flawed at row ends, spec 2.6).
-    """
-    out = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
-    targets_BT = batch["targets"]
+    def counts(self, batch: Batch) -> TargetCounts:
+        mtp = shift_targets(batch["targets"], batch["segment_ids"])
+        return TargetCounts(*(x.sum(dtype=jnp.float32) for x in (batch["targets"] >= 0, mtp >= 0)))
 
-    def nll(hidden_BTD, targets_BT):
-        return -jnp.where(targets_BT >= 0, _logprobs(model, hidden_BTD, targets_BT), 0).sum()
+    def sums(self, model: Ling, batch: Batch, mtp_targets_BT: jax.Array | None = None) -> tuple[Sums, Routing | None]:
+        """`mtp_targets_BT` replaces the shifted targets (the reference's own are flawed at row ends, spec 2.6)."""
+        out = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+        with jax.named_scope("loss"):
+            main = target_nll(model, out.hidden_BTD, batch["targets"])
+            mtp = jnp.zeros((), jnp.float32)
+            if out.mtp_hidden_BTD is not None:
+                if mtp_targets_BT is None:
+                    mtp_targets_BT = shift_targets(batch["targets"], batch["segment_ids"])
+                mtp = target_nll(model, out.mtp_hidden_BTD, mtp_targets_BT)
+        return Sums(main, mtp), out.routing
 
-    with jax.named_scope("loss"):
-        main = nll(out.hidden_BTD, targets_BT)
-        mtp = jnp.zeros((), jnp.float32)
-        if out.mtp_hidden_BTD is not None:
-            if mtp_targets_BT is None:
-                mtp_targets_BT = shift_targets(targets_BT, batch["segment_ids"])
-            mtp = nll(out.mtp_hidden_BTD, mtp_targets_BT)
-    if out.routing is None:
-        no_counts_LE = jnp.zeros((0, model.config.num_experts), jnp.int32)
-        return Sums(main, mtp, jnp.zeros((), jnp.float32), no_counts_LE, jnp.zeros((), jnp.int32))
-    return Sums(main, mtp, out.routing.z_sum.sum(), out.routing.counts, out.routing.dropped.sum())
+    def loss(self, sums: Sums, counts: TargetCounts) -> jax.Array:
+        """CE + mtp_loss_scaling_factor * MTP CE (spec 2.9), each a mean over the step's targets."""
+        loss = sums.nll / jnp.maximum(counts.targets, 1)
+        if self.config.num_nextn_predict_layers:
+            loss += self.config.mtp_loss_scaling_factor * sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
+        return loss
 
-
-def total_loss(sums: Sums, counts: Counts, config: ModelConfig, z_loss_coefficient: float = 0.0) -> jax.Array:
-    """CE + mtp_loss_scaling_factor * MTP CE + z_loss_coefficient * z (spec 2.9), each a mean over the
-    counts of the whole step, so that summing this over microbatches gives the step's loss."""
-    loss = sums.nll / jnp.maximum(counts.targets, 1)
-    if config.num_nextn_predict_layers:
-        loss += config.mtp_loss_scaling_factor * sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
-    if z_loss_coefficient:
-        loss += z_loss_coefficient * sums.z / jnp.maximum(counts.tokens, 1)
-    return loss
+    def metrics(self, sums: Sums, counts: TargetCounts) -> Metrics:
+        metrics = {"train/loss": sums.nll / jnp.maximum(counts.targets, 1)}
+        if self.config.num_nextn_predict_layers:
+            metrics["train/mtp_loss"] = sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
+        return metrics
 
 
 @under_own_switches
@@ -149,9 +138,9 @@ def row_logprobs(graph, params, bias, tokens_BT, positions_BT, segment_ids_BT, r
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
     out = model.hidden(tokens_BT, positions_BT, segment_ids_BT, routing_ids=routing_ids, mtp=False)
-    logprobs = _logprobs(model, out.hidden_BTD[:, :-1], tokens_BT[:, 1:])
+    found = logprobs(model, out.hidden_BTD[:, :-1], tokens_BT[:, 1:])
     same = (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]) & (segment_ids_BT[:, 1:] > 0)
-    return jnp.where(same, logprobs, 0)
+    return jnp.where(same, found, 0)
 
 
 _compiled_logprobs = jax.jit(row_logprobs, static_argnums=0)

@@ -24,6 +24,8 @@ import gc
 import json
 import logging
 import os
+import pathlib
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,13 +38,15 @@ from tensorboardX import summary as tensorboard_summary
 from tensorboardX import writer as tensorboard
 from tensorboardX.event_file_writer import EventsWriter
 
+from ling_jax.files.buckets import is_bucket
+from ling_jax.files.lines import cut_lines, open_lines, parts_of, read_lines
+from ling_jax.files.paths import at, write_whole
 from ling_jax.files.progress import CONSOLE
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-UPLOAD_SECONDS = 60.0  # between two uploads of metrics.jsonl to an object store
 
 
 @contextlib.contextmanager
@@ -65,85 +69,49 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
     Raises:
       ValueError: if the run has no metrics.jsonl, or one of its lines but the last is damaged.
     """
-    path = epath.Path(run_dir) / METRICS_FILE
-    if not path.exists():
+    path = at(run_dir) / METRICS_FILE
+    if not parts_of(path):
         raise ValueError(f"{path} does not exist: {os.fspath(run_dir)} is not the folder of a run that logged a step")
-    return [record for _, record in _read_lines(path)]
+    return list(_read_records(path))
 
 
-def _read_lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line, without its end, and what it says; see `read_metrics`."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line.decode())
-                if not isinstance(record, dict) or "step" not in record:
-                    raise ValueError("no object with a step")
-            except ValueError as error:  # half a line, or undecodable bytes after a power failure
-                if file.read(1):
-                    raise ValueError(
-                        f"{path}, line {number} is damaged ({error}) and not the last, so no crash cut it short: "
-                        "restore the file or move it away"
-                    ) from error
-                logger.warning("%s: left out its half-written last line", path)
-                return
-            yield line.rstrip(b"\n"), record
+def _read_records(path: epath.Path) -> Iterator[dict[str, Any]]:
+    """Parses each line; see `read_metrics`."""
+    for number, (line, followed) in enumerate(read_lines(path), start=1):
+        try:
+            yield _record(line)
+        except ValueError as error:  # half a line, or undecodable bytes after a power failure
+            if followed:
+                raise ValueError(
+                    f"{path}, line {number} is damaged ({error}) and not the last, so no crash cut it short: "
+                    "restore the file or move it away"
+                ) from error
+            logger.warning("%s: left out its half-written last line", path)
 
 
-def _cut_back(path: epath.Path, last_step: int) -> list[bytes]:
-    """Atomically drops the lines after `last_step`, and returns the lines kept, byte for byte as they were."""
-    if not path.exists():
-        return []
-    kept = [line for line, record in _read_lines(path) if record["step"] <= last_step]
-    _replace(path, kept)
-    return kept
+def _record(line: bytes) -> dict[str, Any]:
+    record = json.loads(line.decode())
+    if not isinstance(record, dict) or "step" not in record:
+        raise ValueError("no object with a step")
+    return record
 
 
-def _replace(path: epath.Path, lines: list[bytes]) -> None:
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_bytes(b"".join(line + b"\n" for line in lines))
-    temporary.replace(path)
+def _cut_back(path: epath.Path, last_step: int) -> None:
+    """Drops the lines after `last_step`; those kept stay byte for byte as they were."""
+    for _ in _read_records(path):
+        pass  # ValueError for damage, before anything is dropped
 
+    def keep(line: bytes) -> bool:
+        try:
+            return _record(line)["step"] <= last_step
+        except ValueError:  # the last line, cut short
+            return False
 
-class _LocalLines:
-    """Appends lines to a file; each reaches the operating system at once, so killing the process loses none."""
-
-    def __init__(self, path: epath.Path):
-        self._file = path.open("ab")
-
-    def append(self, line: bytes) -> None:
-        self._file.write(line + b"\n")
-        self._file.flush()
-
-    def flush(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _RemoteLines:
-    """The same for an object store, whose objects cannot grow: all lines are uploaded anew now and then."""
-
-    def __init__(self, path: epath.Path, lines: list[bytes]):
-        self._path, self._lines = path, list(lines)
-        self._uploaded = time.monotonic()
-
-    def append(self, line: bytes) -> None:
-        self._lines.append(line)
-        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        _replace(self._path, self._lines)
-        self._uploaded = time.monotonic()
-
-    def close(self) -> None:
-        self.flush()
+    cut_lines(path, keep)
 
 
 class _TensorBoard:
-    """Scalars as TensorBoard events, one event per step.
+    """Scalars as TensorBoard events, one event per step; in a bucket, an object for each flush.
 
     This uses tensorboardX's record writer rather than its `SummaryWriter`, whose flush does not wait for its
     queue (a killed run would lose events that a checkpoint vouches for).
@@ -151,10 +119,16 @@ class _TensorBoard:
 
     def __init__(self, folder: epath.Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        # The file's own stamp is in seconds: without more, a quick restart would overwrite the former file.
-        self._writer = EventsWriter(os.path.join(os.fspath(folder), "events"), f".{time.time_ns()}")
+        self._folder, self._new = folder, False
+        self._scratch = tempfile.TemporaryDirectory() if is_bucket(folder) else None
+        self._writer = self._opened()
         # Readers forget the events from `first_step` on that earlier files hold.
         self._write(first_step, session_log=tensorboard.SessionLog(status=tensorboard.SessionLog.START))
+
+    def _opened(self) -> EventsWriter:
+        folder = os.fspath(self._folder) if self._scratch is None else self._scratch.name
+        # The file's own stamp is in seconds: without more, a quick restart would overwrite the former file.
+        return EventsWriter(os.path.join(folder, "events"), f".{time.time_ns()}")
 
     def append(self, step: int, record: Mapping[str, Any]) -> None:
         summary = tensorboard_summary.Summary()
@@ -165,20 +139,23 @@ class _TensorBoard:
 
     def _write(self, step: int, **what: Any) -> None:
         self._writer.write_event(tensorboard.Event(wall_time=time.time(), step=step, **what))
+        self._new = True
 
     def flush(self) -> None:
         self._writer.flush()
+        if self._scratch is not None and self._new:
+            self._writer.close()
+            for file in pathlib.Path(self._scratch.name).iterdir():
+                write_whole(self._folder / file.name, file.read_bytes())
+                file.unlink()
+            self._writer = self._opened()
+        self._new = False
 
     def close(self) -> None:
+        self.flush()
         self._writer.close()
-
-
-def _open_tensorboard(run_dir: epath.Path, first_step: int) -> _TensorBoard | None:
-    try:
-        return _TensorBoard(run_dir / TENSORBOARD_FOLDER, first_step)
-    except ImportError as error:  # tensorboardX needs an extra package for gs:// and s3://
-        logger.warning("no TensorBoard events for %s: %s", run_dir, error)
-        return None
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -196,7 +173,7 @@ def _plain(key: str, value: Any) -> Any:
 class MetricsWriter:
     """Appends steps to `run_dir`/metrics.jsonl and `run_dir`/tensorboard.
 
-    On an object store lines are uploaded once a minute and at `flush`, so call `flush` before saving a
+    In a bucket lines are uploaded once a minute and at `flush` (see `files.lines`), so call `flush` before saving a
     checkpoint: then the record is never shorter than what a resume starts from.
     """
 
@@ -204,16 +181,16 @@ class MetricsWriter:
         """Opens the record of a run.
 
         Args:
-          run_dir: the run's folder, made if missing; local or an object store's address.
+          run_dir: the run's folder, made if missing; local or in a bucket.
           resume_step: the restored step; lines after it are dropped. None: the run starts anew, and all are.
         """
-        folder = self._folder = epath.Path(run_dir)
+        folder = self._folder = at(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._last_step = -1 if resume_step is None else resume_step
         path = folder / METRICS_FILE
-        kept = _cut_back(path, self._last_step)
-        self._lines = _RemoteLines(path, kept) if "://" in os.fspath(folder) else _LocalLines(path)
-        self._tensorboard = _open_tensorboard(folder, self._last_step + 1)
+        _cut_back(path, self._last_step)
+        self._lines = open_lines(path)
+        self._tensorboard = _TensorBoard(folder / TENSORBOARD_FOLDER, self._last_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Logs one step.
@@ -229,9 +206,8 @@ class MetricsWriter:
         record = {"step": int(step)} | {key: _plain(key, value) for key, value in metrics.items()}
         try:
             self._lines.append(json.dumps(record, allow_nan=False).encode())
-            if self._tensorboard is not None:
-                del record["step"]
-                self._tensorboard.append(step, record)
+            del record["step"]
+            self._tensorboard.append(step, record)
         except OSError as error:
             raise ValueError(
                 f"cannot write the metrics of step {step} in {self._folder}: {error.strerror}; make room there and "
@@ -242,13 +218,11 @@ class MetricsWriter:
     def flush(self) -> None:
         """Returns once all that was written is on disk, or uploaded."""
         self._lines.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        self._tensorboard.flush()
 
     def close(self) -> None:
         self._lines.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._tensorboard.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -256,7 +230,7 @@ class MetricsWriter:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self.close()
-        except OSError:
+        except Exception:
             if error is None:  # else what is under way already tells it
                 raise
 

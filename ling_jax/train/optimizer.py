@@ -11,6 +11,7 @@ import optax
 
 from ling_jax.config import OptimizerConfig, ScheduleConfig
 from ling_jax.kernels import native
+from ling_jax.kernels.choose import by_platform
 from ling_jax.train.adam8 import scale_by_adam_8bit
 from ling_jax.train.rounding import apply_updates
 
@@ -79,8 +80,8 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
-    """What applies an optimizer's update; where a step is not `ok`, everything stays as it was."""
+class OptimizerUpdate:
+    """Applies an optimizer's update; where a step is not `ok`, everything stays as it was."""
 
     optimizer: optax.GradientTransformation
     config: OptimizerConfig
@@ -94,12 +95,7 @@ class Update:
         args = params, state, grads, norm, ok
         if not self._for_cpp(params, state):
             return self.in_optax(*args)
-        arrays, tree = jax.tree.flatten(args)
-        apply = partial(_apply_on_cpu, update=self, tree=tree)
-        results = jax.lax.platform_dependent(
-            *arrays, cpu=apply, default=partial(_apply_in_optax, update=self, tree=tree)
-        )
-        return jax.tree.unflatten(jax.tree.structure((params, state)), results)
+        return by_platform(*args, cpu=partial(_on_cpu, update=self), rest=self.in_optax)
 
     def _for_cpp(self, params: dict, state: Any) -> bool:
         """XLA makes three passes of an update, with copies of both moments. XLA cannot split our call over a mesh."""
@@ -141,16 +137,12 @@ class Update:
         return params, state
 
 
-def _apply_in_cpp(*arrays: jax.Array, update: Update, tree: Any) -> list[jax.Array]:
-    return jax.tree.leaves(update.in_cpp(*jax.tree.unflatten(tree, arrays)))
+def _in_cpp(*args: Any, update: OptimizerUpdate) -> tuple[dict, Any]:
+    return update.in_cpp(*args)
 
 
-def _apply_in_optax(*arrays: jax.Array, update: Update, tree: Any) -> list[jax.Array]:
-    return jax.tree.leaves(update.in_optax(*jax.tree.unflatten(tree, arrays)))
+def _in_optax(*args: Any, update: OptimizerUpdate) -> tuple[dict, Any]:
+    return update.in_optax(*args)
 
 
-_on_cpu = native.or_else("adamw", _apply_in_cpp, _apply_in_optax)
-
-
-def _apply_on_cpu(*arrays: jax.Array, update: Update, tree: Any) -> list[jax.Array]:
-    return list(_on_cpu(*arrays, update=update, tree=tree))
+_on_cpu = native.or_else("adamw", _in_cpp, _in_optax)

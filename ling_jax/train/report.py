@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from ling_jax.files.paths import at
 from ling_jax.train.figures import FIGURES, Drawing, Run, new_figure, png
 from ling_jax.train.metrics import paused_collector, read_metrics
 
@@ -53,7 +54,7 @@ def write_report(
     Figures without data are left out, also those of an earlier report.
 
     Args:
-      run_dir: the run's folder, local or an object store's address.
+      run_dir: the run's folder, local or in a bucket.
       title: the page's heading.
       summary: rows of the table on top, label to text.
       baselines: label to bits per byte of the held-out text, drawn beside the validation curve.
@@ -63,7 +64,7 @@ def write_report(
     Raises:
       ValueError: if the run has no readable metrics.jsonl.
     """
-    folder = epath.Path(run_dir)
+    folder = at(run_dir)
     config_path = folder / "config.json"
     config = config_path.read_text() if config_path.exists() else None
     first = json.loads(config).get("model", {}).get("first_k_dense_replace", 0) if config else 0

@@ -1,7 +1,6 @@
-"""What a training step carries from one step to the next: a plain tree of arrays."""
+"""The state of training: a plain tree of arrays that goes from one step to the next."""
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +10,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ling_jax.config import RunConfig
-from ling_jax.kernels.fp8 import FP8Weight
-from ling_jax.model.model import Ling, abstract_model, param_specs, split_model
-from ling_jax.parallel.context import zigzag_order
-from ling_jax.parallel.mesh import BATCH_AXES, make_mesh, manual
+from ling_jax.model.model import Ling, split_model
 from ling_jax.train.adam8 import Coded, block_dims, moment_sharding
-from ling_jax.train.fp8 import Dims, Path, module_of, quantise, weights_in_fp8
-from ling_jax.train.optimizer import Update, decays, learning_rate, make_optimizer
+from ling_jax.train.compute import Compute, make_compute
+from ling_jax.train.fp8 import module_of
+from ling_jax.train.loss import NextToken
+from ling_jax.train.objective import Objective, check_fields
+from ling_jax.train.optimizer import OptimizerUpdate, decays, learning_rate, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -30,17 +29,14 @@ class TrainState(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The unchanging half of a run: the model's graph, the optimizer, the settings."""
+    """The unchanging half of a run: what computes, what is optimised, the optimizer, the settings."""
 
     config: RunConfig
-    graph: nnx.GraphDef
-    update: Update
+    compute: Compute
+    objective: Objective
+    update: OptimizerUpdate
     schedule: optax.Schedule
-    options: dict[str, Any]  # of Ling: dtypes, initial std, remat, mesh
-    mesh: jax.sharding.Mesh
-    param_specs: dict[str, Any]  # a PartitionSpec for each parameter
-    fp8: Mapping[Path, Dims] = MappingProxyType({})  # the weights that are computed with in FP8
-    fallen: tuple[str, ...] = ()  # modules that lost too much in it (`train.fp8_max_lost`)
+    fallen: tuple[str, ...] = ()  # modules that lost too much in FP8 (`train.fp8_max_lost`)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -52,8 +48,9 @@ class Trainer(NamedTuple):
 
     def shardings(self) -> Any:
         """A TrainState of where each array lives: moments with their parameters, the rest on every device."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        params = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.param_specs)
+        mesh, specs = self.compute.mesh, self.compute.param_specs
+        whole = NamedSharding(mesh, PartitionSpec())
+        params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         shapes = jax.eval_shape(self.init)
         optimizer = optax.tree_utils.tree_map_params(
             self.optimizer,
@@ -81,70 +78,42 @@ class Trainer(NamedTuple):
         places = self.shardings()
         return jax.jit(make, out_shardings=(places.params["mtp"], places.bias["mtp"]))()
 
-    def on_shards(self, f: Callable, out_specs: Any) -> Callable:
-        """f(params, bias, batch) as a manual region over the mesh, given this device's shards and its part of a batch
-        of arrays [..., B, T]; the tokens of a row are in zig-zag order over the context axis."""
-
-        def run(params: dict, bias: dict, batch: dict) -> Any:
-            order = zigzag_order(next(iter(batch.values())).shape[-1], self.config.mesh.context)
-            batch = {k: v[..., order] if self.config.mesh.context > 1 else jnp.asarray(v) for k, v in batch.items()}
-            lead = [None] * (next(iter(batch.values())).ndim - 2)
-            rows = {name: PartitionSpec(*lead, BATCH_AXES, "context") for name in batch}
-            bias_specs = jax.tree.map(lambda _: PartitionSpec(), bias)
-            return manual(f, self.mesh, (self.param_specs, bias_specs, rows), out_specs)(params, bias, batch)
-
-        return run
-
     def init(self) -> TrainState:
         """A new state; every random number in it follows from `train.seed`."""
         seed = self.config.train.seed
-        model = Ling(self.config.model, rngs=nnx.Rngs(seed), **self.options)
+        model = Ling(self.config.model, rngs=nnx.Rngs(seed), **self.compute.options)
         _, params, bias = split_model(model)
         return self.start(params, bias)
 
     def start(self, params: dict, bias: dict) -> TrainState:
         """A state at step 0 with the given weights: matrices in `train.param_dtype`, vectors in float32. They take no
         memory to speak of, and a norm's weights, near 1, move by less than half of bfloat16's last place there."""
-        narrow = self.options["param_dtype"]
+        narrow = self.compute.options["param_dtype"]
         params = jax.tree.map(lambda p, matrix: p.astype(narrow if matrix else jnp.float32), params, self.update.mask)
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # donated, so each its own
         return TrainState(step, params, bias, self.optimizer.init(params), skipped, in_a_row)
 
     def without_fp8(self, modules: Sequence[str]) -> "Trainer":
         """The same, but for modules that are no longer computed with in FP8."""
-        kept = {path: dims for path, dims in self.fp8.items() if module_of(path) not in modules}
-        return self._replace(fp8=kept, fallen=tuple(sorted({*self.fallen, *modules})))
-
-    def quantise(self, params: dict) -> dict[Path, FP8Weight]:
-        """FP8 blocks of this device's shards, in a manual region over the mesh."""
-        return quantise(params, self.fp8)
-
-    def model(self, params: dict, bias: dict) -> Ling:
-        return nnx.merge(self.graph, params, bias)
+        kept = {path: dims for path, dims in self.compute.fp8.items() if module_of(path) not in modules}
+        compute = self.compute._replace(fp8=kept)
+        return self._replace(compute=compute, fallen=tuple(sorted({*self.fallen, *modules})))
 
 
-def make_trainer(config: RunConfig, devices: Sequence[Any] | None = None) -> Trainer:
-    """The trainer of `config` on `devices` (default: all); ValueError if its mesh does not fit them."""
-    train, mesh = config.train, make_mesh(config.mesh, devices)
-    options = dict(
-        dtype=jnp.dtype(train.dtype),
-        param_dtype=jnp.dtype(train.param_dtype),
-        init_std=train.init_std,
-        remat=train.remat,
-        unroll=train.unroll_layers,
-        mesh=config.mesh,
-    )
-    model = abstract_model(config.model, **options)
-    graph, params, _ = split_model(model)
-    axes = jax.tree.map(
-        lambda variable: variable.get_metadata()["axes"],
-        nnx.state(model, nnx.Param),
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
-    schedule = learning_rate(config.schedule, train.steps)
-    names = nnx.to_pure_dict(axes)
-    mask = decays(params, names)
-    optimizer = make_optimizer(config.optimizer, schedule, mask, block_dims(params, names))
-    update = Update(optimizer, config.optimizer, schedule, mask, mesh.size == 1, train.seed)
-    fp8 = weights_in_fp8(model, train.fp8_except) if train.fp8 else {}
-    return Trainer(config, graph, update, schedule, options, mesh, param_specs(model), fp8)
+def make_trainer(
+    config: RunConfig, devices: Sequence[Any] | None = None, objective: Objective | None = None
+) -> Trainer:
+    """The trainer of `config` on `devices` (default: all).
+
+    Args:
+      objective: what it optimises; by default `NextToken`.
+    Raises:
+      ValueError: if the mesh does not fit the devices, or an array of the objective has no rows.
+    """
+    objective = NextToken(config.model) if objective is None else objective
+    check_fields(objective.fields)
+    train, compute = config.train, make_compute(config.model, config.train, config.mesh, devices)
+    schedule, mask = learning_rate(config.schedule, train.steps), decays(compute.shapes, compute.dims)
+    optimizer = make_optimizer(config.optimizer, schedule, mask, block_dims(compute.shapes, compute.dims))
+    update = OptimizerUpdate(optimizer, config.optimizer, schedule, mask, compute.mesh.size == 1, train.seed)
+    return Trainer(config, compute, objective, update, schedule)

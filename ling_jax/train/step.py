@@ -3,36 +3,48 @@
 Legend: A microbatches, B rows, T tokens, L MoE layers, E experts.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ling_jax.config import ModelConfig
+from ling_jax.config.parameters import ParamPath
 from ling_jax.parallel.mesh import TOKEN_AXES, WORK_AXES, axis_size, psum
-from ling_jax.train.balance import balance_biases
-from ling_jax.train.fp8 import Path, Trained, unwatched, watch_weights, with_codes
-from ling_jax.train.loss import Batch, Counts, Sums, count_targets, loss_sums, total_loss
+from ling_jax.train.balance import balance_biases, in_layer_order
+from ling_jax.train.fp8 import Trained, unwatched, watch_weights, with_codes
+from ling_jax.train.objective import (
+    Batch,
+    Metrics,
+    RouterSums,
+    StepCounts,
+    StepSums,
+    step_counts,
+    step_sums,
+    total_loss,
+)
 from ling_jax.train.state import Trainer, TrainState
 
-Metrics = dict[str, jax.Array]
 
-
-def _local_gradients(trainer: Trainer, trained: Trained, bias: dict, batch: Batch) -> tuple[Sums, Trained]:
-    """Sums and float32 gradients of this device's part of all microbatches [A, B, T], not yet summed over devices
+def _local_gradients(
+    trainer: Trainer, trained: Trained, bias: dict, batch: Batch, counts: StepCounts
+) -> tuple[StepSums, Trained]:
+    """Sums and float32 gradients of this device's part of all microbatches [A, B, ...], not yet summed over devices
     (but for what `parallel.rules.gather` has scattered). Weights are quantised once for all of them.
 
     Each microbatch is divided by the step's counts, not its own, so A does not change the result.
     """
-    counts = psum(count_targets(batch), *TOKEN_AXES)
-    coefficient = trainer.config.train.z_loss_coefficient
-
-    quantised = trainer.quantise(trained.params)
+    compute, objective = trainer.compute, trainer.objective
+    quantised = compute.quantise(trained.params)
 
     def loss(trained, rows):
         params = with_codes(trained.params, quantised, trained.watch)
-        sums = loss_sums(trainer.model(params, bias), rows)
+        sums = step_sums(objective, compute.model(params, bias), rows)
         # Devices along `tensor` compute the same loss: the objective is the sum over all devices.
-        return total_loss(sums, counts, trainer.config.model, coefficient) / axis_size("tensor"), sums
+        return total_loss(objective, sums, counts, trainer.config.train.z_loss_coefficient) / axis_size("tensor"), sums
 
     gradient = jax.grad(loss, has_aux=True)
     if batch["tokens"].shape[0] == 1:
@@ -54,25 +66,43 @@ def make_watcher(trainer: Trainer) -> jax.stages.Wrapped:
     """Returns watcher(params, bias, batch) -> sums of what FP8 loses, by weight: float32 [L, WATCHED, SUMS]; one more
     forward and backward pass, jitted."""
 
-    def run(params, bias, batch):
-        trained = Trained(params, unwatched(params, trainer.fp8))
-        watched, weights = _local_gradients(trainer, trained, bias, batch)[1].watch, watch_weights(params, trainer.fp8)
+    fp8 = trainer.compute.fp8
+
+    def run(params, bias, batch, counts):
+        trained = Trained(params, unwatched(params, fp8))
+        watched = _local_gradients(trainer, trained, bias, batch, counts)[1].watch
+        weights = watch_weights(params, fp8)
         both = {path: jnp.concatenate([watched[path], weights[path][..., None, :]], -2) for path in watched}
         return psum(both, *WORK_AXES)
 
-    def watcher(params: dict, bias: dict, batch: Batch) -> dict[Path, jax.Array]:
-        batch = in_microbatches(batch, trainer.config.train.microbatches)
-        return trainer.on_shards(run, PartitionSpec())(params, bias, batch)
+    def watcher(params: dict, bias: dict, batch: Batch) -> dict[ParamPath, jax.Array]:
+        counts = step_counts(trainer.objective, batch)
+        return _on_microbatches(trainer, run, PartitionSpec())(params, bias, batch, counts)
 
     return jax.jit(watcher)
 
 
-def in_microbatches(batch: Batch, parts: int) -> Batch:
-    """[B, T] arrays as [A, B/A, T]."""
-    return {name: value.reshape(parts, -1, value.shape[-1]) for name, value in batch.items()}
+def _on_microbatches(trainer: Trainer, f: Callable, out_specs: Any) -> Callable:
+    """f(params, bias, microbatches, counts) on every device, as a function of whole batches."""
+    parts, fields = trainer.config.train.microbatches, trainer.objective.fields
+    on_shards = trainer.compute.on_shards(f, {name: f"A{dims}" for name, dims in fields.items()}, out_specs)
+
+    def cut(array: jax.Array, rows: int) -> jax.Array:
+        """[..., B, ...], of which B is dim `rows`, as [A, ..., B/A, ...]."""
+        shape = array.shape
+        cut = array.reshape(*shape[:rows], parts, shape[rows] // parts, *shape[rows + 1 :])
+        return jnp.moveaxis(cut, rows, 0)
+
+    def run(params: dict, bias: dict, batch: Batch, counts: StepCounts) -> Any:
+        batch = {name: cut(batch[name], dims.index("B")) for name, dims in fields.items()}
+        return on_shards(params, bias, batch, counts)
+
+    return run
 
 
-def accumulate_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batch) -> tuple[Sums, dict]:
+def accumulate_gradients(
+    trainer: Trainer, params: dict, bias: dict, batch: Batch, counts: StepCounts
+) -> tuple[StepSums, dict]:
     """Sums and gradients of a whole step over the mesh; gradients are split as the parameters are.
 
     A weight that is split only to be stored has its gradients reduced and scattered where it is gathered; what is
@@ -85,22 +115,23 @@ def accumulate_gradients(trainer: Trainer, params: dict, bias: dict, batch: Batc
         axes = [axis for axis in WORK_AXES if axis not in split]
         return psum(g.astype(reduce_dtype), *axes).astype(g.dtype) if axis_size(*axes) > 1 else g
 
-    def run(params, bias, batch):
-        sums, (grads, _) = _local_gradients(trainer, Trained(params, {}), bias, batch)
+    specs = trainer.compute.param_specs
+
+    def run(params, bias, batch, counts):
+        sums, (grads, _) = _local_gradients(trainer, Trained(params, {}), bias, batch, counts)
         with jax.named_scope("reduce_gradients"):
-            return psum(sums, *TOKEN_AXES), jax.tree.map(reduce, grads, trainer.param_specs)
+            return psum(sums, *TOKEN_AXES), jax.tree.map(reduce, grads, specs)
 
-    return trainer.on_shards(run, (PartitionSpec(), trainer.param_specs))(params, bias, batch)
+    return _on_microbatches(trainer, run, (PartitionSpec(), specs))(params, bias, batch, counts)
 
 
-def _moe_metrics(sums: Sums, bias: dict) -> Metrics:
+def _moe_metrics(sums: RouterSums, bias: dict, config: ModelConfig) -> Metrics:
     counts_LE = sums.expert_counts_LE
     if not counts_LE.size:
         return {}
     mean_L = jnp.maximum(counts_LE.mean(-1), 1e-9)
     load_L = counts_LE.max(-1) / mean_L
-    rows = [leaf.reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(bias)]
-    bias_LE = jnp.concatenate(rows)
+    bias_LE = in_layer_order(bias, config)
     return {
         "moe/load_max_over_mean": load_L.max(),
         "moe/load_max_over_mean_per_layer": load_L,
@@ -112,51 +143,49 @@ def _moe_metrics(sums: Sums, bias: dict) -> Metrics:
 
 
 def apply_gradients(
-    trainer: Trainer, state: TrainState, sums: Sums, grads: dict, counts: Counts
+    trainer: Trainer, state: TrainState, sums: StepSums, grads: dict, counts: StepCounts
 ) -> tuple[TrainState, Metrics]:
     """The state after a step whose sums, gradients and counts are given, and the step's metrics.
 
     A step whose loss or gradient is not finite leaves weights, moments and biases as they were and is counted.
     """
     config = trainer.config
-    loss = total_loss(sums, counts, config.model, config.train.z_loss_coefficient)
+    loss = total_loss(trainer.objective, sums, counts, config.train.z_loss_coefficient)
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
         params, optimizer = trainer.update(state.params, state.optimizer, grads, norm, ok)
     bias = state.bias
     if config.model.moe_router_enable_expert_bias and config.train.bias_update_rate > 0:
-        bias = balance_biases(bias, sums.expert_counts_LE, config.train.bias_update_rate, config.model)
+        bias = balance_biases(bias, sums.router.expert_counts_LE, config.train.bias_update_rate, config.model)
     bias = jax.tree.map(lambda new, old: jnp.where(ok, new, old), bias, state.bias)
     failed = 1 - ok.astype(jnp.int32)
     in_a_row = jnp.where(ok, 0, state.skipped_in_a_row + 1)
     metrics = {
-        "train/loss": sums.nll / jnp.maximum(counts.targets, 1),
+        **trainer.objective.metrics(sums.objective, counts.objective),
         "train/total_loss": loss,
         "train/grad_norm": norm,
         "train/learning_rate": trainer.schedule(_update_count(state)),
         "train/tokens": counts.tokens,
         "train/skipped_steps": state.skipped + failed,
         "train/skipped_in_a_row": in_a_row,
-        **_moe_metrics(sums, bias),
+        **_moe_metrics(sums.router, bias, config.model),
     }
-    if config.model.num_nextn_predict_layers:
-        metrics["train/mtp_loss"] = sums.mtp_nll / jnp.maximum(counts.mtp_targets, 1)
     return TrainState(state.step + 1, params, bias, optimizer, state.skipped + failed, in_a_row), metrics
 
 
 def make_train_step(trainer: Trainer) -> jax.stages.Wrapped:
     """Returns step(state, batch) -> (state, metrics), jitted, with `state` donated.
 
-    `batch` is as `loss_sums` takes it, with B the global batch.
+    `batch` has the arrays of the objective's `fields`, B being the global batch.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = in_microbatches(batch, trainer.config.train.microbatches)
-        sums, grads = accumulate_gradients(trainer, state.params, state.bias, batch)
-        return apply_gradients(trainer, state, sums, grads, count_targets(batch))
+        counts = step_counts(trainer.objective, batch)
+        sums, grads = accumulate_gradients(trainer, state.params, state.bias, batch, counts)
+        return apply_gradients(trainer, state, sums, grads, counts)
 
-    everywhere = NamedSharding(trainer.mesh, PartitionSpec())
+    everywhere = NamedSharding(trainer.compute.mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(trainer.shardings(), everywhere))
 
 

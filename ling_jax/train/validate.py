@@ -15,9 +15,10 @@ from ling_jax.data.pipeline import scoring_windows
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.parallel.mesh import TOKEN_AXES, psum
 from ling_jax.parallel.processes import CompiledTogether
+from ling_jax.train.compute import Compute
 from ling_jax.train.fp8 import with_codes
-from ling_jax.train.loss import IGNORE, loss_sums
-from ling_jax.train.state import Trainer
+from ling_jax.train.loss import IGNORE, target_nll
+from ling_jax.train.objective import MODEL_FIELDS
 
 
 class Score(NamedTuple):
@@ -92,17 +93,17 @@ def _batches(rows: Mapping[str, np.ndarray], size: int) -> Iterator[dict[str, np
         yield batch
 
 
-def make_scorer(trainer: Trainer) -> Callable[[dict, dict, Mapping[str, np.ndarray]], jax.Array]:
+def make_scorer(compute: Compute) -> Callable[[dict, dict, Mapping[str, np.ndarray]], jax.Array]:
     """Returns scorer(params, bias, batch) -> the batch's summed nats; the MTP layer does not run. `batch` is the
     whole one, the same on every process, in one shape."""
 
-    def in_fp8(params):
-        return with_codes(params, trainer.quantise(params), {})
-
     def nll(params, bias, batch):
-        return psum(loss_sums(trainer.model(in_fp8(params), bias), batch).nll, *TOKEN_AXES)
+        model = compute.model(with_codes(params, compute.quantise(params), {}), bias)
+        out = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], mtp=False)
+        return psum(target_nll(model, out.hidden_BTD, batch["targets"]), *TOKEN_AXES)
 
-    return CompiledTogether("the scorer", jax.jit(trainer.on_shards(nll, PartitionSpec())))
+    fields = {**MODEL_FIELDS, "targets": "BT"}
+    return CompiledTogether("the scorer", jax.jit(compute.on_shards(nll, fields, PartitionSpec())))
 
 
 def score_rows(scorer: Callable, params: dict, bias: dict, rows: Mapping[str, np.ndarray], batch_size: int) -> float:

@@ -1,4 +1,4 @@
-"""The training loop: batches in, metrics and checkpoints out; stops early only on a signal or on lost numbers."""
+"""Training under way: batches in, metrics and checkpoints out; ends early only on a signal or on lost numbers."""
 
 import contextlib
 import logging
@@ -12,20 +12,22 @@ import jax
 import numpy as np
 
 from ling_jax.config import train_flops_per_token
+from ling_jax.files.paths import at, made_locally
 from ling_jax.parallel.mesh import place_batch, rows_here
 from ling_jax.parallel.processes import AnyProcess, CompiledTogether, leave_terminal, stop_signals
 from ling_jax.train.fp8 import beyond, loss_metrics, losses
 from ling_jax.train.hardware import peak_flops, peak_memory_bytes
 from ling_jax.train.metrics import MetricsWriter, Progress
+from ling_jax.train.objective import Batch, Metrics, check_batch
 from ling_jax.train.state import Trainer, TrainState
-from ling_jax.train.step import Metrics, make_train_step, make_watcher
+from ling_jax.train.step import make_train_step, make_watcher
 from ling_jax.train.validate import HeldOut, make_scorer, score_metrics, validate
 
 log = logging.getLogger(__name__)
 
 
 class Saver(Protocol):
-    """What the loop needs of a checkpointer."""
+    """The part of a checkpointer that a session needs."""
 
     def save(self, state: TrainState, fallen: Sequence[str]) -> None: ...
 
@@ -150,29 +152,31 @@ class _Recorder:
 @contextlib.contextmanager
 def _profiler(trainer: Trainer, run_dir: str) -> Iterator[Callable[[int], None]]:
     """Gives a function to call before each step: it opens and closes the profiler's window."""
-    train = trainer.config.train
-    tracing = False
+    train, folder = trainer.config.train, at(run_dir) / "profile"
+    trace: contextlib.ExitStack | None = None
 
     def at_step(done: int) -> None:
-        nonlocal tracing
+        nonlocal trace
         if train.profile_steps and done == train.profile_start:
-            jax.profiler.start_trace(f"{run_dir}/profile")
-            tracing = True
-        elif tracing and done == train.profile_start + train.profile_steps:
-            jax.profiler.stop_trace()
-            tracing = False
+            trace = contextlib.ExitStack()
+            local = trace.enter_context(made_locally(folder))
+            jax.profiler.start_trace(local)
+            trace.callback(jax.profiler.stop_trace)
+        elif trace is not None and done == train.profile_start + train.profile_steps:
+            trace.close()
+            trace = None
 
     try:
         yield at_step
     finally:
-        if tracing:  # the window reaches past the last step
-            jax.profiler.stop_trace()
+        if trace is not None:  # the window reaches past the last step
+            trace.close()
 
 
 def _programs(trainer: Trainer) -> tuple[Callable, Callable, Callable]:
     """The step, the scorer of held-out text, and what measures FP8."""
     step = CompiledTogether("the step", make_train_step(trainer))
-    return step, make_scorer(trainer), CompiledTogether("the measurement of FP8", make_watcher(trainer))
+    return step, make_scorer(trainer.compute), CompiledTogether("the measurement of FP8", make_watcher(trainer))
 
 
 def _measure(trainer: Trainer, step: int, sums: Any, recorder: _Recorder) -> Trainer:
@@ -189,67 +193,121 @@ def _measure(trainer: Trainer, step: int, sums: Any, recorder: _Recorder) -> Tra
     return trainer.without_fp8(list(fallen)) if fallen else trainer
 
 
-def train(
-    trainer: Trainer,
-    state: TrainState,
-    batches: Iterator[Mapping[str, np.ndarray]],
-    held_out: Mapping[str, HeldOut],
-    saver: Saver,
-    writer: MetricsWriter | None,
-    run_dir: str,
-    stop: StopRequest,
-) -> TrainState:
-    """Runs from `state` to `train.steps`, or until `stop` is set; the last state is saved either way.
+class Session:
+    """Training under way: a state that takes one batch after another, logs, validates and saves.
+
+    The caller hands it batches and may do what it likes between them, such as generating the next one with `weights`.
+    Inside its `with` block signals and progress are looked after; at its end the last state is saved, unless an error
+    ends it.
 
     Args:
-      batches: from the step after `state.step` on; int32 arrays, the rows of the global batch that
-        `parallel.mesh.rows_here` names.
+      trainer, state: what is trained, and from where on.
       held_out: validation text by source.
+      saver: keeps states.
       writer: cut back to `state.step` already; None on all processes but the first.
+      run_dir: the run's folder.
       stop: of this process; all stop together, one step later, where there are several.
-    Raises:
-      DivergedError: after saving nothing more: the last checkpoint holds finite weights.
     """
-    config = trainer.config
-    step_fn, scorer, watch = _programs(trainer)
-    here = rows_here(trainer.mesh, config.data.global_batch_size)
-    first = done = int(state.step)
-    saved = first if first else -1
 
-    def save() -> None:
-        nonlocal saved
-        recorder.flush()
-        if recorder.skipped_in_a_row == 0:  # else the last good checkpoint must not give way
-            if writer is not None:
-                writer.flush()  # before the save: a resume must find every line up to its step
-            saver.save(state, trainer.fallen)
-            saved = done
-        recorder.restart_clock()
+    def __init__(
+        self,
+        trainer: Trainer,
+        state: TrainState,
+        held_out: Mapping[str, HeldOut],
+        saver: Saver,
+        writer: MetricsWriter | None,
+        run_dir: str,
+        stop: StopRequest,
+    ) -> None:
+        self.trainer, self.state, self.held_out, self.saver = trainer, state, held_out, saver
+        self.writer, self.run_dir, self.stop = writer, run_dir, stop
+        self.step_fn, self.scorer, self.watch = _programs(trainer)
+        self.done = int(state.step)  # steps
+        self.saved = self.done if self.done else -1
+        self.here = rows_here(trainer.compute.mesh, trainer.config.data.global_batch_size)
+        self.any_process = AnyProcess(trainer.compute.mesh)
 
-    with Progress(config.train.steps, first) as progress, _profiler(trainer, run_dir) as at_step:
-        recorder, any_process = _Recorder(trainer, writer, progress), AnyProcess(trainer.mesh)
-        while done < config.train.steps and not any_process(stop.received is not None):
-            at_step(done)
+    def __enter__(self) -> "Session":
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(Progress(self.trainer.config.train.steps, self.done))
+            self.before_step = stack.enter_context(_profiler(self.trainer, self.run_dir))
+            self.recorder = _Recorder(self.trainer, self.writer, progress)
+            self.contexts = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        with self.contexts:
+            if kind is None:
+                if self.saved != self.done:
+                    self.save()
+                self.saver.wait()
+
+    @property
+    def weights(self) -> tuple[dict, dict]:
+        """(params, bias) of now; the next step takes their memory."""
+        return self.state.params, self.state.bias
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to do. Every process asks, before each step."""
+        return self.done < self.trainer.config.train.steps and not self.any_process(self.stop.received is not None)
+
+    def run(self, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
+        """Takes batches until the last step or a signal."""
+        while self.goes_on():
             started = time.perf_counter()
-            batch = place_batch(trainer.mesh, next(batches), here, config.data.global_batch_size)
-            data_wait = time.perf_counter() - started
-            state, metrics = step_fn(state, batch)
-            done += 1
-            recorder.push(done, metrics, data_wait)
-            last = done == config.train.steps
-            if trainer.fp8 and config.train.fp8_watch_every and done % config.train.fp8_watch_every == 0:
-                kept = _measure(trainer, done, watch(state.params, state.bias, batch), recorder)
-                if kept is not trainer:
-                    trainer = kept
-                    step_fn, scorer, watch = _programs(trainer)
-            if held_out and (last or (config.train.eval_every and done % config.train.eval_every == 0)):
-                recorder.fetch()
-                scores = validate(scorer, state.params, state.bias, held_out, config.data.global_batch_size)
-                recorder.flush(score_metrics(scores))
-                recorder.restart_clock()
-            if last or done % config.checkpoint.every == 0:
-                save()
-        if saved != done:
-            save()
-        saver.wait()
-    return state
+            rows = next(batches)
+            self.step(rows, time.perf_counter() - started)
+
+    def step(self, rows: Mapping[str, np.ndarray], waited: float = 0.0) -> None:
+        """One optimizer step, and what is due after it.
+
+        Args:
+          rows: the arrays of the objective's `fields`, of those rows of the global batch that `parallel.mesh.rows_here`
+            names for this process.
+          waited: seconds that the caller waited for them.
+        Raises:
+          ValueError: for arrays that the objective does not take.
+          DivergedError: after saving nothing more: the last checkpoint holds finite weights.
+        """
+        self.before_step(self.done)
+        started = time.perf_counter()
+        batch = self._placed(rows)
+        waited += time.perf_counter() - started
+        self.state, metrics = self.step_fn(self.state, batch)
+        self.done += 1
+        self.recorder.push(self.done, metrics, waited)
+        train, last = self.trainer.config.train, self.done == self.trainer.config.train.steps
+        if self.trainer.compute.fp8 and train.fp8_watch_every and self.done % train.fp8_watch_every == 0:
+            self._measure_fp8(batch)
+        if self.held_out and (last or (train.eval_every and self.done % train.eval_every == 0)):
+            self._validate()
+        if last or self.done % self.trainer.config.checkpoint.every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Saves the state, unless its last step was skipped: the last good checkpoint must not give way."""
+        self.recorder.flush()
+        if self.recorder.skipped_in_a_row == 0:
+            if self.writer is not None:
+                self.writer.flush()  # before the save: a resume must find every line up to its step
+            self.saver.save(self.state, self.trainer.fallen)
+            self.saved = self.done
+        self.recorder.restart_clock()
+
+    def _placed(self, rows: Mapping[str, np.ndarray]) -> Batch:
+        fields, count = self.trainer.objective.fields, self.trainer.config.data.global_batch_size
+        check_batch(rows, fields, len(self.here))
+        return place_batch(self.trainer.compute.mesh, rows, fields, self.here, count)
+
+    def _measure_fp8(self, batch: Batch) -> None:
+        """Records what FP8 loses; modules that lose too much leave FP8, which compiles anew."""
+        kept = _measure(self.trainer, self.done, self.watch(*self.weights, batch), self.recorder)
+        if kept is not self.trainer:
+            self.trainer = kept
+            self.step_fn, self.scorer, self.watch = _programs(kept)
+
+    def _validate(self) -> None:
+        self.recorder.fetch()
+        scores = validate(self.scorer, *self.weights, self.held_out, self.trainer.config.data.global_batch_size)
+        self.recorder.flush(score_metrics(scores))
+        self.recorder.restart_clock()

@@ -1,0 +1,1 @@
+"""The commands behind `train.py`, `sample.py` and `convert.py`, once installed `ling-train` and so on."""

@@ -1,0 +1,113 @@
+"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|merge-adapter|inspect|verify; see --help."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import tyro
+
+from ling_jax.cli import program, run_main
+from ling_jax.convert.survey import survey
+from ling_jax.convert.to_hf import to_hf
+from ling_jax.convert.to_jax import to_jax
+from ling_jax.convert.verify import verify
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToJax:
+    """From a HF folder of safetensors (bf16, float32, FP8 blocks) to a checkpoint that can be trained and sampled."""
+
+    source: str
+    """A HF folder, here or at gs://, s3://, or a hub id (ORG/NAME or ORG/NAME@REVISION)."""
+    target: str
+    """The checkpoint's folder, here or in a bucket; must not exist."""
+    dtype: Literal["keep", "bfloat16", "float32"] = "keep"
+    """keep: every tensor's own, FP8 codes and scales included."""
+
+    def run(self) -> int:
+        print(to_jax(self.source, self.target, self.dtype).render())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToHF:
+    """From a run, or another HF folder, to a HF folder for transformers, vLLM and SGLang."""
+
+    source: str
+    """A run folder, its checkpoints/, one step of it, a converted checkpoint, a HF folder, all here or in a bucket, or
+    a hub id."""
+    target: str
+    """The HF folder, here or in a bucket; must not exist."""
+    format: Literal["keep", "bf16", "fp32", "fp8"] = "keep"
+    """keep: as it came, byte for byte."""
+    max_shard_size: str = "5GB"
+    """Of one file; MB and TB are known too."""
+    mtp: bool = True
+    """Whether the MTP layer goes along; programs that do not know it open what --no-mtp writes."""
+
+    def run(self) -> int:
+        print(to_hf(self.source, self.target, self.format, self.max_shard_size, self.mtp).render())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeAdapter:
+    """Adds a LoRA adapter of PEFT to the weights it was trained beside, and writes a HF folder in their dtypes."""
+
+    source: str
+    """The model: a HF folder, a hub id, or a run of ours that the adapter was trained on an export of."""
+    adapter: str
+    """A folder with adapter_config.json and adapter_model.safetensors, or a hub id of one."""
+    target: str
+    """The HF folder; must not exist."""
+
+    def run(self) -> int:
+        print(to_hf(self.source, self.target, adapter=self.adapter).render())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """The configuration, parameter counts, tensors, dtypes and checksums of a folder of weights."""
+
+    source: str
+    """A HF folder, a hub id, a run folder, its checkpoints/, one step of it, or a converted checkpoint."""
+    checksums: bool = True
+    """Read every weight, for its checksum and to find NaN."""
+    each: bool = False
+    """A line for each tensor, not for each stack of layers and experts."""
+
+    def run(self) -> int:
+        print(survey(self.source, self.checksums).render(self.each))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compares every tensor of two folders, and both models' logits; exit code 1 if they differ."""
+
+    source: str
+    """A: any folder of weights."""
+    target: str
+    """B: another one; its tensors must be A's, or A's cast to its dtypes."""
+    logits: bool = True
+    """Run both models on fixed prompts too, if they fit in memory."""
+
+    def run(self) -> int:
+        found = verify(self.source, self.target, self.logits)
+        print(found.render())
+        return 0 if found.good else 1
+
+
+def main(argv: Sequence[str]) -> int:
+    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU is left alone
+    named = {"to-jax": ToJax, "to-hf": ToHF, "merge-adapter": MergeAdapter, "inspect": Inspect, "verify": Verify}
+    return tyro.extras.subcommand_cli_from_dict(
+        named, args=list(argv), prog=program("convert.py"), description=__doc__
+    ).run()
+
+
+def run() -> None:
+    """The command `ling-convert`."""
+    run_main(main)
