@@ -1,7 +1,7 @@
 # `make quickstart` and `make test` need nothing but Python 3.11 or newer: each builds .venv first.
 
 PYTHON := .venv/bin/python
-CPP := $(wildcard ling_jax/kernels/*.h ling_jax/kernels/*.cc tests/*.h)
+CPP := $(wildcard ling_jax/kernels/*.h ling_jax/kernels/*.cc tests/support/*.h)
 CXX ?= c++
 # Huge pages, and no memory given back between steps: a 128 MB array costs 32,769 page faults without, 65 with them.
 # Only glibc reads this; elsewhere it does nothing.

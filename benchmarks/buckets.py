@@ -38,8 +38,8 @@ from ling_jax.config.text import columns
 from ling_jax.convert.to_jax import to_jax
 from ling_jax.files.paths import at
 from scripts.bucket_memory import make_source, model_of
-from tests.bucket_servers import SIGNED, amazon_server, environment, google_server, make_bucket
-from tests.fault_proxy import Asked, FaultProxy
+from tests.support.buckets import SIGNED, amazon_server, environment, google_server, make_bucket
+from tests.support.fault_proxy import Asked, FaultProxy
 
 RULE = 0.6
 ARRAYS = 16  # of the checkpoint that is saved and restored

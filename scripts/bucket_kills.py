@@ -27,7 +27,7 @@ from ling_jax.convert.transfer import AUDIT_FILE
 from ling_jax.convert.weights import open_weights
 from ling_jax.files.paths import at
 from scripts.same_bits import ROOT, differences
-from tests.bucket_servers import (
+from tests.support.buckets import (
     amazon_server,
     complete_steps,
     download,
@@ -39,7 +39,7 @@ from tests.bucket_servers import (
     saving_step,
     upload,
 )  # fmt: skip
-from tests.fault_proxy import FaultProxy, Faults
+from tests.support.fault_proxy import FaultProxy, Faults
 from tests.tiny_run import SPARSE, train_args
 
 MOMENTS = ("start", "step", "save", "step", "save", "to-jax", "step", "save", "to-hf", "save")

@@ -1,8 +1,8 @@
-"""Token ids of conversations by transformers: python -m scripts.chat_ids --official FILE > tests/chat_ids.json
+"""Token ids of conversations by transformers: python -m scripts.chat_ids --official FILE > tests/generate/chat_ids.json
 
 FILE is the tokenizer_config.json of the official SFT tokenizer (Ling-V2, resource/tokenizer/config_sft), whose chat
 template `apply_chat_template` renders; the tokenizer is one of bytes and Ling's special tokens, so the ids are the text
-and nothing else. tests/test_chat.py holds ling_jax's template to them. Needs transformers (requirements-peers.txt).
+and nothing else. tests/generate/test_chat.py holds our template to them. Needs transformers (requirements-peers.txt).
 """
 
 import dataclasses

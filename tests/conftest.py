@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A closed terminal's signal is as it is for a user, also where nohup started the suite.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-pytest_plugins = ("tests.bucket_servers",)
+pytest_plugins = ("tests.support.buckets",)
 
 
 def pytest_configure():
@@ -46,7 +46,7 @@ def pytest_sessionfinish(session: pytest.Session):
     """Nothing may have taken a bucket's address for a local path. The first process looks, when all have ended."""
     if hasattr(session.config, "workerinput"):
         return
-    from tests.bucket_servers import stray_folders
+    from tests.support.buckets import stray_folders
 
     roots = (session.config.rootpath, Path.cwd(), session.config._tmp_path_factory.getbasetemp())
     if found := stray_folders(*roots):
@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser):
     parser.addoption(
         "--rewrite-golden-configs",
         action="store_true",
-        help="write tests/golden_configs anew from configs/ instead of comparing; look at the diff",
+        help="write tests/config/golden_configs anew from configs/ instead of comparing; look at the diff",
     )
 
 

@@ -1,0 +1,125 @@
+"""Every file of configs/ builds the run it promises, and no default moves unseen."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ling_jax.config import MeshConfig, RunConfig, count_params
+from ling_jax.generate.serving import serving_model
+from ling_jax.model.model import abstract_model, device_bytes
+from ling_jax.runner import _sample
+from tests.tiny_run import REPO
+
+GOLDEN = Path(__file__).with_name("golden_configs")
+NAMES = sorted(path.stem for path in (REPO / "configs").glob("*.py") if path.stem != "__init__")
+CONTRACT = {
+    "ling_tiny", "bench_moe", "ling_mini_2_0", "ling_mini_base_2_0", "ling_flash_2_0", "ling_flash_base_2_0",
+    "ling_1t", "ling_1t_base", "ring_mini_2_0", "ring_flash_2_0", "ring_1t",
+}  # fmt: skip
+
+# Spec 1.3: total, active with embedding and head, active without, MTP layer.
+MINI = (16_255_643_392, 1_432_968_192, 789_142_528, 827_861_504)
+FLASH = (102_889_705_216, 6_152_269_824, 4_864_618_496, 3_306_181_120)
+ONE_T = (999_705_328_640, 51_054_407_680, 48_479_105_024, 13_222_584_832)
+
+
+def load(name: str) -> RunConfig:
+    return importlib.import_module(f"configs.{name}").config()
+
+
+def flatten(value, prefix: str = "") -> list[str]:
+    """Sorted lines `a.b.c = value` of nested dicts and lists."""
+    if isinstance(value, dict):
+        items = sorted(value.items())
+    elif isinstance(value, list):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return [f"{prefix} = {json.dumps(value)}"]
+    return [line for key, item in items for line in flatten(item, f"{prefix}.{key}" if prefix else key)]
+
+
+def test_every_promised_config_is_there():
+    assert set(NAMES) >= CONTRACT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resolved_config_equals_its_committed_dump(name: str, request: pytest.FixtureRequest):
+    dump = "\n".join(flatten(json.loads(load(name).to_json()))) + "\n"
+    path = GOLDEN / f"{name}.txt"
+    if request.config.getoption("--rewrite-golden-configs"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(dump)
+    assert dump == path.read_text(), "meant? then: pytest tests/config/test_configs.py --rewrite-golden-configs"
+
+
+def test_no_dump_is_left_of_a_config_that_went():
+    assert {path.stem for path in GOLDEN.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_says_command_and_hardware_and_promise(name: str):
+    text = importlib.import_module(f"configs.{name}").__doc__ or ""
+    assert [word for word in ("Command:", "Hardware:", "Promise:") if word not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ling_mini_2_0", MINI),
+        ("ring_mini_2_0", MINI),
+        ("ling_flash_2_0", FLASH),
+        ("ring_flash_2_0", FLASH),
+        ("ling_1t", ONE_T),
+        ("ring_1t", ONE_T),
+    ],
+)
+def test_parameter_counts_equal_the_release(name: str, expected: tuple[int, ...]):
+    total, active, active_non_embedding, _ = expected
+    assert count_params(load(name).model) == (total, active, active_non_embedding, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "total_with_mtp"),
+    [
+        ("ling_mini_base_2_0", MINI, 17_083_504_896),
+        ("ling_flash_base_2_0", FLASH, 106_195_886_336),
+        ("ling_1t_base", ONE_T, 1_012_927_913_472),
+    ],
+)
+def test_base_configs_count_the_mtp_layer_in_the_total_only(name, expected, total_with_mtp):
+    _, active, active_non_embedding, mtp = expected
+    assert count_params(load(name).model) == (total_with_mtp, active, active_non_embedding, mtp)
+
+
+def test_bench_moe_has_the_parameters_of_the_peers_it_is_measured_against():
+    model = load("bench_moe").model
+    moe_layers = model.num_hidden_layers - model.first_k_dense_replace
+    biases = moe_layers * model.num_experts  # buffers to the peers, which count trained weights only
+    assert count_params(model).total - biases == 37_998_208
+
+
+@pytest.mark.parametrize(
+    ("name", "peak_lr", "rows"),
+    [("ling_mini_2_0", 3.36e-4, 4400), ("ling_flash_2_0", 2.61e-4, 8352), ("ling_1t", 1.86e-4, 18144)],
+)
+def test_full_size_runs_follow_the_published_recipe(name: str, peak_lr: float, rows: int):
+    run = load(name)
+    assert run.schedule.peak_lr == peak_lr
+    assert run.data.global_batch_size == rows
+    assert run.train.steps * rows * run.data.sequence_length == pytest.approx(20e12, rel=1e-4)
+
+
+def test_a_run_too_large_to_serve_on_its_own_mesh_ends_without_a_sample(caplog):
+    """Ling-1T over 1,024 devices: 4 GB of weights on each to train, but attention whole and 16 experts to serve."""
+    mesh = MeshConfig(fsdp=64, expert=16)
+    model = abstract_model(load("ling_1t").model, mesh=mesh)
+    stored, served = (sum(device_bytes(m).values()) for m in (model, serving_model(model)))
+    assert 3.9e9 < stored < 4.1e9 and 250e9 < served < 350e9
+    trainer = SimpleNamespace(compute=SimpleNamespace(model=lambda params, bias: model))
+    state = SimpleNamespace(params=None, bias=None)
+    with caplog.at_level("INFO"):
+        assert _sample(trainer, state, None) is None
+    assert f"no sample of {served / 1e9:.1f} GB of weights a device" in caplog.text

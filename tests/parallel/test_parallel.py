@@ -1,0 +1,53 @@
+"""One device's numbers on every mesh: losses, all gradients, moments, expert counts and biases.
+
+Legend: L MoE layers, E experts.
+"""
+
+import pytest
+
+from ling_jax.config import MeshConfig
+from tests.support.meshes import SPARSE, WHOLE, Run, compare, one_device
+
+MESHES = {
+    "fsdp8": dict(fsdp=8),
+    "expert8": dict(expert=8),
+    "data2-expert4": dict(data=2, expert=4),
+    "fsdp2-expert4": dict(fsdp=2, expert=4),
+    "fsdp2-expert2-tensor2": dict(fsdp=2, expert=2, tensor=2),
+    "tensor4": dict(tensor=4),
+    "context4-expert2": dict(context=4, expert=2),
+}
+GATHERED = {"dispatcher": "all_gather", "context_method": "all_gather"}
+
+
+@pytest.mark.parametrize("name", ["fsdp8", "fsdp2-expert2-tensor2", "context4-expert2"])
+def test_a_mesh_gives_one_devices_numbers(name):
+    compare(Run(WHOLE, MeshConfig(**MESHES[name])), one_device(WHOLE))
+
+
+def test_gathered_rows_and_keys_give_one_devices_numbers():
+    compare(Run(WHOLE, MeshConfig(**MESHES["context4-expert2"], **GATHERED)), one_device(WHOLE))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("expert8", {}),
+        ("data2-expert4", {}),
+        ("fsdp2-expert4", {}),
+        ("fsdp2-expert4", {"dispatcher": "all_gather"}),
+        ("tensor4", {}),
+    ],
+)
+def test_a_mesh_gives_one_devices_numbers_of_sparse_layers(name, options):
+    compare(Run(SPARSE, MeshConfig(**MESHES[name], **options)), one_device(SPARSE))
+
+
+@pytest.mark.parametrize("name", ["fsdp2-expert4", "context4-expert2"])
+def test_hostile_routing_in_a_tight_buffer_gives_one_devices_numbers(name):
+    compare(Run(SPARSE, MeshConfig(**MESHES[name], buffer_factor=0.5), hot=True), one_device(SPARSE, hot=True))
+
+
+def test_microbatches_on_a_mesh_give_one_devices_numbers():
+    train = dict(microbatches=2, remat="save_dispatch")
+    compare(Run(SPARSE, MeshConfig(fsdp=2, expert=2), **train), one_device(SPARSE, **train))
