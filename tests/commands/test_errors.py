@@ -16,8 +16,9 @@ from ling_jax import evaluate
 from ling_jax.cli import run_main
 from ling_jax.commands import sample
 from ling_jax.data.tokenizer import Tokenizer
+from tests.support.commands import call
 from tests.support.tokenizers import OWN
-from tests.tiny_run import REPO, STEPS, run, start, train_args
+from tests.tiny_run import REPO, STEPS, start, train_args
 
 GOLDEN = REPO / "tests" / "golden" / "tiny-ling"
 FRAME = str.maketrans("", "", "│╭╮╰╯─")  # the box that tyro draws around a message
@@ -36,7 +37,7 @@ jax.monitoring.register_event_duration_secs_listener(note_compilation)
 def folder(tmp_path_factory) -> Path:
     """A folder with a text corpus and the run `trained`."""
     folder = tmp_path_factory.mktemp("errors")
-    run("train.py", *train_args(folder, "trained", train__eval_every=0, checkpoint__every=STEPS))
+    call("train.py", *train_args(folder, "trained", train__eval_every=0, checkpoint__every=STEPS))
     return folder
 
 

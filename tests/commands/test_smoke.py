@@ -18,6 +18,7 @@ from ling_jax.convert.to_hf import to_hf
 from ling_jax.data.sources import read_corpus
 from ling_jax.evaluate import evaluate, window_of
 from ling_jax.train.metrics import read_metrics
+from tests.support.commands import call
 from tests.tiny_run import REPO, STEPS, WORDS, numbers, run, start, train_args
 
 KEYS = {
@@ -74,10 +75,10 @@ def test_a_run_learns_and_leaves_its_record_checkpoints_report_and_tokenizer(who
 def test_a_finished_run_does_nothing_more_until_it_is_given_more_steps(folder, whole):
     shutil.copytree(whole, folder / "runs" / "longer")
     lines = (whole / "metrics.jsonl").read_bytes()
-    _, log = run("train.py", *train_args(folder, "longer"))
+    _, log = call("train.py", *train_args(folder, "longer"))
     assert f"resuming from step {STEPS}" in log
     assert (folder / "runs" / "longer" / "metrics.jsonl").read_bytes() == lines
-    _, log = run("train.py", *train_args(folder, "longer", train__steps=STEPS + 5))
+    _, log = call("train.py", *train_args(folder, "longer", train__steps=STEPS + 5))
     assert f"resuming from step {STEPS}" in log
     longer = (folder / "runs" / "longer" / "metrics.jsonl").read_bytes()
     assert longer.startswith(lines)
@@ -113,7 +114,7 @@ def test_sample_continues_a_prompt_the_same_way_each_time(whole):
 
 def test_sample_answers_in_chat(whole):
     command = ("sample.py", "--checkpoint", whole / "checkpoints", "--prompt", "which word", "--chat", "--seed", 1)
-    answer, _ = run(*command, "--max-new-tokens", 8)
+    answer, _ = call(*command, "--max-new-tokens", 8)
     assert "which word" not in answer and "<role>" not in answer.split("\n")[0]
 
 
@@ -122,11 +123,11 @@ def test_sample_answers_a_file_of_prompts_and_tells_its_speed(whole, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, prompts)))
     command = ("sample.py", "--checkpoint", whole, "--max-new-tokens", 8, "--temperature", 0)
-    out, _ = run(*command, "--prompt-file", file, "--samples", 2)
+    out, _ = call(*command, "--prompt-file", file, "--samples", 2)
     lines = [json.loads(line) for line in out.splitlines()]
     assert [(line.get("id"), line["sample"]) for line in lines] == [("a", 0), ("a", 1), (None, 0), (None, 1)]
     assert all(line["tokens"] == 8 and line["end"] == "length" and line["completion"] for line in lines)
-    alone, log = run(*command, "--prompt", "the model reads", "--stats")
+    alone, log = call(*command, "--prompt", "the model reads", "--stats")
     assert alone == f"the model reads{lines[0]['completion']}\n" and "tokens/s" in log
 
 
@@ -154,17 +155,17 @@ def test_fresh_refuses_a_folder_with_a_run_or_moves_it_aside(folder, whole):
     shutil.copytree(whole, aside / "run")
     before = (aside / "run" / "metrics.jsonl").read_bytes()
     again = train_args(folder, "run", runs_dir=aside)
-    _, log = run("train.py", *again, "--fresh", code=2)
+    _, log = call("train.py", *again, "--fresh", code=2)
     assert re.fullmatch(r"error: .*holds a run.*--move-aside.*\n", log)
     assert (aside / "run" / "metrics.jsonl").read_bytes() == before
-    run("train.py", *again, "--fresh", "--move-aside")
+    call("train.py", *again, "--fresh", "--move-aside")
     assert numbers(read_metrics(aside / "run")) == numbers(read_metrics(whole))
     [moved] = [path for path in aside.iterdir() if path.name != "run"]
     assert moved.name.startswith("run.") and (moved / "metrics.jsonl").read_bytes() == before
 
 
 def test_print_config_prints_what_would_run_and_does_nothing(folder, whole):
-    out, log = run("train.py", *train_args(folder, "printed", train__steps=7), "--print-config")
+    out, log = call("train.py", *train_args(folder, "printed", train__steps=7), "--print-config")
     printed = RunConfig.from_json(out)
     assert printed.train.steps == 7
     assert printed.model == RunConfig.from_json((whole / "config.json").read_text()).model
@@ -173,7 +174,7 @@ def test_print_config_prints_what_would_run_and_does_nothing(folder, whole):
 
 def test_the_profiler_window_writes_a_trace_also_at_the_runs_end(folder):
     window = dict(train__profile_start=STEPS - 2, train__profile_steps=2)
-    run("train.py", *train_args(folder, "profiled", **window))
+    call("train.py", *train_args(folder, "profiled", **window))
     files = [path for path in (folder / "runs" / "profiled" / "profile").rglob("*") if path.is_file()]
     assert any(path.name.endswith(".xplane.pb") and path.stat().st_size > 0 for path in files), files
 
@@ -195,7 +196,7 @@ def test_a_run_starts_from_a_hf_folder_and_sample_reads_it(folder, whole, capsys
         sample.main(["--checkpoint", str(checkpoint), *options])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    run("train.py", *train_args(folder, "warm"), "--init-from", hf)
+    call("train.py", *train_args(folder, "warm"), "--init-from", hf)
     new, warm = read_metrics(whole), read_metrics(folder / "runs" / "warm")
     assert abs(warm[0]["train/loss"] - new[-1]["train/loss"]) < 0.3 < new[0]["train/loss"] - warm[0]["train/loss"]
     to_hf(str(folder / "runs" / "warm"), str(folder / "back"))
@@ -206,7 +207,7 @@ def test_a_run_starts_from_a_hf_folder_and_sample_reads_it(folder, whole, capsys
 
 def test_init_from_another_architecture_is_one_error_that_lists_what_differs(folder):
     golden = REPO / "tests" / "golden" / "tiny-ling"
-    _, log = run("train.py", *train_args(folder, "other"), "--init-from", golden, code=2)
+    _, log = call("train.py", *train_args(folder, "other"), "--init-from", golden, code=2)
     error = log.splitlines()[-1]
     assert error.startswith("error: ") and str(golden) in error
     assert "model.vocab_size: 512 -> 320" in error and "model.hidden_size: 64 -> 32" in error

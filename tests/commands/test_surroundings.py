@@ -20,6 +20,8 @@ from ling_jax import evaluate, generate, load_pretrained, token_logprobs
 from ling_jax.convert.to_hf import to_hf
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.train.metrics import read_metrics
+from tests.support.commands import call
+from tests.support.marks import nightly
 from tests.tiny_run import DENSE, REPO, SPARSE, numbers, run, start, train_args
 
 SHORT = dict(**SPARSE, train__steps=3, train__eval_every=0)
@@ -31,7 +33,7 @@ SWITCHES = ("JAX_ENABLE_X64=1", "JAX_NUMPY_RANK_PROMOTION=raise", "JAX_NUMPY_DTY
 def folder(tmp_path_factory) -> Path:
     """A folder with a text corpus and the run `whole`, of three steps."""
     folder = tmp_path_factory.mktemp("surroundings")
-    run("train.py", *train_args(folder, "whole", **SHORT))
+    call("train.py", *train_args(folder, "whole", **SHORT))
     return folder
 
 
@@ -45,7 +47,7 @@ def copied(folder) -> Path:
 # JAX's own switches.
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("switch", [SWITCHES[0], *(nightly(s) for s in SWITCHES[1:])])
 def test_a_run_and_its_text_do_not_depend_on_switches_of_jax(folder, monkeypatch, switch):
     prompt = ("--prompt", "the model", "--max-new-tokens", 6, "--seed", 3)
     text, _ = run("sample.py", "--checkpoint", folder / "runs" / "whole", *prompt)
@@ -69,7 +71,7 @@ def test_calls_from_python_work_under_switches_of_jax(switch):
         jax.tree.map(np.testing.assert_array_equal, answers(), plain)
 
 
-@pytest.mark.parametrize(("platform", "command"), [("cuda", "train"), ("bogus", "sample")])
+@pytest.mark.parametrize(("platform", "command"), [("cuda", "train"), nightly("bogus", "sample")])
 def test_a_platform_that_is_not_here_is_one_sentence(folder, monkeypatch, platform, command):
     monkeypatch.setenv("JAX_PLATFORMS", platform)
     whole = folder / "runs" / "whole"
@@ -111,10 +113,10 @@ def test_a_cache_of_tokens_that_is_no_place_is_refused(folder, place, said):
 
 
 def test_a_damaged_cache_of_tokens_is_made_anew(tmp_path):
-    run("train.py", *train_args(tmp_path, "a", **SHORT))
+    call("train.py", *train_args(tmp_path, "a", **SHORT))
     [tokens] = (tmp_path / "cache").glob("*.tokens.npy")
     os.truncate(tokens, 200)
-    _, log = run("train.py", *train_args(tmp_path, "b", **SHORT))
+    _, log = call("train.py", *train_args(tmp_path, "b", **SHORT))
     assert f"{tokens} is damaged" in log and "tokenizing" in log
     assert numbers(read_metrics(tmp_path / "runs" / "a")) == numbers(read_metrics(tmp_path / "runs" / "b"))
 
@@ -161,7 +163,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("ignored", [False, nightly(True)])
 def test_sighup_saves_unless_it_was_ignored_at_the_start(tmp_path, ignored):
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
     process = start(*["-c", NOHUP] * ignored, "train.py", *train_args(tmp_path, "run", **FOREVER))
@@ -176,7 +178,7 @@ def test_sighup_saves_unless_it_was_ignored_at_the_start(tmp_path, ignored):
     assert f"stopped by {'SIGTERM' if ignored else 'SIGHUP'} at step" in log
 
 
-@pytest.mark.parametrize("read", [0, 1])
+@pytest.mark.parametrize("read", [1, nightly(0)])
 def test_a_pipe_that_closes_is_a_quiet_end(folder, read):
     samples = ("--prompt", "the model", "--samples", 40, "--max-new-tokens", 4)
     process = start("sample.py", "--checkpoint", folder / "runs" / "whole", *samples)

@@ -17,8 +17,9 @@ from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.to_jax import to_jax
 from ling_jax.convert.weights import model_config_of
 from tests.support.adapters import ATTENTION, EXPERT, MTP, PREFIX, SOURCE, arrays, pair, shape_of, write_adapter
+from tests.support.commands import call
 from tests.support.hf_folders import QUANTISED, SLOWLY, assert_same_folder, tensors_of
-from tests.tiny_run import REPO, run
+from tests.tiny_run import REPO
 
 
 def assert_merged(source: Path, target: Path, deltas: dict[str, np.ndarray]) -> None:
@@ -227,10 +228,10 @@ def test_an_adapter_in_a_models_place_is_told_with_the_command(tmp_path, read):
 def test_the_command_merges_and_warns_of_another_base(tmp_path):
     adapter = write_adapter(tmp_path / "adapter", pair(ATTENTION), base_model_name_or_path="acme/Other-2.0")
     words = ("merge-adapter", "--source", SOURCE, "--adapter", adapter, "--target", tmp_path / "merged")
-    out, err = run("convert.py", *words)
+    out, err = call("convert.py", *words)
     assert f"{adapter} was trained on acme/Other-2.0, and is merged into {SOURCE}" in err
     assert "1 F32 + adapter" in out
-    _, err = run("convert.py", *words, code=2)
+    _, err = call("convert.py", *words, code=2)
     assert "exists: choose another --target" in err
 
 

@@ -32,6 +32,7 @@ from ling_jax.convert.weights import StoredWeights, narrow, open_weights
 from ling_jax.files.arrays import merge_checksums, on_host, write_arrays
 from ling_jax.files.one_writer import HOLDER, OneWriter
 from ling_jax.model.model import abstract_model, split_model
+from tests.support.commands import call
 from tests.support.helpers import assert_trees_equal, small, tiny
 from tests.support.hf_folders import (
     CASES,
@@ -48,7 +49,7 @@ from tests.support.hf_folders import (
     write_folder,
 )
 from tests.test_golden import kind_of
-from tests.tiny_run import REPO, run
+from tests.tiny_run import REPO
 
 
 @pytest.fixture(scope="module")
@@ -387,16 +388,16 @@ def test_pickles_are_refused_with_a_way_out(copy, tmp_path):
     for name in (*SHARDS, INDEX):
         (copy / name).unlink()
     (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    for call in (lambda: to_jax(str(copy), str(tmp_path / "x")), lambda: load_pretrained(copy)):
+    for convert_ in (lambda: to_jax(str(copy), str(tmp_path / "x")), lambda: load_pretrained(copy)):
         with pytest.raises(ValueError, match=r"pickles only \(pytorch_model.bin\).*save_pretrained"):
-            call()
+            convert_()
 
 
 def test_nothing_is_overwritten(source, tmp_path):
     (tmp_path / "there").mkdir()
-    for call in (to_jax, to_hf):
+    for convert_ in (to_jax, to_hf):
         with pytest.raises(ValueError, match="there exists: choose another --target"):
-            call(str(source), str(tmp_path / "there"))
+            convert_(str(source), str(tmp_path / "there"))
     with pytest.raises(ValueError, match="--max-shard-size 5 apples"):
         to_hf(str(source), str(tmp_path / "x"), max_shard_size="5 apples")
 
@@ -512,18 +513,18 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(source, tmp_path,
 
 def test_the_command_converts_inspects_and_compares(source, tmp_path):
     ours, back = tmp_path / "ours", tmp_path / "back"
-    run("convert.py", "to-hf", "--source", source, "--target", tmp_path / "trunk", "--no-mtp")
+    call("convert.py", "to-hf", "--source", source, "--target", tmp_path / "trunk", "--no-mtp")
     assert json.loads((tmp_path / "trunk" / "config.json").read_text())["num_nextn_predict_layers"] == 0
-    out, _ = run("convert.py", "to-jax", "--source", source, "--target", ours)
+    out, _ = call("convert.py", "to-jax", "--source", source, "--target", ours)
     assert f"{len(tensors_of(source))} of {len(tensors_of(source))} tensors" in out and "every byte is kept" in out
-    out, _ = run("convert.py", "inspect", "--source", ours)
+    out, _ = call("convert.py", "inspect", "--source", ours)
     assert f"{count_params(CONFIG).total:,}" in out and "model.layers.1-2.mlp.experts.0-7.up_proj.weight" in out
-    run("convert.py", "to-hf", "--source", ours, "--target", back, "--format", "bf16")
+    call("convert.py", "to-hf", "--source", ours, "--target", back, "--format", "bf16")
     edit_tensors(back / "model.safetensors", lambda t: t["lm_head.weight"].__setitem__((3, 4), 9))
-    out, _ = run("convert.py", "verify", "--source", source, "--target", back, code=1)
+    out, _ = call("convert.py", "verify", "--source", source, "--target", back, code=1)
     assert "NOT the same weights" in out and "lm_head.weight" in out
     assert "F32 -> BF16" in out and "greatest difference" in out
-    _, err = run("convert.py", "to-jax", "--source", source, "--target", ours, code=2)
+    _, err = call("convert.py", "to-jax", "--source", source, "--target", ours, code=2)
     assert err.startswith("error: ") and len(err.splitlines()) == 1
 
 

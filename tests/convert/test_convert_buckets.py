@@ -26,9 +26,10 @@ from ling_jax.files.paths import Entry, Ranges, at
 from ling_jax.model.model import split_model
 from tests.support.adapters import ATTENTION, pair, write_adapter
 from tests.support.buckets import download, every_day, get, names, put, upload
+from tests.support.commands import call
 from tests.support.helpers import assert_trees_equal
 from tests.support.hf_folders import FLOATS, QUANTISED, SHARDS, SLOWLY, assert_same_folder, tensors_of, write_folder
-from tests.tiny_run import REPO, run
+from tests.tiny_run import REPO
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +112,11 @@ def test_an_adapter_in_a_bucket_is_merged_as_on_a_disk(bucket, tmp_path):
 
 
 def test_the_command_converts_in_a_bucket(local, source, bucket):
-    out, _ = run("convert.py", "to-jax", "--source", source, "--target", f"{bucket}/ours")
+    out, _ = call("convert.py", "to-jax", "--source", source, "--target", f"{bucket}/ours")
     assert "every byte is kept" in out
-    out, _ = run("convert.py", "verify", "--no-logits", "--source", f"{bucket}/ours", "--target", local)
+    out, _ = call("convert.py", "verify", "--no-logits", "--source", f"{bucket}/ours", "--target", local)
     assert "the same weights" in out
-    _, err = run("convert.py", "to-jax", "--source", source, "--target", f"{bucket}/ours", code=2)
+    _, err = call("convert.py", "to-jax", "--source", source, "--target", f"{bucket}/ours", code=2)
     assert err.splitlines()[-1].startswith(f"error: {bucket}/ours exists") and "Traceback" not in err
 
 

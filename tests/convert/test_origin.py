@@ -18,10 +18,11 @@ from ling_jax.convert.weights import open_weights
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.runner import _check_special_ids, _first_state, run_training
 from ling_jax.train.state import make_trainer
+from tests.support.commands import call
 from tests.support.helpers import assert_trees_equal, random_weights, small
 from tests.support.hf_folders import edit_json, write_folder
 from tests.support.tokenizers import OWN
-from tests.tiny_run import SPARSE, run, train_args
+from tests.tiny_run import SPARSE, train_args
 
 OTHER = Tokenizer.train(["other words make another tokenizer " * 9], 290)
 
@@ -174,7 +175,7 @@ def folder(tmp_path_factory) -> Path:
     """A folder with a corpus and the run `short`, trained at 64 positions."""
     folder = tmp_path_factory.mktemp("origin")
     short = dict(**SPARSE, model__max_position_embeddings=64, model__rope_theta=1e4, data__sequence_length=64)
-    run("train.py", *train_args(folder, "short", **short, train__steps=20, train__eval_every=0))
+    call("train.py", *train_args(folder, "short", **short, train__steps=20, train__eval_every=0))
     return folder
 
 
@@ -182,7 +183,7 @@ def extended(folder: Path, name: str, origin: str | Path, *flags: str, code: int
     """The log of two steps, at a rate that changes nothing, of a run that starts from `origin`."""
     still = dict(**SPARSE, train__steps=2, train__eval_every=0, schedule__peak_lr=1e-9)
     args = [*train_args(folder, name, **still), *map(str, flags)]
-    return run("train.py", *args, "--init-from", origin, code=code)[1]
+    return call("train.py", *args, "--init-from", origin, code=code)[1]
 
 
 def other_text(folder: Path) -> Path:

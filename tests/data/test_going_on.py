@@ -14,7 +14,8 @@ from ling_jax.checkpoint import read_meta
 from ling_jax.config import DataConfig, DataSource
 from ling_jax.data.packing import Rows, Stream
 from ling_jax.data.pipeline import Earlier, open_data, train_batches
-from tests.tiny_run import SPARSE, run, train_args
+from tests.support.commands import call
+from tests.tiny_run import SPARSE, train_args
 
 VOCAB = 274
 ROWS = {"a": Rows(Stream(np.arange(4001, dtype=np.uint16), np.arange(0, 4001, 10)), 10)}
@@ -164,7 +165,7 @@ def test_a_run_with_another_batch_or_other_text_by_its_commands(tmp_path):
     tiny = dict(**SPARSE, train__eval_every=0, checkpoint__every=3, data__global_batch_size=8)
 
     def go(name: str, code: int = 0, **changes) -> str:
-        return run("train.py", *train_args(tmp_path, name, **{**tiny, **changes}), code=code)[1]
+        return call("train.py", *train_args(tmp_path, name, **{**tiny, **changes}), code=code)[1]
 
     def state(name: str) -> dict:
         return read_meta(tmp_path / "runs" / name)["data"]

@@ -13,6 +13,7 @@ import pytest
 
 from ling_jax.files.one_writer import HOLDER
 from tests.support.buckets import complete_steps, download, every_day, names, server_of, upload, wait_for_step
+from tests.support.commands import call
 from tests.support.fault_proxy import Faults, read_counts, set_faults
 from tests.support.hf_folders import assert_same_folder, write_folder
 from tests.support.runs import SMALL, assert_same_run, bucket_args
@@ -26,7 +27,7 @@ REPEATED = re.compile(r"requests to buckets that were repeated: (\d+) \(")
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("local")
-    run("train.py", *train_args(folder, "whole", **TINY))
+    call("train.py", *train_args(folder, "whole", **TINY))
     return folder
 
 
@@ -80,8 +81,7 @@ def assert_one_sentence(log: str) -> None:
     assert not [line for line in before if not re.match(r"\d\d:\d\d:\d\d |I\d{4} .*_TESTING$", line)], log
 
 
-@pytest.mark.slow
-@every_day("gs")
+@pytest.mark.nightly
 def test_out_of_reach_a_run_ends_within_a_minute_with_one_sentence_and_its_last_step_restores(bucket, local, tmp_path):
     upload(local / "text", f"{bucket}/text")
     url, forever = f"{bucket}/runs/run", TINY | {"train__steps": 100_000, "checkpoint__every": 50}
@@ -104,12 +104,11 @@ def test_out_of_reach_a_run_ends_within_a_minute_with_one_sentence_and_its_last_
     last = max(complete_steps(url))
     _, log = run("train.py", *bucket_args(tmp_path, bucket, "run", **forever | {"train__steps": last + 10}))
     assert f"resuming from step {last}" in log
-    run("train.py", *train_args(tmp_path, "whole", **forever | {"train__steps": last + 10}))
+    call("train.py", *train_args(tmp_path, "whole", **forever | {"train__steps": last + 10}))
     assert_same_run(download(url, tmp_path / "copy"), tmp_path / "runs" / "whole")
 
 
-@pytest.mark.slow
-@every_day("s3")
+@pytest.mark.nightly
 def test_out_of_reach_a_conversion_ends_with_one_sentence_and_goes_on_later(bucket, tmp_path):
     write_folder(tmp_path / "source", sharded=True)
     upload(tmp_path / "source", f"{bucket}/source")
@@ -125,15 +124,14 @@ def test_out_of_reach_a_conversion_ends_with_one_sentence_and_goes_on_later(buck
     assert_one_sentence(log)
     set_faults(server_of(bucket), Faults())
     run(*command)
-    run("convert.py", "to-hf", "--source", f"{bucket}/ours", "--target", f"{bucket}/back")
+    call("convert.py", "to-hf", "--source", f"{bucket}/ours", "--target", f"{bucket}/back")
     assert_same_folder(download(f"{bucket}/back", tmp_path / "back"), tmp_path / "source")
 
 
 # One writer.
 
 
-@pytest.mark.slow
-@every_day("gs")
+@pytest.mark.nightly
 def test_a_second_process_is_refused_and_after_a_sigkill_of_the_first_the_next_goes_on(bucket, local, tmp_path):
     upload(local / "text", f"{bucket}/text")
     url, forever = f"{bucket}/runs/run", TINY | {"train__steps": 100_000, "checkpoint__every": 50}
@@ -194,6 +192,7 @@ def start_at_once(url: str, count: int, *how: str) -> list[str]:
     return json.loads(done.stdout)
 
 
+@every_day("gs")
 @pytest.mark.parametrize("faults", [Faults(), Faults(refused=0.1, cut=0.2, seed=3)], ids=["quiet", "disturbed"])
 def test_of_twenty_starts_at_once_one_holds(bucket, faults):
     """By the service's preconditions alone: without the wait after which a process looks again."""
@@ -205,6 +204,7 @@ def test_of_twenty_starts_at_once_one_holds(bucket, faults):
     assert names(f"{bucket}/run") == []
 
 
+@every_day("s3")
 def test_of_twenty_that_find_a_dead_ones_lease_one_takes_it_over(bucket):
     assert start_at_once(f"{bucket}/run", 1, "dies") == ["held"]
     assert names(f"{bucket}/run") == [HOLDER]

@@ -30,7 +30,9 @@ from tests.support.buckets import (
     upload,
     wait_for_step,
 )
+from tests.support.commands import call
 from tests.support.hf_folders import assert_same_folder
+from tests.support.marks import nightly
 from tests.support.runs import SMALL, assert_same_run, bucket_args, start_two
 from tests.tiny_run import REPO, numbers, run, start, train_args
 
@@ -53,11 +55,11 @@ class Places(NamedTuple):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("local")
-    run("train.py", *train_args(folder, "whole", **LONG))
+    call("train.py", *train_args(folder, "whole", **LONG))
     return folder
 
 
-@pytest.fixture(scope="module", params=["gs", "s3"])
+@pytest.fixture(scope="module", params=["gs", nightly("s3")])
 def places(request, local, tmp_path_factory) -> Iterator[Places]:
     with new_bucket(request.param, request) as bucket:
         upload(local / "text", f"{bucket}/text")
@@ -137,7 +139,7 @@ def test_weights_go_to_a_hf_folder_and_back_in_the_bucket_and_runs_start_from_bo
     short = dict(**SMALL, train__steps=3, train__eval_every=0)
     runs = {}
     for name, origin in {"run": f"{bucket}/runs/run", "hf": hf, "local": tmp_path / "hf"}.items():
-        _, log = run("train.py", *bucket_args(tmp_path, bucket, f"from-{name}", **short), "--init-from", origin)
+        _, log = call("train.py", *bucket_args(tmp_path, bucket, f"from-{name}", **short), "--init-from", origin)
         runs[name] = numbers(read_metrics(f"{bucket}/runs/from-{name}"))
     assert runs["run"] == runs["hf"] == runs["local"] and len(runs["run"]) == 3
 
@@ -146,7 +148,7 @@ def test_a_tokenizer_is_read_in_a_bucket(places, tmp_path):
     upload(places.local / "runs" / "whole" / "tokenizer", f"{places.bucket}/tokenizer")
     short = dict(**SMALL, train__steps=2, train__eval_every=0)
     tokenizer = f"{places.bucket}/tokenizer/tokenizer.json"
-    run("train.py", *bucket_args(tmp_path, places.bucket, "tokenizer", **short, data__tokenizer=tokenizer))
+    call("train.py", *bucket_args(tmp_path, places.bucket, "tokenizer", **short, data__tokenizer=tokenizer))
     ours = get(f"{places.bucket}/runs/tokenizer/tokenizer/tokenizer.json")
     assert json.loads(ours)["model"]["vocab"] == json.loads(get(tokenizer))["model"]["vocab"]
 
@@ -170,8 +172,7 @@ def local_pair(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@every_day("gs")
+@pytest.mark.nightly
 def test_two_processes_train_and_resume_in_a_bucket_as_in_local_folders(bucket, local_pair, tmp_path, monkeypatch):
     upload(local_pair / "text", f"{bucket}/text")
     for steps in (20, 40):
@@ -203,7 +204,7 @@ def test_after_two_sigkills_a_run_ends_with_the_numbers_of_one_that_was_left_alo
         copy = download(url, tmp_path / moment)
         for step in steps:  # each is whole
             assert int(read_arrays(str(copy / "checkpoints" / str(step)))["step"]) == step
-    _, log = run(*command)
+    _, log = call(*command)
     assert f"resuming from step {max(steps)}" in log
     assert_same_run(download(url, tmp_path / "copy"), local / "runs" / "whole")
     assert saving_step(url) is None and complete_steps(url) == [120, 150]

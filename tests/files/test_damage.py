@@ -23,7 +23,9 @@ from ling_jax.convert.to_jax import to_jax
 from ling_jax.convert.verify import verify
 from ling_jax.convert.weights import open_weights
 from ling_jax.files.arrays import CHECKSUMS, StoredArray, chunk_of, merge_checksums, on_host, write_arrays
-from tests.tiny_run import SPARSE, run, train_args
+from tests.support.commands import call
+from tests.support.marks import nightly
+from tests.tiny_run import SPARSE, train_args
 
 STEPS = dict(**SPARSE, train__steps=3, checkpoint__every=1, checkpoint__keep_last=3, train__eval_every=0)
 
@@ -32,7 +34,7 @@ STEPS = dict(**SPARSE, train__steps=3, checkpoint__every=1, checkpoint__keep_las
 def folder(tmp_path_factory) -> Path:
     """A folder with a text corpus and the run `whole`, whose steps 1, 2 and 3 are saved."""
     folder = tmp_path_factory.mktemp("damage")
-    run("train.py", *train_args(folder, "whole", **STEPS))
+    call("train.py", *train_args(folder, "whole", **STEPS))
     return folder
 
 
@@ -75,7 +77,15 @@ def read_weights(run_dir: Path) -> None:
         weights.read(path, tuple(slice(0, size) for size in stack.full_shape))
 
 
-@pytest.mark.parametrize(("damage", "every"), [(Path.unlink, 1), (flip, 4), (cut, 8)])
+@pytest.mark.parametrize(
+    ("damage", "every"),
+    [
+        (Path.unlink, 5),
+        (flip, 7),
+        (cut, 9),
+        *(nightly(d, 1) for d in (Path.unlink, flip, cut)),
+    ],
+)
 def test_each_file_of_an_array_in_turn(copied, damage, every):
     """Resume reads all arrays, `load_pretrained` those of the weights and no others."""
     state = step_of(copied) / "state"
@@ -178,7 +188,7 @@ def test_a_resume_names_tensor_step_and_the_way_on_and_goes_on_there(folder, cop
     flip(chunks_of(copied, 3, "optimizer.*.mu.word_embeddings.weight")[0])
     more = train_args(folder, "copied", **{**STEPS, "train__steps": 5})
     lines = (copied / "metrics.jsonl").read_bytes()
-    _, log = run("train.py", *more, code=2)
+    _, log = call("train.py", *more, code=2)
     last = log.splitlines()[-1]
     assert re.match(
         r"error: .*/3 is damaged: optimizer/.*/mu/.*the last good step is 2.*same command with --from-step 2", last
@@ -186,9 +196,9 @@ def test_a_resume_names_tensor_step_and_the_way_on_and_goes_on_there(folder, cop
     assert (copied / "metrics.jsonl").read_bytes() == lines and sorted(os.listdir(copied / "checkpoints")) == list(
         "123"
     )
-    _, log = run("train.py", *more, "--from-step", 7, code=2)
+    _, log = call("train.py", *more, "--from-step", 7, code=2)
     assert "--from-step 7: " in log and "has the steps [1, 2, 3]" in log
-    _, log = run("train.py", *more, "--from-step", 2)
+    _, log = call("train.py", *more, "--from-step", 2)
     assert "resuming from step 2" in log and "moved step 3 to" in log
     [aside] = copied.glob("checkpoints.*")
     assert os.listdir(aside) == ["3"] and sorted(os.listdir(copied / "checkpoints")) == list("345")

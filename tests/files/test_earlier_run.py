@@ -15,7 +15,8 @@ from ling_jax import load_pretrained
 from ling_jax.checkpoint import read_arrays
 from ling_jax.convert.to_hf import to_hf
 from ling_jax.train.metrics import read_metrics
-from tests.tiny_run import run, train_args
+from tests.support.commands import call
+from tests.tiny_run import train_args
 
 SMALL = dict(
     model__hidden_size=16, model__intermediate_size=24, model__moe_intermediate_size=8, model__num_hidden_layers=3,
@@ -32,7 +33,7 @@ def earlier(tmp_path) -> Path:
 
 def test_it_goes_on_as_it_did(earlier, tmp_path):
     """Its text lies elsewhere by now; its numbers are another machine's, so equal but for rounding."""
-    run("train.py", *train_args(tmp_path, "run", train__steps=4, **SMALL))
+    call("train.py", *train_args(tmp_path, "run", train__steps=4, **SMALL))
     got, want = read_metrics(earlier / "run"), [json.loads(line) for line in open(earlier / "whole.jsonl")]
     assert [record["step"] for record in got] == [1, 2, 3, 4]
     for key in ("train/loss", "train/mtp_loss", "train/grad_norm"):

@@ -18,7 +18,9 @@ from ling_jax.checkpoint import read_arrays
 from ling_jax.files import one_writer
 from ling_jax.files.one_writer import HOLDER, OneWriter
 from ling_jax.train.metrics import read_metrics
-from tests.tiny_run import REPO, SPARSE, numbers, run, train_args
+from tests.support.commands import call
+from tests.support.marks import nightly
+from tests.tiny_run import REPO, SPARSE, numbers, train_args
 
 # Holds argv[1] until a line comes; with "lease", as where there are no locks, in seconds that a test has.
 HOLD = """
@@ -178,24 +180,24 @@ for pair in range(int(sys.argv[3])):
     while len(ended) < 2:
         child, status = os.wait()
         ended[child] = os.waitstatus_to_exitcode(status)
-        if pair % 5 == 4 and len(ended) == 1:  # the second was refused: the holder is killed, and a third goes on
+        if pair % 5 == 1 and len(ended) == 1:  # the second was refused: the holder is killed, and a third goes on
             while steps(name) < 60:
                 time.sleep(0.01)
             [holder] = set(children) - set(ended)
             os.kill(holder, signal.SIGKILL)
     codes[name] = [ended[child] for child in children]
-    if pair % 5 == 4:
+    if pair % 5 == 1:
         codes[name].append(os.waitstatus_to_exitcode(os.waitpid(start(f"{name}-2"), 0)[1]))
 print(json.dumps(codes))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pairs", [5, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("pairs", [2, nightly(20)])
 def test_of_each_pair_one_trains_as_if_it_were_alone(tmp_path, pairs):
     often = dict(**SPARSE, train__eval_every=0, train__steps=120, checkpoint__every=40)
     args = train_args(tmp_path, "whole", **often)
-    run("train.py", *args)
+    call("train.py", *args)
     whole = tmp_path / "runs" / "whole"
     rest = [word for word in args if word not in ("--run", "whole")]
     command = [sys.executable, "-c", PAIRS, str(tmp_path), json.dumps(rest), str(pairs)]
@@ -220,11 +222,11 @@ def test_of_each_pair_one_trains_as_if_it_were_alone(tmp_path, pairs):
 
 def test_a_run_that_is_alive_is_neither_moved_aside_nor_touched(tmp_path):
     args = train_args(tmp_path, "run", **SPARSE, train__steps=3, train__eval_every=0)
-    run("train.py", *args)
+    call("train.py", *args)
     folder = tmp_path / "runs" / "run"
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     with OneWriter(epath.Path(folder)):
         for flags in ((), ("--fresh", "--move-aside"), ("--from-step", 3)):
-            _, log = run("train.py", *args, *flags, code=2)
+            _, log = call("train.py", *args, *flags, code=2)
             assert f"error: {folder} is in use: process {os.getpid()} on " in log, log
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before

@@ -17,6 +17,8 @@ import pytest
 from ling_jax.checkpoint import read_arrays
 from ling_jax.train.metrics import read_metrics
 from scripts.same_bits import KINDS, compare
+from tests.support.commands import call
+from tests.support.marks import nightly
 from tests.support.runs import latest_step, lines_of, mount_prefix
 from tests.tiny_run import REPO, SHARED, SPARSE, STEPS, numbers, run, start, train_args
 
@@ -47,7 +49,7 @@ def kill_at(process: subprocess.Popen[str], run_dir: Path, moment: str, line: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [2, nightly(10)])
 def test_after_some_sigkills_a_run_ends_with_the_numbers_of_one_that_was_left_alone(tmp_path, kills):
     """Until so many have come, and one of them inside a save."""
     draw = random.Random(0)
@@ -74,13 +76,16 @@ def test_after_some_sigkills_a_run_ends_with_the_numbers_of_one_that_was_left_al
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("float32", marks=pytest.mark.nightly), "bfloat16"])
-def test_equal_commands_give_equal_bits_killed_or_not(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [("bfloat16", 1), *(nightly(k, 2) for k in ("float32", "bfloat16"))],
+)
+def test_equal_commands_give_equal_bits_killed_or_not(tmp_path, kind, whole):
     """As `python -m scripts.same_bits`, shorter, and smaller but for what two threads share."""
     args = train_args(tmp_path, "", **SPARSE, **SHARED, train__eval_every=0, checkpoint__every=5)
     del args[1:3]  # the run's name
-    found = compare(tmp_path / "runs", [*args, *KINDS[kind]], steps=30, whole=2, kills=1)
-    assert found == {"whole1": [], "killed": []}
+    found = compare(tmp_path / "runs", [*args, *KINDS[kind]], steps=30, whole=whole, kills=1)
+    assert found == {name: [] for name in ("whole1", "killed")[2 - whole :]}
 
 
 # Runs on a small disk at argv[1], with argv[2] bytes and argv[3] files left: trains until it is full, looks, makes
@@ -110,9 +115,7 @@ print(json.dumps([names, steps, done.returncode, done.stderr, again.returncode, 
 """
 
 
-@pytest.mark.parametrize(
-    ("room", "files"), [(3 << 20, 9000), pytest.param(64 << 20, 600, marks=pytest.mark.nightly)], ids=["bytes", "files"]
-)
+@pytest.mark.parametrize(("room", "files"), [(3 << 20, 9000), nightly(64 << 20, 600)], ids=["bytes", "files"])
 def test_a_full_disk_ends_a_run_with_one_error_and_its_last_checkpoint_intact(tmp_path, room, files):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -132,10 +135,10 @@ def test_a_full_disk_ends_a_run_with_one_error_and_its_last_checkpoint_intact(tm
 
 def test_a_run_that_diverges_ends_with_one_error_and_keeps_its_last_good_checkpoints(tmp_path):
     often = dict(**SPARSE, checkpoint__every=1, train__eval_every=0)
-    run("train.py", *train_args(tmp_path, "run", **often, train__steps=4))
+    call("train.py", *train_args(tmp_path, "run", **often, train__steps=4))
     good = tmp_path / "runs" / "run" / "checkpoints" / "4"
     before = read_arrays(good)
-    _, log = run("train.py", *train_args(tmp_path, "run", **often, schedule__peak_lr=1e30), code=1)
+    _, log = call("train.py", *train_args(tmp_path, "run", **often, schedule__peak_lr=1e30), code=1)
     assert "step 6 skipped: its loss or gradient is not finite (1 in a row)" in log
     assert re.search(r"5 steps in a row, up to step 10, .*train\.max_skipped_steps = 5\).*schedule\.peak_lr", log)
     # The update of step 5 broke the weights, which its own loss could not show; no later state is worth saving.

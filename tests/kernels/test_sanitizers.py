@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.marks import nightly
 from tests.tiny_run import REPO
 
 # As kernels/native.py calls a compiler, with the sanitizers and at -O1, where they are found at the line they are in.
@@ -44,7 +45,7 @@ def run(code: list[str], preload: dict[str, str]) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["read_in_their_stack", pytest.param("", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("part", ["read_in_their_stack", nightly("")])
 def test_experts_and_their_gradients_stay_inside_their_arrays(sanitized, part):
     only = ["-k", part] if part else []
     done = run(

@@ -13,6 +13,8 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from ling_jax.parallel.processes import EXPLICIT, START_SECONDS, Cluster, _device_ids, find_cluster
 from ling_jax.train.metrics import read_metrics
+from tests.support.commands import call
+from tests.support.marks import nightly
 from tests.support.runs import free_port, latest_step, lines_of, start_process, start_two, wait_until
 from tests.tiny_run import DENSE, SPARSE, run, train_args, write_text
 
@@ -76,7 +78,10 @@ def still_running(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "what"), [(0, "process"), (1, "process"), (1, "worker")])
+@pytest.mark.parametrize(
+    ("victim", "what"),
+    [(1, "process"), *(nightly(*v) for v in [(0, "process"), (1, "worker")])],
+)
 def test_when_one_is_killed_the_other_ends_and_names_it(tmp_path, monkeypatch, victim, what):
     run_dir = tmp_path / "runs" / "pair"
     args = train_args(tmp_path, "pair", **OFTEN, **DENSE, mesh__fsdp=4, train__steps=FOREVER)
@@ -121,6 +126,7 @@ def test_processes_of_other_settings_end_with_one_error(tmp_path, monkeypatch):
     assert "process 1 " in logs[0].strip().splitlines()[-1]
 
 
+@pytest.mark.nightly
 def test_processes_of_other_text_end_with_one_error(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     port, processes = free_port(), []
@@ -197,12 +203,11 @@ def test_slurm_starts_several_processes_with_a_device_each(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_eight_devices_goes_on_on_one_two_and_four(tmp_path, monkeypatch):
+def test_a_checkpoint_of_eight_devices_goes_on_on_one_two_and_four(tmp_path):
     def train(name: str, devices: int, **mesh: int) -> Path:
-        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
         saves = dict(checkpoint__every=10, checkpoint__keep_last=3)
         args = train_args(tmp_path, name, **SPARSE, **mesh, **saves, train__steps=30, train__eval_every=0)
-        _, log = run("train.py", *args)
+        _, log = call("train.py", *args)
         assert ("resuming from step 10" in log) == (devices < 8), log
         return tmp_path / "runs" / name
 

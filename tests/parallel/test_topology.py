@@ -23,6 +23,7 @@ from ling_jax.plan.serving import make_serving_plan
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 from tests.support.helpers import tiny
+from tests.support.marks import nightly
 
 ROWS, LENGTH = 8, 512
 KINDS = "reduce-scatter|all-reduce|all-gather|collective-permute|ragged-all-to-all|all-to-all"
@@ -108,9 +109,7 @@ def test_only_data_crosses_slices(tpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("reduce_dtype", "wire"), [("float32", "f32"), pytest.param("bfloat16", "bf16", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize(("reduce_dtype", "wire"), [("float32", "f32"), nightly("bfloat16", "bf16")])
 def test_gradients_are_reduced_by_reduce_scatter_in_the_chosen_dtype(devices, reduce_dtype, wire):
     """The mesh has `data`: over a group of all 8 chips this compiler replaces a reduce-scatter by an all-reduce."""
     found = collectives(compiled_step(devices, MeshConfig(data=2, fsdp=4, reduce_dtype=reduce_dtype)))

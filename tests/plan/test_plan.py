@@ -24,6 +24,7 @@ from ling_jax.plan.plan import Plan, compile_plan, topology_devices, trace_step
 from ling_jax.plan.report import render
 from ling_jax.plan.roofline import bound
 from tests.support.helpers import tiny
+from tests.support.marks import nightly
 from tests.tiny_run import REPO
 
 LENGTH = 512
@@ -105,9 +106,7 @@ def weights_sent(counted: Count) -> float:
     return sum(sent.bytes for sent in counted.total(of_layers).sent if sent.kind == "all-gather")
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param({"fsdp": 8}, marks=pytest.mark.nightly), {"fsdp": 2, "expert": 4}], ids=str
-)
+@pytest.mark.parametrize("mesh", [nightly({"fsdp": 8}), {"fsdp": 2, "expert": 4}], ids=str)
 def test_in_fp8_the_same_products_read_and_send_half_the_bytes(mesh):
     model = dataclasses.replace(MODEL, num_nextn_predict_layers=1)
     wide, narrow = (count(run_config(model, mesh, fp8=fp8), "tpu7x:2x2x1")[0] for fp8 in (False, True))

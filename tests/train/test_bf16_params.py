@@ -41,6 +41,7 @@ from ling_jax.train.state import Trainer, TrainState, make_trainer
 from ling_jax.train.step import make_train_step
 from scripts.bf16_parameters import rounded_to_nearest
 from tests.support.adam8 import V, batches, placed
+from tests.support.commands import call
 from tests.support.helpers import (
     QUICK,
     assert_close,
@@ -54,7 +55,7 @@ from tests.support.helpers import (
 from tests.support.meshes import SPARSE
 from tests.support.meshes import Run as MeshRun
 from tests.tiny_run import SPARSE as ONE_LAYER
-from tests.tiny_run import numbers, run, train_args
+from tests.tiny_run import numbers, train_args
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 PARAM_DTYPE = dict(train__param_dtype="bfloat16")
@@ -278,9 +279,9 @@ def test_over_a_mesh_a_step_gives_one_devices_numbers_but_for_the_rounding_of_gr
 @pytest.mark.nightly
 def test_a_run_starts_and_resumes_with_the_bits_of_one_that_went_through(tmp_path):
     settings = dict(**ONE_LAYER, **PARAM_DTYPE, checkpoint__every=4, train__eval_every=4)
-    run("train.py", *train_args(tmp_path, "whole", **settings, train__steps=8))
-    run("train.py", *train_args(tmp_path, "halves", **settings, train__steps=4))
-    _, log = run("train.py", *train_args(tmp_path, "halves", **settings, train__steps=8))
+    call("train.py", *train_args(tmp_path, "whole", **settings, train__steps=8))
+    call("train.py", *train_args(tmp_path, "halves", **settings, train__steps=4))
+    _, log = call("train.py", *train_args(tmp_path, "halves", **settings, train__steps=8))
     assert "resuming from step 4" in log
     whole, halves = tmp_path / "runs" / "whole", tmp_path / "runs" / "halves"
     assert numbers(read_metrics(halves)) == numbers(read_metrics(whole))

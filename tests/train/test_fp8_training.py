@@ -16,8 +16,10 @@ from ling_jax.train.objective import step_counts
 from ling_jax.train.state import Trainer, make_trainer
 from ling_jax.train.step import accumulate_gradients, make_train_step, make_watcher
 from scripts.expert_load_figure import VOCAB, batches
+from tests.support.commands import call
 from tests.support.helpers import documents, jit, pack, random_weights, tiny
-from tests.tiny_run import numbers, run, train_args
+from tests.support.marks import nightly
+from tests.tiny_run import numbers, train_args
 
 # Dims that tensor parallelism cuts at FP8 blocks; an odd expert width; a dense, a sparse and an MTP layer.
 MODEL = tiny(
@@ -72,10 +74,6 @@ def difference(got: dict, want: dict) -> float:
 @pytest.fixture(scope="module")
 def one_device() -> dict:
     return gradients(trainer_of())
-
-
-def nightly(name: str):
-    return pytest.param(name, marks=pytest.mark.nightly)
 
 
 MESHES = {
@@ -169,11 +167,11 @@ def flags(folder, name: str, **changes) -> list[str]:
 
 def test_a_module_that_loses_too_much_falls_back_and_stays_so_when_resumed(tmp_path):
     limit = dict(train__fp8_min_cosine=0.99965)  # some of all modules pass it
-    _, err = run("train.py", *flags(tmp_path, "whole", **limit))
+    _, err = call("train.py", *flags(tmp_path, "whole", **limit))
     assert "goes back to bfloat16 (of" in err and "train.fp8_min_cosine 0.99965" in err
-    run("train.py", *flags(tmp_path, "parts", **limit, train__steps=6))
+    call("train.py", *flags(tmp_path, "parts", **limit, train__steps=6))
     assert read_meta(tmp_path / "runs/parts/checkpoints")["fp8_fallen"]
-    run("train.py", *flags(tmp_path, "parts", **limit))
+    call("train.py", *flags(tmp_path, "parts", **limit))
     whole, parts = (numbers(read_metrics(tmp_path / "runs" / name)) for name in ("whole", "parts"))
     assert whole[4:] and [r for r in whole if r["step"] > 6] == [r for r in parts if r["step"] > 6]
     modules = [{k for k in r if k.startswith("fp8/lost/")} for r in whole if "fp8/lost_max" in r]
@@ -182,6 +180,7 @@ def test_a_module_that_loses_too_much_falls_back_and_stays_so_when_resumed(tmp_p
     assert "What FP8 loses" in page and (tmp_path / "runs/whole/report/fp8.png").stat().st_size > 5000
 
 
+@pytest.mark.nightly
 def test_a_short_run_in_fp8_ends_within_one_per_cent_of_bfloat16():
     """On text from a Markov chain; docs/fp8.md has the long one (scripts/fp8_comparison.py)."""
     model = tiny(
