@@ -107,6 +107,21 @@ void experts_forward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W>
   sum_choices(pool, threads, pairs, results, scale, y, hidden);
 }
 
+// What the backward pass is given: x and g [N, D], scale [pairs], the forward pass's gate and up [rows, F].
+template <typename X>
+struct Given {
+  const X* x;
+  const float* scale;
+  const X *gate, *up, *g;
+};
+
+// Where its results go: dx [N, D], dscale [pairs], and one layer's [E, ...] of each weight.
+template <typename X>
+struct Gradients {
+  X* dx;
+  float *dscale, *dgate, *dup, *ddown;
+};
+
 // What an item's backward pass leaves for weights' gradients, [rows, F] each; `gated` is scaled.
 template <typename X>
 struct Inner {
@@ -133,8 +148,8 @@ float inner_gradients(const X* da, const X* gate, const X* up, float scale, cons
 
 // The gradients of weights: rows of x with those of gate and up, rows of g with `gated`.
 template <typename X>
-void weight_gradients(ffi::ThreadPool& pool, Index threads, const Pairs& pairs, const X* x, const X* g,
-                      const Inner<X>& inner, float* dgate, float* dup, float* ddown, Index hidden, Index width) {
+void weight_gradients(ffi::ThreadPool& pool, Index threads, const Pairs& pairs, const Given<X>& given,
+                      const Inner<X>& inner, const Gradients<X>& to, Index hidden, Index width) {
   std::vector<Item> inwards = pairs.groups, outwards = pairs.groups;
   for (Item& t : inwards) t.last = hidden;
   for (Item& t : outwards) t.last = width;
@@ -144,46 +159,45 @@ void weight_gradients(ffi::ThreadPool& pool, Index threads, const Pairs& pairs, 
     const bool in = i < count;
     const Item& t = in ? inwards[i] : outwards[i - count];
     const Index at = t.group * hidden * width;
-    const X* rows = gather_item(pairs, t, in ? x : g, hidden);
+    const X* rows = gather_item(pairs, t, in ? given.x : given.g, hidden);
     if (in) {
-      gradient_item(inner.gate + t.row * width, rows, dgate + at, t, width, hidden);
-      gradient_item(inner.up + t.row * width, rows, dup + at, t, width, hidden);
+      gradient_item(inner.gate + t.row * width, rows, to.dgate + at, t, width, hidden);
+      gradient_item(inner.up + t.row * width, rows, to.dup + at, t, width, hidden);
     } else {
-      gradient_item(rows, inner.gated + t.row * width, ddown + at, t, hidden, width);
+      gradient_item(rows, inner.gated + t.row * width, to.ddown + at, t, hidden, width);
     }
   });
 }
 
 template <typename X, typename W>
-void experts_backward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W>& w, const X* x, const float* scale,
-                      const X* gate, const X* up, const X* g, X* dx, float* dscale, float* dgate, float* dup,
-                      float* ddown, const Inner<X>& inner, X* results) {
+void experts_backward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W>& w, const Given<X>& given,
+                      const Inner<X>& inner, X* results, const Gradients<X>& to) {
   const Index hidden = w.hidden, width = w.width;
   const Shape inwards{hidden, width, false}, outwards{width, hidden, false};
   const Index threads = threads_for(pool, pairs.groups, 3 * hidden * width);
   const auto items = product_items(pairs.groups, threads);
-  std::memset(dscale, 0, pairs.count() * sizeof(float));
+  std::memset(to.dscale, 0, pairs.count() * sizeof(float));
   parallel(pool, threads, items.size(), [&](Index i) {
     const Item& t = items[i];
-    X *rows = gather_item(pairs, t, g, hidden), *da = scratch<X>(kInner, t.rows * width);
+    X *rows = gather_item(pairs, t, given.g, hidden), *da = scratch<X>(kInner, t.rows * width);
     product_item(inwards, rows, w.down + w.at(t), da, t.rows, 0, width);
     for (Index r = 0; r < t.rows; ++r) {
       const Index pair = pairs.of_row[t.row + r], at = (t.row + r) * width;
-      dscale[pair] = inner_gradients(da + r * width, gate, up, scale[pair], inner, at, width);
+      to.dscale[pair] = inner_gradients(da + r * width, given.gate, given.up, given.scale[pair], inner, at, width);
     }
     X* more = scratch<X>(kOther, t.rows * hidden);
     product_item(outwards, inner.gate + t.row * width, w.gate + w.at(t), rows, t.rows, 0, hidden);
     product_item(outwards, inner.up + t.row * width, w.up + w.at(t), more, t.rows, 0, hidden);
     for (Index r = 0; r < t.rows; ++r) {
-      X* to = results + pairs.of_row[t.row + r] * hidden;
+      X* row = results + pairs.of_row[t.row + r] * hidden;
       for (Index j = 0; j < hidden; j += kLanes) {
         const Vec sum = load_part(rows + r * hidden + j, hidden - j) + load_part(more + r * hidden + j, hidden - j);
-        store_part(to + j, sum, hidden - j);
+        store_part(row + j, sum, hidden - j);
       }
     }
   });
-  weight_gradients(pool, threads, pairs, x, g, inner, dgate, dup, ddown, hidden, width);
-  sum_choices<X>(pool, threads, pairs, results, nullptr, dx, hidden);
+  weight_gradients(pool, threads, pairs, given, inner, to, hidden, width);
+  sum_choices<X>(pool, threads, pairs, results, nullptr, to.dx, hidden);
 }
 
 // Where in a stack [L, ...] a layer's part begins; of a stack of one it is that one's.
@@ -219,7 +233,8 @@ ffi::Error experts_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 ffi::Error experts_gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer ids,
                                     ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down,
                                     ffi::AnyBuffer layer, ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::AnyBuffer g,
-                                    ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer,  // dgate, dup, ddown as given
+                                    ffi::AnyBuffer /* dgate as given: the result is its memory */,
+                                    ffi::AnyBuffer /* dup as given */, ffi::AnyBuffer /* ddown as given */,
                                     ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dscale,
                                     ffi::Result<ffi::AnyBuffer> dgate, ffi::Result<ffi::AnyBuffer> dup,
                                     ffi::Result<ffi::AnyBuffer> ddown, ffi::Result<ffi::AnyBuffer> inner_gated,
@@ -231,10 +246,10 @@ ffi::Error experts_gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi:
     return with_type(w_gate, [&](auto* first) {
       const Weights<std::remove_pointer_t<decltype(first)>> weights = weights_of(first, w_up, w_down, layer);
       const Inner<X> inner{data<X>(*inner_gated), data<X>(*inner_gate), data<X>(*inner_up)};
-      experts_backward<X>(pool, pairs, weights, rows, data<const float>(scale), data<const X>(gate), data<const X>(up),
-                          data<const X>(g), data<X>(*dx), data<float>(*dscale),
-                          data<float>(*dgate) + part_of(*dgate, layer), data<float>(*dup) + part_of(*dup, layer),
-                          data<float>(*ddown) + part_of(*ddown, layer), inner, data<X>(*results));
+      const Given<X> given{rows, data<const float>(scale), data<const X>(gate), data<const X>(up), data<const X>(g)};
+      const Gradients<X> to{data<X>(*dx), data<float>(*dscale), data<float>(*dgate) + part_of(*dgate, layer),
+                            data<float>(*dup) + part_of(*dup, layer), data<float>(*ddown) + part_of(*ddown, layer)};
+      experts_backward<X>(pool, pairs, weights, given, inner, data<X>(*results), to);
       return ffi::Error::Success();
     });
   });
