@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ling_jax.config import count_params
+from ling_jax.config import MeshConfig, count_params
 from ling_jax.config.layers import layer_runs
+from ling_jax.config.mesh import MESH_AXES, split_of
 from ling_jax.config.parameters import parameters, quantised
 from ling_jax.model.attention import Context
 from ling_jax.model.model import abstract_model, segment_positions, split_model
@@ -72,3 +75,25 @@ def test_any_parts_of_the_layers_in_turn_are_the_whole():
         y, rest, _ = model.run(layer_runs(config, cut), x, context)
         assert_close(y, want.captured["hidden_states"][4])
         assert len(first) == cut and len(rest) == 4 - cut
+
+
+MESHES = st.builds(MeshConfig, **{axis: st.sampled_from([1, 2, 3, 4, 5, 8]) for axis in MESH_AXES if axis != "stage"})
+
+
+@settings(max_examples=400, deadline=None)
+@given(mesh=MESHES, config=st.sampled_from(list(CONFIGS.values())))
+def test_a_mesh_is_accepted_if_and_only_if_every_parameter_can_be_split_over_it(mesh, config):
+    def split(stored: bool) -> None:
+        for entry in parameters(config).values():
+            split_of(entry.shape, entry.dims, mesh, stored)
+
+    try:
+        mesh.check(config)
+    except ValueError:
+        heads = config.num_attention_heads, config.num_key_value_heads
+        if all(mesh.tensor % n == 0 or n % mesh.tensor == 0 for n in heads) and heads[0] % mesh.tensor == 0:
+            with pytest.raises(ValueError, match="must be a multiple of"):
+                split(stored=True)
+    else:
+        split(stored=True)
+        split(stored=False)

@@ -27,7 +27,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 def test_blocks_are_quantised_as_the_official_tool_does_but_for_the_last_bit_of_a_scale(shape):
     w = normal(0, *shape) * np.exp(normal(1, *shape))
     w[:1, :1] = 300
-    got, want = jit(quantise_weight)(w), quantise(w, "plain")
+    got, want = jit(quantise_weight)(w), quantise(w, "ordinary")
     np.testing.assert_allclose(got.scales, want.scales, rtol=2e-7)
     exact = np.asarray(got.codes, np.float32) == want.codes.astype(np.float32)
     assert exact.mean() > 0.999

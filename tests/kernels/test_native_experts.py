@@ -171,7 +171,7 @@ def test_no_layers_weights_are_saved_or_cut_out_of_their_stack(remat):
     trainer = make_trainer(RunConfig(model=model, data=data, train=TrainConfig(steps=2, remat=remat)))
     state = jax.eval_shape(trainer.init)
     rows = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "positions", "segment_ids")}
-    batch = rows | {"targets": rows["tokens"], "mtp_targets": rows["tokens"]}
+    batch = rows | {"targets": rows["tokens"]}
     step = make_train_step(trainer).lower(state, batch).compile(QUICK)
     expert = state.params["layers"]["softmax_moe"]["mlp"]["experts"]["gate_proj"]["weight"].shape
     made = f"= f32[{','.join(map(str, expert))}]"

@@ -204,13 +204,34 @@ def test_expert_load_figure_needs_the_key_it_draws(tmp_path):
         expert_load_figure({"with bias": records, "dense": [{"step": 1}]}, tmp_path / "load.png")
 
 
-def test_gaps_and_bars_are_drawn_of_their_data(tmp_path):
-    def drawn(draw, *args) -> bytes:
-        draw(*args, tmp_path / "figure.png")
-        return (tmp_path / "figure.png").read_bytes()
+@pytest.fixture
+def panels(monkeypatch, tmp_path):
+    """panels(draw, *args): the axes of the figure that `draw` writes."""
+    drawn = []
+    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
 
+    def axes(draw, *args):
+        draw(*args, tmp_path / "figure.png")
+        return drawn.pop().axes
+
+    return axes
+
+
+def test_losses_are_drawn_above_their_gaps_to_the_reference_in_per_cent(panels):
     base = [{"step": i, "train/loss": 5 - i / 100} for i in range(1, 101)]
-    near, far = ([{**r, "train/loss": r["train/loss"] * (1 + gap)} for r in base] for gap in (0.001, 0.01))
-    gaps = [drawn(figures.loss_gap_figure, {"base": base, "other": other}, "base") for other in (near, far)]
-    bars = [drawn(figures.bars_figure, {"rows": {"2": 3.0, "4": value}}, "us") for value in (1.0, 2.0)]
-    assert all(png.startswith(b"\x89PNG") for png in gaps + bars) and gaps[0] != gaps[1] and bars[0] != bars[1]
+    other = [{**record, "train/loss": record["train/loss"] * 1.01} for record in base]
+    above, below = panels(figures.loss_gap_figure, {"base": base, "other": other}, "base")
+    losses = {line.get_label(): line for line in above.get_lines()}
+    assert losses.keys() >= {"base", "other"} and "loss" in above.get_title() + above.get_ylabel()
+    assert losses["other"].get_xdata().tolist() == list(range(1, 101))
+    np.testing.assert_allclose(losses["other"].get_ydata(), 1.01 * losses["base"].get_ydata())
+    [gap] = [line for line in below.get_lines() if line.get_label() == "other"]
+    np.testing.assert_allclose(gap.get_ydata(), 1.0)
+
+
+def test_bars_have_their_values_for_heights_and_their_names_below(panels):
+    left, right = panels(figures.bars_figure, {"rows": {"2": 3.0, "4": 1.0}, "experts": {"32": 7.0}}, "us")
+    assert [bar.get_height() for bar in left.patches] == [3.0, 1.0]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["2", "4"]
+    assert (left.get_xlabel(), left.get_ylabel()) == ("rows", "us")
+    assert [bar.get_height() for bar in right.patches] == [7.0] and right.get_xlabel() == "experts"
