@@ -205,15 +205,15 @@ def test_slurm_starts_several_processes_with_a_device_each(monkeypatch):
 @pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_two_and_four(tmp_path):
     def train(name: str, devices: int, **mesh: int) -> Path:
-        saves = dict(checkpoint__every=10, checkpoint__keep_last=3)
-        args = train_args(tmp_path, name, **SPARSE, **mesh, **saves, train__steps=30, train__eval_every=0)
+        saves = dict(checkpoint__every=4, checkpoint__keep_last=3)
+        args = train_args(tmp_path, name, **SPARSE, **mesh, **saves, train__steps=12, train__eval_every=0)
         _, log = call("train.py", *args)
-        assert ("resuming from step 10" in log) == (devices < 8), log
+        assert ("resuming from step 4" in log) == (devices < 8), log
         return tmp_path / "runs" / name
 
     whole = train("eight", 8, mesh__fsdp=2, mesh__expert=2, mesh__tensor=2)
     for devices, mesh in {1: {}, 2: dict(mesh__expert=2), 4: dict(mesh__fsdp=2, mesh__context=2)}.items():
         other = shutil.copytree(whole, tmp_path / "runs" / str(devices))
-        for later in ("20", "30"):
+        for later in ("8", "12"):
             shutil.rmtree(other / "checkpoints" / later)
-        assert_goes_on_alike(train(str(devices), devices, **mesh), whole, 10, 20)
+        assert_goes_on_alike(train(str(devices), devices, **mesh), whole, 4, 8)

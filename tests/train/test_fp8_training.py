@@ -84,7 +84,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", ["expert", "fsdp and tensor", *(nightly(name) for name in ("all-gather", "context"))])
+@pytest.mark.parametrize("name", ["expert", *map(nightly, ("fsdp and tensor", "all-gather", "context"))])
 def test_a_mesh_gives_the_gradients_of_one_device_but_for_how_rows_share_tiles(one_device, name):
     """Weights' blocks are the same; tiles of 128 rows are of other tokens, so some values round otherwise: four per
     cent of a gradient here, where FP8 itself changes it by 20 to 40."""
@@ -136,6 +136,7 @@ def measured(trainer: Trainer, outlier: float = 1.0):
     return losses(jax.device_get(make_watcher(trainer)(state.params, state.bias, placed(trainer))))
 
 
+@pytest.mark.nightly
 def test_what_is_measured_does_not_depend_on_the_mesh():
     want, got = (measured(trainer_of(mesh)) for mesh in (ONE_DEVICE, MESHES["fsdp and tensor"]))
     assert got.keys() == want.keys() and len(want) == 21 * len(WATCHED)
@@ -165,6 +166,7 @@ def flags(folder, name: str, **changes) -> list[str]:
     return [*args, "--train.fp8"]
 
 
+@pytest.mark.nightly
 def test_a_module_that_loses_too_much_falls_back_and_stays_so_when_resumed(tmp_path):
     limit = dict(train__fp8_min_cosine=0.99965)  # some of all modules pass it
     _, err = call("train.py", *flags(tmp_path, "whole", **limit))
