@@ -1,4 +1,4 @@
-"""What tests ask of a run's folder, and runs of several processes."""
+"""Questions that tests ask of a run folder, and runs of several processes."""
 
 import shutil
 import socket
