@@ -3,16 +3,19 @@
 PYTHON := .venv/bin/python
 CPP := $(wildcard ling_jax/kernels/*.h ling_jax/kernels/*.cc tests/support/*.h)
 CXX ?= c++
+# Two processes, which end the session if one of them crashes: pytest-xdist would wait for its tests for ever.
+PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Huge pages, and no memory given back between steps: a 128 MB array costs 32,769 page faults without, 65 with them.
 # Only glibc reads this; elsewhere it does nothing.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=1
 
-.PHONY: help quickstart test nightly lint lint-format lint-rules lint-types lint-cpp format
+.PHONY: help quickstart test test-fast nightly lint lint-format lint-rules lint-types lint-cpp format
 
 help:
 	@echo "make quickstart   train configs/ling_tiny.py on real text, then continue a prompt"
 	@echo "make test         the whole test suite; choose with ARGS='-k router'"
+	@echo "make test-fast    the tests that need neither processes, nor meshes, nor a TPU's compiler: minutes"
 	@echo "make nightly      the longer forms of tests: more kills, more pairs, every kind of bucket"
 	@echo "make lint         format, lint and type checks"
 	@echo "make format       rewrite the sources as 'make lint' wants them"
@@ -25,11 +28,15 @@ quickstart: .venv/installed-requirements
 
 test: export GLIBC_TUNABLES := $(MALLOC)
 test: .venv/installed-requirements-test
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: export GLIBC_TUNABLES := $(MALLOC)
+test-fast: .venv/installed-requirements-test
+	$(PYTEST) -m "not slow and not nightly" $(ARGS)
 
 nightly: export GLIBC_TUNABLES := $(MALLOC)
 nightly: .venv/installed-requirements-test
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m nightly $(ARGS)
+	$(PYTEST) -m nightly $(ARGS)
 
 lint: lint-format lint-rules lint-types lint-cpp
 

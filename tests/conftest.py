@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,38 @@ def pytest_configure():
     jax.config.update("jax_num_cpu_devices", 8)
 
 
-# The files that take longest, longest first: so both processes of pytest-xdist end at about the same time.
-LONGEST = (
-    "bucket_faults", "bucket_runs", "one_writer", "surroundings", "processes", "fp8_training", "resume", "topology",
-    "plan", "smoke", "damage", "origin", "golden", "parallel", "bf16_params", "native", "same_bits", "generate",
-    "going_on", "model", "dispatch", "errors", "session", "objectives", "toy_mixer", "installed", "sanitizers",
+# Every program that XLA compiles for the CPU keeps three mappings of memory. A process may have 65,530 (Linux's
+# vm.max_map_count), and one that reaches them ends with a segmentation fault.
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Forgets compiled programs after a file of tests that has left many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+
+
+# The files that take longest, longest first, so that both processes of pytest-xdist end at about the same time. `make
+# test-fast` leaves them out: commands in processes of their own, buckets, meshes, and compilers of other machines.
+SLOW = (
+    "parallel", "processes", "resume", "surroundings", "smoke", "topology", "generate", "plan", "objectives",
+    "one_writer", "data_buckets", "convert_buckets", "bucket_runs", "bucket_faults", "native", "sanitizers",
+    "toy_mixer", "session", "dispatch", "bf16_params", "damage", "origin", "replay", "installed", "adam8", "fp8_training",
+    "same_bits", "earlier_run", "hub", "balance_run", "fp8_tpu", "context", "going_on", "errors", "clusters_docs",
+    "checkpoint_buckets", "bucket_servers", "speculation_benchmark", "needle", "store", "adapter", "extending",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    place = {f"test_{name}": i for i, name in enumerate(SLOW)}
+    for item in items:
+        if item.path.stem in place:
+            item.add_marker("slow")
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 

@@ -19,9 +19,10 @@ SIZES = {
     "schedule.peak-lr": 0.005, "schedule.warmup-steps": 5, "schedule.decay-fraction": 0,
     "train.steps": STEPS, "train.eval-every": 20, "checkpoint.every": 20,
 }  # fmt: skip
-# One layer, where the model is not the subject: most of a tiny run's time is the compiler's.
-DENSE = dict(model__num_hidden_layers=1, model__first_k_dense_replace=1)
-SPARSE = dict(model__num_hidden_layers=1, model__first_k_dense_replace=0)
+# One layer and no MTP layer, where the model is not the subject: most of a tiny run's time is the compiler's.
+ONE_LAYER = dict(model__num_hidden_layers=1, model__num_nextn_predict_layers=0)
+DENSE = dict(**ONE_LAYER, model__first_k_dense_replace=1)
+SPARSE = dict(**ONE_LAYER, model__first_k_dense_replace=0)
 # Sizes from which every C++ kernel of a step shares its work between two threads: below them one thread does all, and
 # nothing that two threads could do wrong would show. The thresholds: attention's products (4 x 128 x 128 x 2 x 16), an
 # expert layer's (1,024 rows x 3 x 64 x 72), AdamW's elements (16 x 64 x 72), in native.cc and its headers.

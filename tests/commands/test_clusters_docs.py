@@ -161,7 +161,6 @@ def test_the_pods_of_a_jobset_stop_with_143_where_the_signal_came_and_resume(hom
     assert complete_steps(url)[-1] == step + 10 and "report.html" in names(url)
 
 
-@pytest.mark.slow
 def test_a_pod_whose_process_fails_ends_with_its_code(home, bucket):
     with Pods(home, f"{bucket}-that-is-not-there", steps=10) as pods:
         assert pods.codes() == [2, 2], pods.told()

@@ -75,7 +75,6 @@ def test_released_models_and_files_of_ones_own_are_configurations(call, tmp_path
     assert (printed["schedule"]["peak_lr"], printed["train"]["steps"]) == (0.0123, 7)
 
 
-@pytest.mark.slow
 def test_a_run_is_trained_sampled_scored_and_exported(call, tmp_path):
     call("ling-train", *train_args(tmp_path, "run", train__steps=20))
     run = str(tmp_path / "runs" / "run")

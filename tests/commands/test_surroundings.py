@@ -47,7 +47,8 @@ def copied(folder) -> Path:
 # JAX's own switches.
 
 
-@pytest.mark.parametrize("switch", [SWITCHES[0], *(nightly(s) for s in SWITCHES[1:])])
+@pytest.mark.nightly
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_a_run_and_its_text_do_not_depend_on_switches_of_jax(folder, monkeypatch, switch):
     prompt = ("--prompt", "the model", "--max-new-tokens", 6, "--seed", 3)
     text, _ = run("sample.py", "--checkpoint", folder / "runs" / "whole", *prompt)

@@ -29,6 +29,7 @@ from tests.support.buckets import download, every_day, get, names, put, upload
 from tests.support.commands import call
 from tests.support.helpers import assert_trees_equal
 from tests.support.hf_folders import FLOATS, QUANTISED, SHARDS, SLOWLY, assert_same_folder, tensors_of, write_folder
+from tests.support.marks import nightly
 from tests.tiny_run import REPO
 
 
@@ -79,7 +80,8 @@ def test_a_checkpoint_in_a_bucket_has_the_bytes_it_has_on_a_disk(local, source, 
     assert states(tmp_path / "c") == states(tmp_path / "ours")
 
 
-@pytest.mark.parametrize("case", [FLOATS[0], QUANTISED[0]], ids=lambda case: case.name)
+@every_day("gs", "s3")
+@pytest.mark.parametrize("case", [nightly(FLOATS[0]), QUANTISED[0]], ids=lambda case: case.name)
 def test_from_a_bucket_to_a_bucket_and_back_every_byte_is_kept(case, bucket, tmp_path):
     upload(case, f"{bucket}/hf")
     to_jax(f"{bucket}/hf", f"{bucket}/ours")

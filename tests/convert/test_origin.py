@@ -196,6 +196,7 @@ def other_text(folder: Path) -> Path:
     return text
 
 
+@pytest.mark.nightly
 def test_context_grows_by_flags_from_4k_to_32k_to_128k_in_small(folder):
     """64 positions at theta 1e4, 512 at 6e5, 2048 by YaRN; each run starts where the one before ended, the last from an
     export and on other text."""

@@ -25,7 +25,7 @@ from ling_jax.data.sources import Corpus, read_corpus, source_names
 from ling_jax.data.store import Columns, cache_dir, keep
 from ling_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from ling_jax.files import buckets, paths
-from tests.support.buckets import delete, get, names, put, upload
+from tests.support.buckets import delete, every_day, get, names, put, upload
 from tests.tiny_run import REPO, write_text
 
 MB = 1 << 20
@@ -155,6 +155,7 @@ def test_a_source_is_called_as_its_file_folder_or_bucket_is(bucket):
     assert source_names(config_of(*twice)) == twice
 
 
+@every_day("gs", "s3")
 def test_files_in_the_root_of_a_bucket_are_read(bucket, tmp_path):
     put(f"{bucket}/a.jsonl", lines(*some("a")))
     put(f"{bucket}/README.txt", "".join(some("r")).encode())
@@ -167,6 +168,7 @@ def test_files_in_the_root_of_a_bucket_are_read(bucket, tmp_path):
     assert [d.origin for d in named.train["README"]] == ["README.txt"]
 
 
+@every_day("gs", "s3")
 def test_what_cannot_be_read_is_one_sentence(bucket, tmp_path):
     put(f"{bucket}/csv/a.csv", b"1")
     put(f"{bucket}/bad/a.jsonl", b"{")

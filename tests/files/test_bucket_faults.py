@@ -16,11 +16,12 @@ from tests.support.buckets import complete_steps, download, every_day, names, se
 from tests.support.commands import call
 from tests.support.fault_proxy import Faults, read_counts, set_faults
 from tests.support.hf_folders import assert_same_folder, write_folder
-from tests.support.runs import SMALL, assert_same_run, bucket_args
-from tests.tiny_run import REPO, run, start, train_args
+from tests.support.marks import nightly
+from tests.support.runs import assert_same_run, bucket_args
+from tests.tiny_run import REPO, SPARSE, run, start, train_args
 
 SOME = dict(refused=0.01, delayed=0.005, cut=0.01)  # shares of all requests
-TINY = dict(**SMALL, train__steps=40, checkpoint__every=8, train__eval_every=20)
+TINY = dict(**SPARSE, train__steps=40, checkpoint__every=8, train__eval_every=20)
 REPEATED = re.compile(r"requests to buckets that were repeated: (\d+) \(")
 
 
@@ -45,8 +46,6 @@ def assert_disturbed(bucket: str, log: str) -> None:
     assert repeated(log) >= counts["429"] + counts["503"], log
 
 
-@pytest.mark.slow
-@every_day("gs")
 def test_a_run_has_the_same_numbers_and_arrays_where_some_requests_fail(bucket, local, tmp_path):
     upload(local / "text", f"{bucket}/text")
     set_faults(server_of(bucket), Faults(**SOME, seed=1))
@@ -57,7 +56,6 @@ def test_a_run_has_the_same_numbers_and_arrays_where_some_requests_fail(bucket, 
     assert complete_steps(f"{bucket}/runs/run") == [32, 40]
 
 
-@pytest.mark.slow
 @every_day("s3")
 def test_a_conversion_there_and_back_gives_the_same_bytes_where_some_requests_fail(bucket, tmp_path):
     write_folder(tmp_path / "source", sharded=True)
@@ -192,8 +190,9 @@ def start_at_once(url: str, count: int, *how: str) -> list[str]:
     return json.loads(done.stdout)
 
 
-@every_day("gs")
-@pytest.mark.parametrize("faults", [Faults(), Faults(refused=0.1, cut=0.2, seed=3)], ids=["quiet", "disturbed"])
+@pytest.mark.parametrize(
+    "faults", [nightly(Faults()), Faults(refused=0.1, cut=0.2, seed=3)], ids=["quiet", "disturbed"]
+)
 def test_of_twenty_starts_at_once_one_holds(bucket, faults):
     """By the service's preconditions alone: without the wait after which a process looks again."""
     set_faults(server_of(bucket), faults)

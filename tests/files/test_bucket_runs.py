@@ -33,10 +33,10 @@ from tests.support.buckets import (
 from tests.support.commands import call
 from tests.support.hf_folders import assert_same_folder
 from tests.support.marks import nightly
-from tests.support.runs import SMALL, assert_same_run, bucket_args, start_two
-from tests.tiny_run import REPO, numbers, run, start, train_args
+from tests.support.runs import assert_same_run, bucket_args, start_two
+from tests.tiny_run import REPO, SPARSE, numbers, run, start, train_args
 
-LONG = dict(**SMALL, train__steps=150, checkpoint__every=30, train__eval_every=50)
+LONG = dict(**SPARSE, train__steps=150, checkpoint__every=30, train__eval_every=50)
 PAIRS = [([3, 4, 5], [6, 7]), ([8], [9])]
 
 
@@ -75,7 +75,6 @@ def places(request, local, tmp_path_factory) -> Iterator[Places]:
         yield Places(local, bucket, logs)
 
 
-@pytest.mark.slow
 def test_a_run_stopped_and_resumed_has_the_numbers_and_arrays_of_a_local_one(places, tmp_path):
     stopped = re.search(r"stopped by SIGTERM at step (\d+); run the same command to resume", places.logs[0])
     assert stopped and int(stopped[1]) < 150, places.logs[0]
@@ -136,7 +135,7 @@ def test_weights_go_to_a_hf_folder_and_back_in_the_bucket_and_runs_start_from_bo
     assert not [name for name in names(bucket) if ".partial" in name]
     for name in ("hf", "back"):
         assert_same_folder(download(f"{bucket}/exports/{name}", tmp_path / f"{name} of the bucket"), tmp_path / "hf")
-    short = dict(**SMALL, train__steps=3, train__eval_every=0)
+    short = dict(**SPARSE, train__steps=3, train__eval_every=0)
     runs = {}
     for name, origin in {"run": f"{bucket}/runs/run", "hf": hf, "local": tmp_path / "hf"}.items():
         _, log = call("train.py", *bucket_args(tmp_path, bucket, f"from-{name}", **short), "--init-from", origin)
@@ -146,7 +145,7 @@ def test_weights_go_to_a_hf_folder_and_back_in_the_bucket_and_runs_start_from_bo
 
 def test_a_tokenizer_is_read_in_a_bucket(places, tmp_path):
     upload(places.local / "runs" / "whole" / "tokenizer", f"{places.bucket}/tokenizer")
-    short = dict(**SMALL, train__steps=2, train__eval_every=0)
+    short = dict(**SPARSE, train__steps=2, train__eval_every=0)
     tokenizer = f"{places.bucket}/tokenizer/tokenizer.json"
     call("train.py", *bucket_args(tmp_path, places.bucket, "tokenizer", **short, data__tokenizer=tokenizer))
     ours = get(f"{places.bucket}/runs/tokenizer/tokenizer/tokenizer.json")
@@ -154,7 +153,7 @@ def test_a_tokenizer_is_read_in_a_bucket(places, tmp_path):
 
 
 MESH_OF_TWO = dict(mesh__fsdp=2, mesh__expert=2)
-PAIR = dict(**SMALL, **MESH_OF_TWO, train__steps=40, checkpoint__every=10, train__eval_every=20)
+PAIR = dict(**SPARSE, **MESH_OF_TWO, train__steps=40, checkpoint__every=10, train__eval_every=20)
 
 
 def train_together(monkeypatch, args: list[str]) -> None:
@@ -182,7 +181,6 @@ def test_two_processes_train_and_resume_in_a_bucket_as_in_local_folders(bucket, 
     assert_same_run(copy, local_pair / "runs" / "pair")
 
 
-@pytest.mark.slow
 @every_day("s3")
 def test_after_two_sigkills_a_run_ends_with_the_numbers_of_one_that_was_left_alone(bucket, local, tmp_path):
     """`scripts/bucket_kills.py` does the same more often, and kills conversions too."""

@@ -9,7 +9,7 @@ from ling_jax.config import CheckpointConfig
 from ling_jax.files import buckets, one_writer
 from ling_jax.files.one_writer import OneWriter
 from ling_jax.files.paths import at
-from tests.support.buckets import delete, get, names, put
+from tests.support.buckets import delete, every_day, get, names, put
 
 STATE = {
     "params": {"a": np.arange(24.0, dtype=np.float32).reshape(4, 6), "b": np.float32(3)},
@@ -24,6 +24,7 @@ def _save(folder, steps, **settings):
     saver.close()
 
 
+@every_day("gs", "s3")
 def test_a_step_is_read_as_it_was_saved(bucket):
     _save(f"{bucket}/run/checkpoints", [3])
     for path in (f"{bucket}/run", f"{bucket}/run/checkpoints", f"{bucket}/run/checkpoints/3"):

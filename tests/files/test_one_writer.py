@@ -62,7 +62,7 @@ def let_go(process: subprocess.Popen[str]) -> int:
     return process.returncode
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lock", "lease", nightly("elsewhere")])
 def test_a_second_writer_is_refused_and_told_who_the_first_is_until_it_has_ended(tmp_path, kind):
     first = hold(tmp_path / "run", kind)
     assert said(first) == "held\n"
@@ -87,7 +87,7 @@ def test_a_killed_writer_blocks_nobody(tmp_path, kind):
     assert time.monotonic() - begun < 20
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lease", nightly("lock"), nightly("elsewhere")])
 def test_of_many_at_once_one_holds(tmp_path, kind):
     processes = [hold(tmp_path / "run", kind) for _ in range(4)]
     answers = [said(process) for process in processes]
@@ -192,7 +192,6 @@ print(json.dumps(codes))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [2, nightly(20)])
 def test_of_each_pair_one_trains_as_if_it_were_alone(tmp_path, pairs):
     often = dict(**SPARSE, train__eval_every=0, train__steps=120, checkpoint__every=40)

@@ -48,7 +48,6 @@ def kill_at(process: subprocess.Popen[str], run_dir: Path, moment: str, line: in
     assert process.returncode == -signal.SIGKILL, f"it ended before its kill:\n{log}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, nightly(10)])
 def test_after_some_sigkills_a_run_ends_with_the_numbers_of_one_that_was_left_alone(tmp_path, kills):
     """Until so many have come, and one of them inside a save."""
@@ -75,7 +74,6 @@ def test_after_some_sigkills_a_run_ends_with_the_numbers_of_one_that_was_left_al
     jax.tree.map(np.testing.assert_array_equal, read_arrays(killed), read_arrays(whole))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "whole"),
     [("bfloat16", 1), *(nightly(k, 2) for k in ("float32", "bfloat16"))],
@@ -115,7 +113,8 @@ print(json.dumps([names, steps, done.returncode, done.stderr, again.returncode, 
 """
 
 
-@pytest.mark.parametrize(("room", "files"), [(3 << 20, 9000), nightly(64 << 20, 600)], ids=["bytes", "files"])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("room", "files"), [(3 << 20, 9000), (64 << 20, 600)], ids=["bytes", "files"])
 def test_a_full_disk_ends_a_run_with_one_error_and_its_last_checkpoint_intact(tmp_path, room, files):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -22,6 +22,7 @@ from ling_jax.generate.engine import Answer, Engine, Request, stream
 from ling_jax.generate.sampling import Sampling
 from ling_jax.model.model import split_model
 from tests.support.helpers import Oracle, assert_close, documents, jit, make_model, pack, probe, small, tiny
+from tests.support.marks import nightly
 from tests.support.tokenizers import OWN
 
 PROMPTS = documents([5, 1, 3])
@@ -238,10 +239,10 @@ def test_rows_that_end_are_replaced_and_every_request_gets_its_own_answer(engine
 
 
 MESHES = [
-    ({"expert": 4}, 0),
-    ({"expert": 2, "context": 2}, 0),
+    nightly({"expert": 4}, 0),
+    nightly({"expert": 2, "context": 2}, 0),
     ({"expert": 2, "tensor": 2}, 2),
-    ({"data": 2, "tensor": 4, "dispatcher": "all_gather"}, 0),
+    nightly({"data": 2, "tensor": 4, "dispatcher": "all_gather"}, 0),
 ]
 
 

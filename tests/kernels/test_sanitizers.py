@@ -44,7 +44,6 @@ def run(code: list[str], preload: dict[str, str]) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *code], cwd=REPO, env=env, capture_output=True, text=True, timeout=1800)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", ["read_in_their_stack", nightly("")])
 def test_experts_and_their_gradients_stay_inside_their_arrays(sanitized, part):
     only = ["-k", part] if part else []

@@ -30,6 +30,7 @@ from ling_jax.model.model import split_model
 from ling_jax.parallel.mesh import BATCH_AXES
 from tests.support.helpers import assert_trees_equal, make_model, tiny
 from tests.support.hf_folders import write_folder
+from tests.support.marks import nightly
 from tests.support.meshes import Run, compare
 
 WIDTH = 24
@@ -159,7 +160,7 @@ def recomputed() -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("drafts", [nightly(0), nightly(1), 3])
 def test_answers_are_those_of_full_recomputation(drafts):
     """Rows that end and are given away, prompts in chunks, drafts that stand and fall, an answer taken up again."""
     engine = Engine(make_model(CONFIG), rows=2, slots=24, chunk=4, drafts=drafts)
@@ -178,6 +179,7 @@ def test_answers_are_those_of_full_recomputation(drafts):
     assert update.answer.ids == recomputed()[8]
 
 
+@pytest.mark.nightly
 def test_answers_on_a_mesh_are_those_of_full_recomputation():
     model = make_model(CONFIG, mesh=MeshConfig(data=2, expert=2, tensor=2))
     answers = dict(Engine(model, rows=4, slots=24, chunk=4, drafts=2).run(REQUESTS, 3))

@@ -6,6 +6,7 @@ Legend: L MoE layers, E experts.
 import pytest
 
 from ling_jax.config import MeshConfig
+from tests.support.marks import nightly
 from tests.support.meshes import SPARSE, WHOLE, Run, compare, one_device
 
 MESHES = {
@@ -20,11 +21,12 @@ MESHES = {
 GATHERED = {"dispatcher": "all_gather", "context_method": "all_gather"}
 
 
-@pytest.mark.parametrize("name", ["fsdp8", "fsdp2-expert2-tensor2", "context4-expert2"])
+@pytest.mark.parametrize("name", [nightly("fsdp8"), "fsdp2-expert2-tensor2", "context4-expert2"])
 def test_a_mesh_gives_one_devices_numbers(name):
     compare(Run(WHOLE, MeshConfig(**MESHES[name])), one_device(WHOLE))
 
 
+@pytest.mark.nightly
 def test_gathered_rows_and_keys_give_one_devices_numbers():
     compare(Run(WHOLE, MeshConfig(**MESHES["context4-expert2"], **GATHERED)), one_device(WHOLE))
 
@@ -43,7 +45,7 @@ def test_a_mesh_gives_one_devices_numbers_of_sparse_layers(name, options):
     compare(Run(SPARSE, MeshConfig(**MESHES[name], **options)), one_device(SPARSE))
 
 
-@pytest.mark.parametrize("name", ["fsdp2-expert4", "context4-expert2"])
+@pytest.mark.parametrize("name", ["fsdp2-expert4", nightly("context4-expert2")])
 def test_hostile_routing_in_a_tight_buffer_gives_one_devices_numbers(name):
     compare(Run(SPARSE, MeshConfig(**MESHES[name], buffer_factor=0.5), hot=True), one_device(SPARSE, hot=True))
 

@@ -14,7 +14,6 @@ from jax._src.clusters import cloud_tpu_cluster
 from ling_jax.parallel.processes import EXPLICIT, START_SECONDS, Cluster, _device_ids, find_cluster
 from ling_jax.train.metrics import read_metrics
 from tests.support.commands import call
-from tests.support.marks import nightly
 from tests.support.runs import free_port, latest_step, lines_of, start_process, start_two, wait_until
 from tests.tiny_run import DENSE, SPARSE, run, train_args, write_text
 
@@ -37,7 +36,6 @@ def assert_goes_on_alike(a: Path, b: Path, step: int, steps: int) -> None:
 MESH_OF_TWO = dict(mesh__fsdp=2, mesh__expert=2)
 
 
-@pytest.mark.slow
 def test_two_processes_train_stop_and_resume_as_one_does(tmp_path, monkeypatch):
     pair, one = (tmp_path / "runs" / name for name in ("pair", "one"))
     args = train_args(tmp_path, "pair", **OFTEN, **SPARSE, **MESH_OF_TWO, train__steps=FOREVER)
@@ -77,11 +75,8 @@ def still_running(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("victim", "what"),
-    [(1, "process"), *(nightly(*v) for v in [(0, "process"), (1, "worker")])],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("victim", "what"), [(0, "process"), (1, "process"), (1, "worker")])
 def test_when_one_is_killed_the_other_ends_and_names_it(tmp_path, monkeypatch, victim, what):
     run_dir = tmp_path / "runs" / "pair"
     args = train_args(tmp_path, "pair", **OFTEN, **DENSE, mesh__fsdp=4, train__steps=FOREVER)
@@ -202,7 +197,6 @@ def test_slurm_starts_several_processes_with_a_device_each(monkeypatch):
     assert find_cluster() is None
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_two_and_four(tmp_path):
     def train(name: str, devices: int, **mesh: int) -> Path:
         saves = dict(checkpoint__every=4, checkpoint__keep_last=3)

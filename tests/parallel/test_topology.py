@@ -108,7 +108,6 @@ def test_only_data_crosses_slices(tpu):
         make_mesh(MeshConfig(expert=16), devices)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("reduce_dtype", "wire"), [("float32", "f32"), nightly("bfloat16", "bf16")])
 def test_gradients_are_reduced_by_reduce_scatter_in_the_chosen_dtype(devices, reduce_dtype, wire):
     """The mesh has `data`: over a group of all 8 chips this compiler replaces a reduce-scatter by an all-reduce."""
@@ -122,14 +121,13 @@ def test_gradients_are_reduced_by_reduce_scatter_in_the_chosen_dtype(devices, re
     assert len(weights) >= 8, "weights travel in the compute dtype"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_kernels_they_name(devices):
     text = compiled_step(devices, MeshConfig(context=2, expert=2, tensor=2))
     assert {"collective-permute", "ragged-all-to-all", "all-to-all", "all-reduce"} <= collectives(text).keys()
     assert kernels(text) == KERNELS
 
 
-@pytest.mark.slow
 def test_a_plan_of_two_layers_is_printed(caplog):
     """Also where JAX cannot print the program (0.10), which only its largest buffers are read from."""
     plan = make_plan(run_config(MeshConfig(fsdp=8, expert=8), rows=64), "v5p:4x4x4")

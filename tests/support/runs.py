@@ -15,7 +15,7 @@ import pytest
 from ling_jax.checkpoint import read_arrays, read_meta
 from ling_jax.parallel.processes import EXPLICIT
 from ling_jax.train.metrics import read_metrics
-from tests.tiny_run import SPARSE, numbers, start, train_args
+from tests.tiny_run import numbers, start, train_args
 
 
 def mount_prefix(folder: Path, options: str) -> tuple[str, ...]:
@@ -81,9 +81,6 @@ def wait_until(reached: Callable[[], bool], processes: list[subprocess.Popen[str
         for process in processes:
             process.kill()
         raise AssertionError("\n".join("".join(process.communicate()) for process in processes))
-
-
-SMALL = dict(**SPARSE, model__num_nextn_predict_layers=0)  # each array is an object or more, and its requests
 
 
 def bucket_args(local: Path, bucket: str, name: str, **changes: Any) -> list[str]:

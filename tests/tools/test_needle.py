@@ -82,6 +82,7 @@ def test_trials_of_a_cell_hide_other_numbers_in_the_same_text():
     assert len(texts) == 1
 
 
+@pytest.mark.nightly
 def test_a_random_model_is_asked_and_its_table_and_picture_are_made(checkpoint, tmp_path, capsys, monkeypatch):
     replies = []
 

@@ -58,6 +58,7 @@ def test_the_share_of_repeated_runs(answers, want):
     assert repeated_share([[*range(8), *range(8)]]) == pytest.approx(1 / 9)
 
 
+@pytest.mark.nightly
 def test_all_figures_are_finite_and_agree(run_dir, capsys):
     sizes = ["--prompts", "2", "--prompt-len", "8", "--new", "16", "--drafts", "2"]
     speculation.main(["--checkpoint", str(run_dir), *sizes])

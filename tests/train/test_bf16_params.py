@@ -256,6 +256,7 @@ def test_the_gradient_of_a_table_is_summed_in_float32():
     np.testing.assert_array_equal(np.asarray(grads, np.float32), [[0, 0], [4000, 4000], [0, 0]])
 
 
+@pytest.mark.nightly
 def test_over_a_mesh_a_step_gives_one_devices_numbers_but_for_the_rounding_of_gradients():
     """The bits are the same, so that nearly equal sums are rounded to the same number, but for few. Where a gradient is
     nearly 0, Adam's first step may have the other sign."""

@@ -18,7 +18,6 @@ from ling_jax.train.step import accumulate_gradients, make_train_step, make_watc
 from scripts.expert_load_figure import VOCAB, batches
 from tests.support.commands import call
 from tests.support.helpers import documents, jit, pack, random_weights, tiny
-from tests.support.marks import nightly
 from tests.tiny_run import numbers, train_args
 
 # Dims that tensor parallelism cuts at FP8 blocks; an odd expert width; a dense, a sparse and an MTP layer.
@@ -84,7 +83,8 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", ["expert", *map(nightly, ("fsdp and tensor", "all-gather", "context"))])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["expert", "fsdp and tensor", "all-gather", "context"])
 def test_a_mesh_gives_the_gradients_of_one_device_but_for_how_rows_share_tiles(one_device, name):
     """Weights' blocks are the same; tiles of 128 rows are of other tokens, so some values round otherwise: four per
     cent of a gradient here, where FP8 itself changes it by 20 to 40."""

@@ -17,6 +17,7 @@ from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.session import Session, StopRequest
 from ling_jax.train.state import Trainer, make_trainer
 from tests.support.helpers import assert_close, documents, make_model, pack, random_weights, small
+from tests.support.marks import nightly
 from tests.support.objectives import PolicyGradient
 
 MODEL = small(vocab_size=64, num_hidden_layers=3)
@@ -69,7 +70,7 @@ def batch_of(answers: list[Any]) -> tuple[dict[str, np.ndarray], float]:
     return {**batch, "routing_ids": replay_ids([[answer.routing] for answer in answers], LENGTH)}, even_BT.mean()
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "expert": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [nightly({}), {"fsdp": 2, "expert": 2}], ids=str)
 def test_a_caller_draws_answers_with_the_weights_of_now_between_steps(mesh, tmp_path):
     """From the second turn on nothing is compiled, though every turn has new weights."""
     trainer, saver, compiled, shares = trainer_of(**mesh), Saver(), [], []
@@ -112,7 +113,9 @@ def test_a_batch_that_the_objective_does_not_take_is_refused_before_its_step(tmp
 # New weights in an engine.
 
 
-@pytest.mark.parametrize(("options", "mesh"), [({"drafts": 2}, {}), ({"fp8": True}, {}), ({}, {"expert": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("options", "mesh"), [({"drafts": 2}, {}), nightly({"fp8": True}, {}), nightly({}, {"expert": 2})], ids=str
+)
 def test_new_weights_give_a_fresh_engines_answers_whatever_the_old_ones_have_done(options, mesh):
     """Keys and values of the old weights, which prefixes are shared by, are gone; answers under way go on."""
     first, second = (make_model(WITH_MTP, seed=seed, mesh=MeshConfig(**mesh)) for seed in range(2))
