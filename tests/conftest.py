@@ -51,9 +51,10 @@ def room_for_programs() -> Iterator[None]:
 SLOW = (
     "parallel", "processes", "resume", "surroundings", "smoke", "topology", "generate", "plan", "objectives",
     "one_writer", "data_buckets", "convert_buckets", "bucket_runs", "bucket_faults", "native", "sanitizers",
-    "toy_mixer", "session", "dispatch", "bf16_params", "damage", "origin", "replay", "installed", "adam8", "fp8_training",
-    "same_bits", "earlier_run", "hub", "balance_run", "fp8_tpu", "context", "going_on", "errors", "clusters_docs",
-    "checkpoint_buckets", "bucket_servers", "speculation_benchmark", "needle", "store", "adapter", "extending",
+    "toy_mixer", "session", "dispatch", "bf16_params", "damage", "origin", "replay", "installed", "adam8",
+    "fp8_training", "same_bits", "earlier_run", "hub", "balance_run", "fp8_tpu", "context", "going_on", "errors",
+    "clusters_docs", "checkpoint_buckets", "bucket_servers", "speculation_benchmark", "needle", "store", "adapter",
+    "extending",
 )  # fmt: skip
 
 
