@@ -130,7 +130,8 @@ def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_ke
 
 @pytest.mark.nightly
 def test_a_plan_of_two_layers_is_printed(caplog):
-    """`.ci/run` has it on the other Python. Also where JAX cannot print the program (0.10), which only its largest buffers are read from."""
+    """The other Python has it in `.ci/run`: JAX 0.10 cannot print the program, which only its largest buffers are read
+    from."""
     plan = make_plan(run_config(MeshConfig(fsdp=8, expert=8), rows=64), "v5p:4x4x4")
     told, size = render(plan), json.loads(plan.to_json())["bytes_per_device"]
     assert plan.memory.fits and "fits, with" in told and 0 < size["temporaries"] < size["peak"] <= size["hbm"]
