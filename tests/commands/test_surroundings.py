@@ -87,6 +87,7 @@ def test_a_platform_that_is_not_here_is_one_sentence(folder, monkeypatch, platfo
 # Folders that cannot be written.
 
 
+@pytest.mark.nightly
 def test_without_a_home_tokens_are_kept_in_the_runs_own_folder(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

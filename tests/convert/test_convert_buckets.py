@@ -181,7 +181,7 @@ def test_small_arrays_are_not_asked_for_layer_by_layer(source, bucket):
 
 
 @every_day("s3")
-@pytest.mark.parametrize("direction", ["to_jax", "to_hf"])
+@pytest.mark.parametrize("direction", [nightly("to_jax"), "to_hf"])
 def test_a_conversion_in_a_bucket_that_is_killed_goes_on_and_nobody_takes_it_for_whole(
     local, source, bucket, tmp_path, direction
 ):

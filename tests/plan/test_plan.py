@@ -367,6 +367,7 @@ def test_ling_mini_with_one_layer_is_planned_by_the_command():
         assert words in told
 
 
+@pytest.mark.nightly
 def test_the_best_bound_that_fits_is_suggested(monkeypatch):
     """Among the meshes of 4 chips and two microbatchings. The compiler, which other tests run, is replaced by one that
     needs a gigabyte of temporaries."""
