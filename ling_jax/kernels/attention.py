@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ling_jax.kernels import native
+from ling_jax.kernels import gpu_attention, native
 from ling_jax.kernels.choose import Kernel, pallas
 from ling_jax.kernels.precision import precision_of
 from ling_jax.kernels.splash import splash, splash_bwd
@@ -164,17 +164,39 @@ def _known(q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array) -> bool
     return q.dtype in native.DTYPES and q.dtype == k.dtype == v.dtype
 
 
+def _triton(*args: jax.Array, interpret: bool, **static: Any) -> tuple[jax.Array, jax.Array]:
+    kernel = partial(gpu_attention.flash, interpret=interpret) if gpu_attention.takes(*args) else _xla
+    return kernel(*args, **static)
+
+
+def _triton_bwd(*args: jax.Array, interpret: bool, **static: Any) -> Gradients:
+    kernel = partial(gpu_attention.flash_bwd, interpret=interpret) if gpu_attention.takes(*args) else _xla_bwd
+    return kernel(*args, **static)
+
+
 _FORWARD = Kernel(
     cpu=_in_cpp,
     tpu=partial(splash, interpret=False),
+    cuda=partial(_triton, interpret=False),
     rest=_xla,
-    named={"native": Kernel(cpu=_in_cpp, rest=_xla), "splash": pallas(splash), "xla": _xla},
+    named={
+        "native": Kernel(cpu=_in_cpp, rest=_xla),
+        "splash": pallas(splash),
+        "triton": pallas(_triton),
+        "xla": _xla,
+    },
 )
 _BACKWARD = Kernel(
     cpu=_in_cpp_bwd,
     tpu=partial(splash_bwd, interpret=False),
+    cuda=partial(_triton_bwd, interpret=False),
     rest=_xla_bwd,
-    named={"native": Kernel(cpu=_in_cpp_bwd, rest=_xla_bwd), "splash": pallas(splash_bwd), "xla": _xla_bwd},
+    named={
+        "native": Kernel(cpu=_in_cpp_bwd, rest=_xla_bwd),
+        "splash": pallas(splash_bwd),
+        "triton": pallas(_triton_bwd),
+        "xla": _xla_bwd,
+    },
 )
 
 
@@ -196,8 +218,8 @@ def attend(
     Args:
       q_segments_BT, kv_segments_BS: int32, not negative.
       causal: queries and keys are the same tokens, and a query sees none after its own; else it sees all.
-      implementation: "native" (C++, for CPU; "xla" where it cannot be built), "splash" (Pallas, for TPU; interpreted
-        on CPU), "xla" (for the rest) or "auto".
+      implementation: "native" (C++, for CPU; "xla" where it cannot be built), "splash" (Pallas, for TPU) and "triton"
+        (Pallas, for NVIDIA GPUs), both interpreted on CPU, "xla" (for the rest) or "auto".
     Returns:
       A query that sees no key has out 0 and an lse of MASKED, which counts for nothing in a merge.
     """

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels import fp8, megablox, native
+from ling_jax.kernels import fp8, gpu_grouped, megablox, native
 from ling_jax.kernels.choose import Kernel, by_platform, pallas
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.precision import precision_of
@@ -154,26 +154,46 @@ def _in_cpp_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, *, bl
     return (_native_weight_gradient if known else _blocked_dw)(g_RO, x_RI, group_sizes_E, block=block)
 
 
-# XLA:CPU computes every group for every row of a ragged product, and so does XLA for some TPUs.
+def _triton(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int, interpret: bool):
+    """Few rows a block, as in decoding: XLA's form reads the weights of the chosen groups alone."""
+    rows = gpu_grouped.row_tile(block)
+    if not rows or not gpu_grouped.takes(x_RI):
+        return _blocked(x_RI, w_EOI, group_sizes_E, block, out_dim)
+    groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // rows, rows)
+    w = w_EOI.astype(x_RI.dtype)
+    return gpu_grouped.product(x_RI, w, groups_J, rows=rows, out_dim=out_dim, interpret=interpret)
+
+
+def _triton_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int, interpret: bool):
+    if not gpu_grouped.row_tile(block) or not gpu_grouped.takes(g_RO, x_RI):
+        return _blocked_dw(g_RO, x_RI, group_sizes_E, block)
+    return gpu_grouped.weight_gradient(g_RO, x_RI, group_sizes_E, block=block, interpret=interpret)
+
+
+# XLA:CPU computes every group for every row of a ragged product, and so does XLA for GPUs and some TPUs.
 _PRODUCT = Kernel(
     cpu=_in_cpp,
     tpu=partial(_megablox, interpret=False),
+    cuda=partial(_triton, interpret=False),
     rest=_ragged,
     named={
         "native": Kernel(cpu=_in_cpp, rest=_blocked),
         "blocked": _blocked,
         "megablox": pallas(_megablox),
+        "triton": pallas(_triton),
         "ragged": _ragged,
     },
 )
 _WEIGHT_GRADIENT = Kernel(
     cpu=_in_cpp_dw,
     tpu=partial(_megablox_dw, interpret=False),
+    cuda=partial(_triton_dw, interpret=False),
     rest=_ragged_dw,
     named={
         "native": Kernel(cpu=_in_cpp_dw, rest=_blocked_dw),
         "blocked": _blocked_dw,
         "megablox": pallas(_megablox_dw),
+        "triton": pallas(_triton_dw),
         "ragged": _ragged_dw,
     },
 )
@@ -195,7 +215,8 @@ def grouped_product(
       group_sizes_E: int32 rows of each group, padding included, each a multiple of `block`.
       block: rows per block, see `block_rows`.
       implementation: "native" (C++, for CPU; "blocked" where it cannot be built), "blocked" (XLA), "megablox" (Pallas,
-        for TPU; interpreted on CPU), "ragged" (lax.ragged_dot, for the rest) or "auto".
+        for TPU) and "triton" (Pallas, for NVIDIA GPUs), both interpreted on CPU, "ragged" (lax.ragged_dot, for the
+        rest) or "auto".
     Returns:
       [R, O] in x's dtype, accumulated in float32; rows past the last group are zero.
     """

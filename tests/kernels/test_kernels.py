@@ -18,7 +18,8 @@ from ling_jax.kernels.grouped import block_rows, grouped_product, grouped_weight
 from ling_jax.kernels.linear import linear
 from tests.support.helpers import assert_close, assert_gradient_close, jit
 
-# "auto" is "native" here; on CPU the last, a TPU's kernels, is interpreted.
+# "auto" is "native" here; on CPU the last, a TPU's kernels, is interpreted. The GPU's have a file of their own, since
+# they take blocks of 16 rows and more.
 IMPLEMENTATIONS = ("auto", "blocked", "ragged", "megablox")
 
 
@@ -360,7 +361,7 @@ def test_bfloat16_attention_scores_are_float32(f):
 
 # attend: blocks of keys by either implementation
 
-ATTENDS = ("xla", "splash")  # on CPU the TPU's kernels are interpreted
+ATTENDS = ("xla", "splash", "triton")  # on CPU the TPU's and the GPU's kernels are interpreted
 
 
 def piece_inputs(queries: int, keys: int, causal: bool, dtype=np.float32):

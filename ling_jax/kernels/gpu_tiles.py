@@ -1,0 +1,94 @@
+"""Tiles of arrays in a GPU's memory, for the kernels in `gpu_grouped` and `gpu_attention`.
+
+They are written for Pallas's Triton backend, which runs on NVIDIA's compute capability 8.0 (A100) and later and is
+deprecated since JAX 0.11. Only this file and the bodies of the kernels know of it: their arithmetic is in functions of
+tiles, which a kernel for another backend can call too.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+SMALLEST = 16  # elements along each side of a product's tiles: a matrix unit takes no fewer
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+class Span(NamedTuple):
+    """A tile's part of one dim of an array: `size` elements from `first`, a multiple of `size`. The array ends at
+    `length`, perhaps inside the tile."""
+
+    first: Any
+    size: int
+    length: int
+
+    @property
+    def places(self) -> jax.Array:
+        return self.first + jnp.arange(self.size, dtype=jnp.int32)
+
+
+class Effort(NamedTuple):
+    """The share of a processor that a kernel's programs take."""
+
+    warps: int  # of 32 threads, that work on one tile
+    stages: int  # turns of a loop whose loads are under way at once
+
+
+def tile(size: int, most: int) -> int:
+    """The side of tiles along a dim of `size`: a power of two up to `most`. One that divides `size` needs no mask, but
+    must be 32 or more to be worth it."""
+    divisor = min(size & -size, most)
+    return divisor if divisor >= 32 else min(most, max(SMALLEST, 1 << (size - 1).bit_length()))
+
+
+def tiles(size: int, side: int) -> int:
+    """How many tiles cover a dim."""
+    return -(-size // side)
+
+
+def _at(index: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(pl.ds(i.first, i.size) if isinstance(i, Span) else i for i in index)
+
+
+def _mask(index: Sequence[Any]) -> jax.Array | None:
+    """Whether each element of a tile exists; None where all do, for any tile."""
+    spans = [i for i in index if isinstance(i, Span)]
+    shape = tuple(span.size for span in spans)
+    mask = None
+    for dim, span in enumerate(spans):
+        if span.length % span.size:
+            inside = jax.lax.broadcast_in_dim(span.places < span.length, shape, (dim,))
+            mask = inside if mask is None else mask & inside
+    return mask
+
+
+def load(ref: Any, *index: Any, fill: int = 0) -> jax.Array:
+    """The tile at an index of numbers and `Span`s; `fill` where the array has ended."""
+    mask = _mask(index)
+    return triton.load(ref.at[_at(index)], mask=mask, other=None if mask is None else fill)
+
+
+def store(ref: Any, value: jax.Array, *index: Any) -> None:
+    """Writes the tile, all but its elements past the array's end, in the array's dtype."""
+    triton.store(ref.at[_at(index)], value.astype(ref.dtype), mask=_mask(index))
+
+
+def call(
+    kernel: Callable[..., None],
+    grid: tuple[int, ...],
+    outs: Sequence[jax.ShapeDtypeStruct],
+    *args: jax.Array,
+    name: str,
+    effort: Effort,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs `kernel` with references to whole arrays, once for each place in `grid`, the first dim's neighbours at
+    once."""
+    params = triton.CompilerParams(num_warps=effort.warps, num_stages=effort.stages)
+    run = pl.pallas_call(
+        kernel, grid=grid, out_shape=list(outs), compiler_params=params, name=name, interpret=interpret
+    )
+    return run(*args)
