@@ -97,9 +97,13 @@ def add_key_gradients(
     return dk_sc, dv_sc + dot(weights_st.astype(g_tc.dtype), g_tc, ((1,), (0,)))
 
 
+def _filled(width: int) -> int:
+    return max(SMALLEST, 1 << (width - 1).bit_length())
+
+
 def _width(x_BTHC: Any) -> Span:
-    size = x_BTHC.shape[-1]
-    return Span(0, max(SMALLEST, 1 << (size - 1).bit_length()), size)
+    """A head's whole width. Its start is computed, since a constant one may not reach past the end."""
+    return Span(jnp.zeros((), jnp.int32), _filled(x_BTHC.shape[-1]), x_BTHC.shape[-1])
 
 
 def _forward_kernel(
@@ -202,7 +206,7 @@ def _turns(meet_BQK: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _job(q_BTHC: jax.Array, k_BSGC: jax.Array, scale: float, causal: bool, most: tuple[int, int]) -> Job:
     """Tiles of `most` (queries, keys) for bfloat16 and heads of up to 128; half as large for more bytes."""
-    half = (_width(q_BTHC).size * q_BTHC.dtype.itemsize - 1) // 256 + 1
+    half = (_filled(q_BTHC.shape[-1]) * q_BTHC.dtype.itemsize - 1) // 256 + 1
     queries, keys = (max(SMALLEST, side // half) for side in most)
     return Job(scale, causal, tile(q_BTHC.shape[1], queries), tile(k_BSGC.shape[1], keys))
 

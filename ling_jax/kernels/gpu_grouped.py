@@ -58,7 +58,7 @@ def _product_kernel(groups_J: Any, x_RK: Any, w_EOI: Any, y_RN: Any, *, out_dim:
         w = load(w_EOI, group, *((n, k) if out_dim == 1 else (k, n)))
         return add_product(sum_rn, load(x_RK, r, k), w, out_dim)
 
-    steps = jnp.where(group < groups, k_tiles, 0)  # past the last group nothing is read
+    steps = (group < groups).astype(jnp.int32) * k_tiles  # past the last group nothing is read
     store(y_RN, jax.lax.fori_loop(0, steps, add, jnp.zeros((rows, n_side), jnp.float32)), r, n)
 
 
