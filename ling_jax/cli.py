@@ -32,6 +32,7 @@ from ling_jax.parallel.processes import worker_id
 log = logging.getLogger(__name__)
 
 COMPILED_BYTES = 4 << 30
+NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where JAX looks for a GPU too
 # Beside the package in a checkout, inside it where it is installed.
 CONFIGS = next(folder / "configs" for folder in Path(__file__).parents[:2] if (folder / "configs").is_dir())
 
@@ -214,6 +215,13 @@ def settle_jax() -> None:
     jax.config.update("jax_threefry_partitionable", True)
 
 
+def settle_plugins() -> None:
+    """Keeps JAX's CUDA plugin, which compiles for GPUs anywhere, from complaining about libraries that are missing
+    where there is no GPU. It says so with a traceback of 25 lines."""
+    if not any(Path(device).exists() for device in NVIDIA_DEVICES):
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
 def _missing_platform(error: BaseException) -> str | None:
     """The message for JAX's own `error` about a platform in JAX_PLATFORMS that is not here."""
     asked, frames = os.environ.get("JAX_PLATFORMS"), traceback.extract_tb(error.__traceback__)
@@ -238,6 +246,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     set_up_logging()
     settle_jax()
+    settle_plugins()
     keep_compiled()
     code = 1
     try:

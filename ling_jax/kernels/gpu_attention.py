@@ -205,9 +205,11 @@ def _turns(meet_BQK: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _job(q_BTHC: jax.Array, k_BSGC: jax.Array, scale: float, causal: bool, most: tuple[int, int]) -> Job:
-    """Tiles of `most` (queries, keys) for bfloat16 and heads of up to 128; half as large for more bytes."""
-    half = (_filled(q_BTHC.shape[-1]) * q_BTHC.dtype.itemsize - 1) // 256 + 1
-    queries, keys = (max(SMALLEST, side // half) for side in most)
+    """Tiles of `most` (queries, keys) for bfloat16 and heads of up to 128; smaller ones for more bytes, and for the
+    sums and products of float32, which are held in registers and would spill."""
+    itemsize = q_BTHC.dtype.itemsize
+    parts = -(-_filled(q_BTHC.shape[-1]) * itemsize // 256) * (itemsize // 2)
+    queries, keys = (max(SMALLEST, side // parts) for side in most)
     return Job(scale, causal, tile(q_BTHC.shape[1], queries), tile(k_BSGC.shape[1], keys))
 
 

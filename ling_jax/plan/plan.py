@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ling_jax.config import Counts, RunConfig, count_params, train_flops_per_token
 from ling_jax.parallel.mesh import BATCH_AXES
 from ling_jax.plan.count import Count, count_step
+from ling_jax.plan.gpu import gpu_devices, names_gpus
 from ling_jax.plan.hardware import Chip, chip_of, peak_flops
 from ling_jax.plan.memory import Buffer, Memory, buffers_of, memory_of, memory_of_error
 from ling_jax.plan.roofline import Bound, bound
@@ -103,13 +104,17 @@ class Plan:
 
 
 def topology_devices(name: str, slices: int) -> list[Any]:
-    """The devices of a TPU topology such as "v5p:4x4x4".
+    """The devices of a TPU topology such as "v5p:4x4x4", or of GPUs such as "h100:8" (see `plan.gpu`).
 
     Raises:
-      ValueError: without libtpu, or for a name that it does not know.
+      ValueError: without the compiler for them, or for a name that it does not know.
     """
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and a TPU that is here is left alone
+    if names_gpus(name):
+        if slices > 1:
+            raise ValueError(f"{name!r} of {slices} slices: GPUs have none; h100:8x4 are four hosts of eight")
+        return gpu_devices(name)
     for variable, value in COMPILE_ONLY.items():
         os.environ.setdefault(variable, value)
     try:
@@ -119,6 +124,11 @@ def topology_devices(name: str, slices: int) -> list[Any]:
         raise ValueError(
             f"no TPU topology {name!r} of {slices} slices: {str(error).splitlines()[0]}; {hint}"
         ) from error
+
+
+def platform_of(device: Any) -> str:
+    """The name that a branch by platform (`kernels.choose`) has for a topology's device."""
+    return "tpu" if device.platform == "tpu" else "cuda"
 
 
 class Step(NamedTuple):
@@ -154,7 +164,7 @@ def trace_step(config: RunConfig, devices: list[Any]) -> Step:
     tokens = config.rows_per_device * config.data.sequence_length // config.mesh.context
     balanced = tokens * config.model.num_experts_per_tok
     sizes = dict(trainer.compute.mesh.shape)
-    count = count_step(traced, given, shard_bytes(state) + metrics, sizes, balanced, "tpu")
+    count = count_step(traced, given, shard_bytes(state) + metrics, sizes, balanced, platform_of(devices[0]))
     held = sum(math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(state.params))
     return Step(trainer, traced, count, sum(given), held)
 

@@ -22,7 +22,7 @@ from ling_jax.parallel.mesh import make_mesh
 from ling_jax.plan.count import Count, count_step
 from ling_jax.plan.hardware import chip_of
 from ling_jax.plan.memory import Memory, memory_of, memory_of_error
-from ling_jax.plan.plan import shard_bytes, topology_devices
+from ling_jax.plan.plan import platform_of, shard_bytes, topology_devices
 from ling_jax.plan.report import gb, mesh_text, scopes_table
 from ling_jax.plan.roofline import Bound, bound
 
@@ -173,7 +173,8 @@ def _call(name: str, traced: Any, arguments: Any, tokens: int, program: Program,
     given, returned = shard_bytes(arguments), shard_bytes(arguments[2])
     rows = -(-tokens * model.num_experts_per_tok // program.batch_shards)
     read = _experts_read(model, tokens) * model.num_experts / mesh.shape["expert"]
-    count = count_step(traced, given, returned, dict(mesh.shape), rows, "tpu", experts_read=read)
+    platform = platform_of(mesh.devices.flat[0])
+    count = count_step(traced, given, returned, dict(mesh.shape), rows, platform, experts_read=read)
     start = time.perf_counter()
     hbm = chip_of(mesh.devices.flat[0]).hbm_bytes
     try:

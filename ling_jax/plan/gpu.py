@@ -1,0 +1,85 @@
+"""NVIDIA GPUs that are not here, for programs to be compiled for: XLA's CUDA compiler needs a description of one, not a
+GPU nor its driver."""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jax.experimental import topologies
+
+# As XLA's `GpuTargetConfigProto` names what the CUDA driver says of one.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 23 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+DESCRIPTIONS = {"h100": H100}
+PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+
+
+def names_gpus(topology: str) -> bool:
+    """Whether a topology such as "h100:8" is one of GPUs."""
+    return topology.split(":")[0] in DESCRIPTIONS
+
+
+def _assembler() -> bool:
+    """Whether XLA finds `ptxas`: on the path, in CUDA's usual place or in NVIDIA's wheel."""
+    wheels = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (wheels.submodule_search_locations or ())] if wheels else []
+    places = [Path("/usr/local/cuda/bin/ptxas"), *(path for folder in folders for path in folder.glob("*/bin/ptxas"))]
+    return shutil.which("ptxas") is not None or any(place.exists() for place in places)
+
+
+def missing() -> str | None:
+    """One sentence about what is not installed of the compiler for NVIDIA GPUs; None if it is all there."""
+    if not any(importlib.util.find_spec(name) for name in PLUGINS):
+        return (
+            "JAX's compiler for NVIDIA GPUs is not installed (Linux on x86-64: pip install jax-cuda13-plugin "
+            "jax-cuda13-pjrt, in the version of jax)"
+        )
+    if not _assembler():
+        return "NVIDIA's assembler ptxas is not on the path (install CUDA, or pip install nvidia-cuda-nvcc nvidia-nvvm)"
+    return None
+
+
+def gpu_devices(name: str) -> list[Any]:
+    """The devices of a topology of GPUs: "h100:8" is a host of eight, "h100:8x4" are four such hosts.
+
+    Raises:
+      ValueError: without the compiler, or for a name that is none.
+    """
+    kind, _, sizes = name.partition(":")
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", sizes)
+    if kind not in DESCRIPTIONS or not found:
+        raise ValueError(f"no GPU topology {name!r}; h100:8 is a host of eight GPUs, h100:8x4 are four such hosts")
+    if reason := missing():
+        raise ValueError(f"no topology {name!r}: {reason}")
+    shape = f"1x{found[2] or 1}x{found[1]}"  # slices, hosts of a slice, GPUs of a host
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=DESCRIPTIONS[kind], topology=shape)
+    except Exception as error:
+        raise ValueError(f"no topology {name!r}: {str(error).splitlines()[0]}") from error
+    return list(topology.devices)
