@@ -1,5 +1,6 @@
 """A command among users and machines: switches of JAX, no home, closed terminals and pipes, changed files."""
 
+import importlib.util
 import json
 import os
 import re
@@ -82,6 +83,15 @@ def test_a_platform_that_is_not_here_is_one_sentence(folder, monkeypatch, platfo
     }
     _, log = run(*commands[command], code=2)
     assert log.splitlines()[-1].startswith(f"error: JAX_PLATFORMS = '{platform}', but JAX finds no such device here")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="JAX's CUDA plugin is not installed")
+def test_a_compiler_for_gpus_complains_of_nothing_where_there_is_no_gpu(folder, monkeypatch):
+    """`run` fails for a traceback, which JAX's plugin would give about the libraries that only a GPU needs."""
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    _, log = run("sample.py", "--checkpoint", folder / "runs" / "whole", "--prompt", "a", "--max-new-tokens", 2)
+    assert "cuDNN" not in log and "CUDA" not in log
 
 
 # Folders that cannot be written.
