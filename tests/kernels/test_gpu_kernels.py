@@ -3,12 +3,18 @@
 Legend: R rows, E groups, I inputs, O outputs, B rows, T queries, S keys, H query heads, G kv heads, C head_dim.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ling_jax.kernels.attention import attend, attend_bwd
+from ling_jax.kernels.gpu_attention import Job, _meetings, _turns
+from ling_jax.kernels.work import KernelCall, cost_of
 from tests.kernels.test_kernels import LAYOUTS, bf16, by_hand, normal, run_grouped
-from tests.support.helpers import assert_close, assert_gradient_close
+from tests.support.helpers import assert_close, assert_gradient_close, jit
 
 # grouped products
 
@@ -60,3 +66,95 @@ def test_few_rows_a_block_take_xlas_form(block):
     assert "pallas_call" not in text
     for got, want in zip(run_grouped(*args, block, "triton"), by_hand(*args), strict=True):
         assert_close(got, want)
+
+
+# attention
+
+
+@partial(jit, static_argnums=(2, 3))
+def run_both(args, g, causal, implementation):
+    """Output, lse and gradients over these keys alone."""
+    options = dict(scale=0.3, causal=causal, implementation=implementation)
+    out, lse = attend(*args, **options)
+    return out, lse, *attend_bwd(*args, out, lse, g, **options)
+
+
+def attention_args(queries, keys, heads, groups, width, causal):
+    """Rows of documents that start anywhere, are padded at their end and interrupted by padding."""
+    rng = np.random.default_rng(queries)
+    q, k, v = normal(2, queries, heads, width), normal(2, keys, groups, width), normal(2, keys, groups, width, seed=1)
+    kv_segments = np.cumsum(rng.random((2, keys)) < 0.02, axis=1, dtype=np.int32) + 1
+    kv_segments[0, -keys // 5 :] = kv_segments[1, keys // 3 : keys // 2] = 0
+    q_segments = kv_segments if causal else rng.integers(0, 3, (2, queries), np.int32)
+    return (q, k, v, q_segments, kv_segments), normal(2, queries, heads, width, seed=2)
+
+
+ROWS = {  # queries, keys, query heads, kv heads, head_dim, causal
+    "fewer tokens than a tile has": (5, 5, 2, 1, 8, True),
+    "one group for all heads": (130, 130, 3, 1, 32, True),
+    "a group for each head": (65, 65, 2, 2, 16, True),
+    "an odd head": (100, 100, 4, 2, 6, True),
+    "wider than the tiles are long": (40, 40, 2, 1, 128, True),
+    "fewer queries than keys": (17, 150, 4, 2, 16, False),
+    "fewer keys than queries": (150, 17, 4, 2, 16, False),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_attention_and_its_gradients_equal_xlas(row):
+    *sizes, causal = ROWS[row]
+    args, g = attention_args(*sizes, causal)
+    results, wants = (run_both(args, g, causal, name) for name in ("triton", "xla"))
+    for got, want in zip(results[:2], wants[:2], strict=True):
+        assert_close(got, want)
+    for got, want in zip(results[2:], wants[2:], strict=True):
+        assert_gradient_close(got, want)
+
+
+def test_tiles_of_other_documents_are_never_read():
+    """Each of two documents fills whole tiles; the keys and cotangents of the other are NaN."""
+    (q, k, v, _, _), g = attention_args(256, 256, 2, 1, 16, True)
+    segments = np.repeat(np.array([[1, 2]] * 2, np.int32), 128, axis=1)
+    clean = run_both((q, k, v, segments, segments), g, True, "triton")
+    for mine, other in ((slice(0, 128), slice(128, 256)), (slice(128, 256), slice(0, 128))):
+        dirty = [np.array(a) for a in (q, k, v, g)]
+        for a in dirty:
+            a[:, other] = np.nan
+        *qkv, dirty_g = dirty
+        for got, want in zip(run_both((*qkv, segments, segments), dirty_g, True, "triton"), clean, strict=True):
+            np.testing.assert_array_equal(np.asarray(got)[:, mine], np.asarray(want)[:, mine])
+
+
+def test_a_key_no_query_may_see_is_never_met():
+    """The turns of a loop over tiles: from the first tile that can matter to the last."""
+    job = Job(scale=1.0, causal=True, queries=4, keys=2)
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 0, 0]], np.int32)
+    meet = _meetings(segments, segments, job)
+    first, end = _turns(meet)
+    assert first.tolist() == [[0, 0, 4, 6]] and end.tolist() == [[2, 4, 6, 7]]
+    first, end = _turns(meet.swapaxes(1, 2))
+    assert first.tolist() == [[0, 0, 1, 1, 2, 2, 3]] and end.tolist() == [[2, 2, 2, 2, 3, 3, 4]]
+    nobody, everybody = np.full((1, 4), 9, np.int32), np.full((1, 4), 1, np.int32)
+    assert _turns(_meetings(nobody, everybody, job._replace(causal=False)))[1].tolist() == [[0]]
+
+
+def test_dtypes_the_kernels_lack_take_xlas_form():
+    args, g = attention_args(8, 8, 2, 1, 8, True)
+    halves = tuple(a.astype(np.float16) for a in args[:3])
+    assert "pallas_call" not in str(run_both.trace((*halves, *args[3:]), g, True, "triton").jaxpr)
+
+
+def test_costs_of_the_kernels_are_their_products():
+    args, g = attention_args(64, 64, 4, 2, 16, True)
+    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+    call = KernelCall(["gpu_attention"], "attention/causal", arrays, [], lambda room: room, 1.0)
+    scores = 2 * 2 * 4 * 64 * 64 * 16 / 2
+    for name, products in (("gpu_attention", 2), ("gpu_attention_q", 3), ("gpu_attention_kv", 4)):
+        assert cost_of(call._replace(names=[name])).flops == {"float32": products * scores}
+    x, w, y = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((64, 32), (4, 16, 32), (64, 16)))
+    rows = [jax.ShapeDtypeStruct((4,), "int32"), x, w]
+    cost = cost_of(KernelCall(["gpu_grouped_product"], "", rows, [y], lambda room: room / 2, 2.0))
+    assert cost.flops == {"bfloat16": 2 * 32 * 32 * 16}
+    assert cost.bytes == 2 * (32 * 32 + 32 * 16 + 2 * 16 * 32)  # half of the rows, two of four experts
+    gradient = KernelCall(["gpu_grouped_gradient"], "", [rows[0], y, x], [w.update(dtype="float32")], lambda r: r, 4.0)
+    assert cost_of(gradient).flops == {"bfloat16": 2 * 64 * 32 * 16}
