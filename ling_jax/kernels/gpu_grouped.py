@@ -1,5 +1,5 @@
 """Grouped products on GPU: each program takes a block of rows of one group and a tile of that group's weight. Groups
-are whole blocks, so no tile has rows of two.
+are whole blocks, so no tile has rows of two; one of fewer than 16 rows is filled up.
 
 Legend: R rows, E groups, I inputs, O outputs, K the dim summed over, N the other of I and O, J tiles of rows.
 Lower case r, o, i, k, n: their tiles.
@@ -24,9 +24,8 @@ SUMMED = {2: 64, 4: 32}
 
 
 def row_tile(block: int) -> int:
-    """Rows that a program takes of groups in whole blocks of `block`: 0 if they are too few for these kernels."""
-    rows = min(block & -block, MOST_ROWS)
-    return rows if rows >= SMALLEST else 0
+    """Rows that a program takes of groups in whole blocks of `block`."""
+    return min(block & -block, MOST_ROWS)
 
 
 def takes(*arrays: jax.Array) -> bool:
@@ -50,7 +49,7 @@ def _product_kernel(groups_J: Any, x_RK: Any, w_EOI: Any, y_RN: Any, *, out_dim:
     n_tiles, k_tiles = tiles(y_RN.shape[1], n_side), tiles(x_RK.shape[1], k_side)
     j = pl.program_id(0) // n_tiles
     n = Span((pl.program_id(0) % n_tiles) * n_side, n_side, y_RN.shape[1])
-    r = Span(j * rows, rows, x_RK.shape[0])
+    r = Span(j * rows, max(rows, SMALLEST), x_RK.shape[0] if rows >= SMALLEST else (j + 1) * rows)
     group = groups_J[j]
 
     def add(step, sum_rn):
@@ -59,7 +58,7 @@ def _product_kernel(groups_J: Any, x_RK: Any, w_EOI: Any, y_RN: Any, *, out_dim:
         return add_product(sum_rn, load(x_RK, r, k), w, out_dim)
 
     steps = (group < groups).astype(jnp.int32) * k_tiles  # past the last group nothing is read
-    store(y_RN, jax.lax.fori_loop(0, steps, add, jnp.zeros((rows, n_side), jnp.float32)), r, n)
+    store(y_RN, jax.lax.fori_loop(0, steps, add, jnp.zeros((r.size, n_side), jnp.float32)), r, n)
 
 
 @partial(jax.jit, static_argnames=("rows", "out_dim", "interpret"))
@@ -84,17 +83,19 @@ def product(
     return call(kernel, grid, [out], *args, name="gpu_grouped_product", effort=effort, interpret=interpret)[0]
 
 
-def _gradient_kernel(starts_F: Any, g_RO: Any, x_RI: Any, out_EOI: Any, *, rows: int, sides: Any):
+def _gradient_kernel(starts_F: Any, g_RO: Any, x_RI: Any, out_EOI: Any, *, rows: int, sides: Any, whole: bool):
+    """Steps of `rows` rows through a group, which is a whole number of them or ends inside the last."""
     (o_side, i_side), group = sides, pl.program_id(2)
     o = Span(pl.program_id(1) * o_side, o_side, g_RO.shape[1])
     i = Span(pl.program_id(0) * i_side, i_side, x_RI.shape[1])
+    first, end = starts_F[group], starts_F[group + 1]
 
     def add(step, sum_oi):
-        r = Span(step * rows, rows, x_RI.shape[0])
+        r = Span(first + step * rows, rows, x_RI.shape[0] if whole else end)
         return add_gradient(sum_oi, load(g_RO, r, o), load(x_RI, r, i))
 
     zeros = jnp.zeros((o_side, i_side), jnp.float32)
-    store(out_EOI, jax.lax.fori_loop(starts_F[group], starts_F[group + 1], add, zeros), group, o, i)
+    store(out_EOI, jax.lax.fori_loop(0, tiles(end - first, rows), add, zeros), group, o, i)
 
 
 @partial(jax.jit, static_argnames=("block", "interpret"))
@@ -105,13 +106,13 @@ def weight_gradient(
 
     Args:
       x_RI: in g's dtype.
-      group_sizes_E: int32, multiples of `block`, which has a `row_tile`.
+      group_sizes_E: int32, multiples of `block`.
     """
     itemsize, groups = x_RI.dtype.itemsize, group_sizes_E.size
-    rows, most = min(row_tile(block), SUMMED[itemsize]), OUTPUTS[itemsize]
+    rows, most = max(min(row_tile(block), SUMMED[itemsize]), SMALLEST), OUTPUTS[itemsize]
     (outputs, inputs), sides = (g_RO.shape[1], x_RI.shape[1]), (tile(g_RO.shape[1], most), tile(x_RI.shape[1], most))
-    starts_F = jnp.pad(jnp.cumsum(group_sizes_E.astype(jnp.int32)) // rows, (1, 0))  # F = E + 1
-    kernel = partial(_gradient_kernel, rows=rows, sides=sides)
+    starts_F = jnp.pad(jnp.cumsum(group_sizes_E.astype(jnp.int32)), (1, 0))  # F = E + 1
+    kernel = partial(_gradient_kernel, rows=rows, sides=sides, whole=block % rows == 0)
     grid = (tiles(inputs, sides[1]), tiles(outputs, sides[0]), groups)
     out = jax.ShapeDtypeStruct((groups, outputs, inputs), jnp.float32)
     effort = Effort(warps=8 if itemsize == 2 else 4, stages=3)

@@ -18,12 +18,21 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class Span(NamedTuple):
-    """A tile's part of one dim of an array: `size` elements from `first`, a multiple of `size`. The array ends at
-    `length`, perhaps inside the tile."""
+    """A tile's part of one dim of an array: `size` elements from `first`.
+
+    Attributes:
+      end: nothing from here on is read or written: an array's length, where `first` is a multiple of `size`, or any
+        place that the kernel computes.
+    """
 
     first: Any
     size: int
-    length: int
+    end: Any
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no tile along this dim is cut short by `end`."""
+        return isinstance(self.end, int) and self.end % self.size == 0
 
     @property
     def places(self) -> jax.Array:
@@ -59,20 +68,20 @@ def _mask(index: Sequence[Any]) -> jax.Array | None:
     shape = tuple(span.size for span in spans)
     mask = None
     for dim, span in enumerate(spans):
-        if span.length % span.size:
-            inside = jax.lax.broadcast_in_dim(span.places < span.length, shape, (dim,))
+        if not span.is_whole:
+            inside = jax.lax.broadcast_in_dim(span.places < span.end, shape, (dim,))
             mask = inside if mask is None else mask & inside
     return mask
 
 
 def load(ref: Any, *index: Any, fill: int = 0) -> jax.Array:
-    """The tile at an index of numbers and `Span`s; `fill` where the array has ended."""
+    """The tile at an index of numbers and `Span`s; `fill` past their ends."""
     mask = _mask(index)
     return triton.load(ref.at[_at(index)], mask=mask, other=None if mask is None else fill)
 
 
 def store(ref: Any, value: jax.Array, *index: Any) -> None:
-    """Writes the tile, all but its elements past the array's end, in the array's dtype."""
+    """Writes the tile in the array's dtype, all but its elements past the spans' ends."""
     triton.store(ref.at[_at(index)], value.astype(ref.dtype), mask=_mask(index))
 
 

@@ -155,17 +155,17 @@ def _in_cpp_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, *, bl
 
 
 def _triton(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int, interpret: bool):
-    """Few rows a block, as in decoding: XLA's form reads the weights of the chosen groups alone."""
-    rows = gpu_grouped.row_tile(block)
-    if not rows or not gpu_grouped.takes(x_RI):
+    """Single rows, as in decoding, take XLA's form, which reads a row's weight where it lies; of longer blocks XLA
+    would copy the weights first."""
+    if block == 1 or not gpu_grouped.takes(x_RI):
         return _blocked(x_RI, w_EOI, group_sizes_E, block, out_dim)
+    rows, w = gpu_grouped.row_tile(block), w_EOI.astype(x_RI.dtype)
     groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // rows, rows)
-    w = w_EOI.astype(x_RI.dtype)
     return gpu_grouped.product(x_RI, w, groups_J, rows=rows, out_dim=out_dim, interpret=interpret)
 
 
 def _triton_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int, interpret: bool):
-    if not gpu_grouped.row_tile(block) or not gpu_grouped.takes(g_RO, x_RI):
+    if not gpu_grouped.takes(g_RO, x_RI):
         return _blocked_dw(g_RO, x_RI, group_sizes_E, block)
     return gpu_grouped.weight_gradient(g_RO, x_RI, group_sizes_E, block=block, interpret=interpret)
 

@@ -20,12 +20,13 @@ from tests.support.helpers import assert_close, assert_gradient_close, jit
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_grouped_products_skip_rows_past_the_last_group_which_hold_nan(layout):
-    """Outputs and inputs need masks: no tile divides them."""
-    sizes = np.array(LAYOUTS[layout], np.int32) * 16
-    x, w, g = normal(12 * 16, 7), normal(5, 35, 7), normal(12 * 16, 35)
+@pytest.mark.parametrize("block", [2, 16])
+def test_grouped_products_skip_rows_past_the_last_group_which_hold_nan(block, layout):
+    """No tile divides outputs or inputs, nor, of blocks of 2, the rows."""
+    sizes = np.array(LAYOUTS[layout], np.int32) * block
+    x, w, g = normal(12 * block, 7), normal(5, 35, 7), normal(12 * block, 35)
     x[sizes.sum() :] = g[sizes.sum() :] = np.nan
-    results, wants = run_grouped(x, w, sizes, g, 16, "triton"), by_hand(x, w, sizes, g)
+    results, wants = run_grouped(x, w, sizes, g, block, "triton"), by_hand(x, w, sizes, g)
     for got, want in zip(results, wants, strict=True):
         assert_close(got, want)
         assert not np.asarray(got)[want == 0].any()
@@ -36,6 +37,7 @@ SHAPES = {  # rows a block, inputs, outputs
     "many tiles with tails": (32, 130, 200),
     "blocks of two tiles and more": (384, 32, 32),
     "blocks that are no power of two": (48, 40, 24),
+    "blocks of half a tile": (8, 40, 24),
 }
 
 
@@ -57,14 +59,13 @@ def test_grouped_products_of_many_tiles_equal_the_loop(shape, dtype):
     assert_gradient_close(dw, want_dw)
 
 
-@pytest.mark.parametrize("block", [1, 8])
-def test_few_rows_a_block_take_xlas_form(block):
-    """A kernel's tile would be mostly padding; XLA reads the chosen groups' weights alone."""
-    sizes = np.array((0, 2, 1), np.int32) * block
-    args = normal(4 * block, 40), normal(3, 24, 40), sizes, normal(4 * block, 24)
-    text = str(run_grouped.trace(*args, block, "triton").jaxpr)
-    assert "pallas_call" not in text
-    for got, want in zip(run_grouped(*args, block, "triton"), by_hand(*args), strict=True):
+def test_products_of_single_rows_take_xlas_form():
+    """It reads a row's weight where it lies; a kernel's tile would be padding but for one row."""
+    sizes = np.array((0, 2, 1), np.int32)
+    args = normal(4, 40), normal(3, 24, 40), sizes, normal(4, 24)
+    text = str(run_grouped.trace(*args, 1, "triton").jaxpr)
+    assert "gpu_grouped_product" not in text and "gpu_grouped_gradient" in text
+    for got, want in zip(run_grouped(*args, 1, "triton"), by_hand(*args), strict=True):
         assert_close(got, want)
 
 
