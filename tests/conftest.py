@@ -49,12 +49,12 @@ def room_for_programs() -> Iterator[None]:
 # The files that take longest, longest first, so that both processes of pytest-xdist end at about the same time. `make
 # test-fast` leaves them out: commands in processes of their own, buckets, meshes, and compilers of other machines.
 SLOW = (
-    "parallel", "processes", "resume", "surroundings", "smoke", "topology", "generate", "plan", "objectives",
-    "one_writer", "data_buckets", "convert_buckets", "bucket_runs", "bucket_faults", "native", "sanitizers",
-    "toy_mixer", "session", "dispatch", "bf16_params", "damage", "origin", "replay", "installed", "adam8",
+    "parallel", "processes", "resume", "surroundings", "smoke", "topology", "gpu_topology", "generate", "plan",
+    "objectives", "one_writer", "data_buckets", "convert_buckets", "bucket_runs", "bucket_faults", "native",
+    "sanitizers", "toy_mixer", "session", "dispatch", "bf16_params", "damage", "origin", "replay", "installed", "adam8",
     "fp8_training", "same_bits", "earlier_run", "hub", "balance_run", "fp8_tpu", "context", "going_on", "errors",
     "clusters_docs", "checkpoint_buckets", "bucket_servers", "speculation_benchmark", "needle", "store", "adapter",
-    "extending", "native_experts", "fp8", "score",
+    "extending", "native_experts", "fp8", "score", "gpu_kernels",
 )  # fmt: skip
 
 
