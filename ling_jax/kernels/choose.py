@@ -23,13 +23,21 @@ def by_platform(
     return jax.lax.platform_dependent(*args, **named, default=rest)
 
 
+def for_nvidia() -> bool:
+    """Whether a program is being traced for NVIDIA GPUs: the devices of its mesh, or JAX's own outside any mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() == "gpu" if device is None else device.platform == "gpu"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kernel:
     """A function with several implementations, all of the same arguments.
 
     Attributes:
       rest: made of XLA's operations, for platforms that have no other.
-      cpu, tpu, cuda: what runs there instead, if anything does.
+      cpu, tpu: what runs there instead, if anything does.
+      cuda: what runs instead on NVIDIA GPUs, in programs traced `for_nvidia`. Others do not have it: JAX cannot lower
+        its kernels without knowing the GPU.
       named: what `implementation` may name, beside "auto".
     """
 
@@ -46,7 +54,8 @@ class Kernel:
           ValueError: for an implementation that is neither "auto" nor one of `named`.
         """
         if implementation == "auto":
-            of = {"cpu": self.cpu, "tpu": self.tpu, "cuda": self.cuda, "rest": self.rest}
+            cuda = self.cuda if self.cuda is not None and for_nvidia() else None
+            of = {"cpu": self.cpu, "tpu": self.tpu, "cuda": cuda, "rest": self.rest}
             chosen: Any = {name: None if f is None else partial(f, **static) for name, f in of.items()}
             return by_platform(*args, **chosen)
         if implementation not in self.named:

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ling_jax.kernels import work
-from ling_jax.kernels.gpu_tiles import DTYPES, SMALLEST, Effort, Span, call, load, store, tile, tiles
+from ling_jax.kernels import gpu_tiles, work
+from ling_jax.kernels.gpu_tiles import SMALLEST, Effort, Span, call, load, store, tile, tiles
 from ling_jax.kernels.precision import dot
 
 MASKED = -1e30  # as in `kernels.attention`
@@ -55,8 +55,8 @@ class Job(NamedTuple):
 
 
 def takes(q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, *others: jax.Array) -> bool:
-    """Whether the kernels have these dtypes and this width."""
-    return q_BTHC.dtype in DTYPES and q_BTHC.dtype == k_BSGC.dtype == v_BSGC.dtype and q_BTHC.shape[-1] <= WIDEST
+    """Whether the kernels can be had, for these dtypes and this width."""
+    return gpu_tiles.takes(q_BTHC, k_BSGC, v_BSGC) and q_BTHC.shape[-1] <= WIDEST
 
 
 def add_keys(so_far: Softmax, scores_ts: jax.Array, v_sc: jax.Array) -> Softmax:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ling_jax.kernels import work
-from ling_jax.kernels.gpu_tiles import DTYPES, SMALLEST, Effort, Span, call, load, store, tile, tiles
+from ling_jax.kernels.gpu_tiles import SMALLEST, Effort, Span, call, load, store, tile, tiles
 from ling_jax.kernels.precision import dot
 
 MOST_ROWS = 128
@@ -26,11 +26,6 @@ SUMMED = {2: 64, 4: 32}
 def row_tile(block: int) -> int:
     """Rows that a program takes of groups in whole blocks of `block`."""
     return min(block & -block, MOST_ROWS)
-
-
-def takes(*arrays: jax.Array) -> bool:
-    """Whether the kernels have the arrays' dtype."""
-    return arrays[0].dtype in DTYPES and len({a.dtype for a in arrays}) == 1
 
 
 def add_product(sum_rn: jax.Array, x_rk: jax.Array, w: jax.Array, out_dim: int) -> jax.Array:

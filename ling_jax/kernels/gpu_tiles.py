@@ -5,13 +5,17 @@ deprecated since JAX 0.11. Only this file and the bodies of the kernels know of 
 tiles, which a kernel for another backend can call too.
 """
 
+import functools
+import importlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+log = logging.getLogger(__name__)
 
 SMALLEST = 16  # elements along each side of a product's tiles: a matrix unit takes no fewer
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -46,6 +50,21 @@ class Effort(NamedTuple):
     stages: int  # turns of a loop whose loads are under way at once
 
 
+@functools.cache
+def _triton() -> Any:
+    """The backend's module, or None with a warning: a later JAX may come without it."""
+    try:
+        return importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError as error:
+        log.warning("experts and attention run in XLA's slower forms: this JAX has no Triton backend (%s)", error)
+        return None
+
+
+def takes(*arrays: jax.Array) -> bool:
+    """Whether the kernels can be had, and have the dtype that all arrays share."""
+    return arrays[0].dtype in DTYPES and len({a.dtype for a in arrays}) == 1 and _triton() is not None
+
+
 def tile(size: int, most: int) -> int:
     """The side of tiles along a dim of `size`: a power of two up to `most`. One that divides `size` needs no mask, but
     must be 32 or more to be worth it."""
@@ -77,12 +96,12 @@ def _mask(index: Sequence[Any]) -> jax.Array | None:
 def load(ref: Any, *index: Any, fill: int = 0) -> jax.Array:
     """The tile at an index of numbers and `Span`s; `fill` past their ends."""
     mask = _mask(index)
-    return triton.load(ref.at[_at(index)], mask=mask, other=None if mask is None else fill)
+    return _triton().load(ref.at[_at(index)], mask=mask, other=None if mask is None else fill)
 
 
 def store(ref: Any, value: jax.Array, *index: Any) -> None:
     """Writes the tile in the array's dtype, all but its elements past the spans' ends."""
-    triton.store(ref.at[_at(index)], value.astype(ref.dtype), mask=_mask(index))
+    _triton().store(ref.at[_at(index)], value.astype(ref.dtype), mask=_mask(index))
 
 
 def call(
@@ -96,7 +115,7 @@ def call(
 ) -> list[jax.Array]:
     """Runs `kernel` with references to whole arrays, once for each place in `grid`, the first dim's neighbours at
     once."""
-    params = triton.CompilerParams(num_warps=effort.warps, num_stages=effort.stages)
+    params = _triton().CompilerParams(num_warps=effort.warps, num_stages=effort.stages)
     run = pl.pallas_call(
         kernel, grid=grid, out_shape=list(outs), compiler_params=params, name=name, interpret=interpret
     )

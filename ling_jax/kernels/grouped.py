@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels import fp8, gpu_grouped, megablox, native
+from ling_jax.kernels import fp8, gpu_grouped, gpu_tiles, megablox, native
 from ling_jax.kernels.choose import Kernel, by_platform, pallas
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.precision import precision_of
@@ -157,7 +157,7 @@ def _in_cpp_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, *, bl
 def _triton(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int, interpret: bool):
     """Single rows, as in decoding, take XLA's form, which reads a row's weight where it lies; of longer blocks XLA
     would copy the weights first."""
-    if block == 1 or not gpu_grouped.takes(x_RI):
+    if block == 1 or not gpu_tiles.takes(x_RI):
         return _blocked(x_RI, w_EOI, group_sizes_E, block, out_dim)
     rows, w = gpu_grouped.row_tile(block), w_EOI.astype(x_RI.dtype)
     groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // rows, rows)
@@ -165,7 +165,7 @@ def _triton(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: 
 
 
 def _triton_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block: int, interpret: bool):
-    if not gpu_grouped.takes(g_RO, x_RI):
+    if not gpu_tiles.takes(g_RO, x_RI):
         return _blocked_dw(g_RO, x_RI, group_sizes_E, block)
     return gpu_grouped.weight_gradient(g_RO, x_RI, group_sizes_E, block=block, interpret=interpret)
 

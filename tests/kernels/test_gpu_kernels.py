@@ -3,6 +3,7 @@
 Legend: R rows, E groups, I inputs, O outputs, B rows, T queries, S keys, H query heads, G kv heads, C head_dim.
 """
 
+import importlib
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ling_jax.kernels import gpu_tiles
 from ling_jax.kernels.attention import attend, attend_bwd
 from ling_jax.kernels.gpu_attention import Job, _meetings, _turns
 from ling_jax.kernels.work import KernelCall, cost_of
@@ -159,3 +161,32 @@ def test_costs_of_the_kernels_are_their_products():
     assert cost.bytes == 2 * (32 * 32 + 32 * 16 + 2 * 16 * 32)  # half of the rows, two of four experts
     gradient = KernelCall(["gpu_grouped_gradient"], "", [rows[0], y, x], [w.update(dtype="float32")], lambda r: r, 4.0)
     assert cost_of(gradient).flops == {"bfloat16": 2 * 64 * 32 * 16}
+
+
+def test_a_program_for_other_devices_has_no_trace_of_them():
+    """Nor, lowered for CUDA from a mesh of CPUs, does it fail for not knowing the GPU."""
+    args, g = attention_args(64, 64, 4, 2, 16, True)
+    attention = run_both.trace(args, g, True, "auto")
+    products = run_grouped.trace(
+        normal(8, 40), normal(3, 24, 40), np.array((0, 8, 0), np.int32), normal(8, 24), 8, "auto"
+    )
+    for program, expected in ((attention, "dot_general"), (products, "ragged_dot")):
+        assert "gpu_" not in str(program.jaxpr)
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+        assert expected in text and "triton" not in text
+
+
+def test_without_the_backend_xlas_form_runs_with_one_warning(monkeypatch, caplog):
+    gpu_tiles._triton.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", lambda name: raise_import_error(name))
+    try:
+        assert not gpu_tiles.takes(jnp.zeros(1)) and not gpu_tiles.takes(jnp.zeros(1))
+        assert [r.getMessage() for r in caplog.records] == [
+            "experts and attention run in XLA's slower forms: this JAX has no Triton backend (gone)"
+        ]
+    finally:
+        gpu_tiles._triton.cache_clear()
+
+
+def raise_import_error(name: str):
+    raise ImportError("gone")

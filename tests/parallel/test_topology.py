@@ -197,6 +197,28 @@ def test_on_tpu_attention_and_grouped_products_are_pallas_kernels(devices, dtype
     assert kernels(jax.jit(attention_and_experts).lower(*args).compile().as_text()) == KERNELS
 
 
+def test_for_cuda_attention_is_xlas_and_grouped_products_are_ragged_dots():
+    """The machine that lowers has neither a GPU nor a say."""
+    traced = jax.jit(attention_and_experts).trace(*arguments("bfloat16"))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("ragged_dot") >= 3 and "tpu_custom_call" not in text
+
+
+def test_the_train_step_lowers_for_cuda_with_its_ragged_products_and_exchanges():
+    trainer = make_trainer(run_config(MeshConfig(fsdp=2, expert=4)), jax.devices())
+    text = make_train_step(trainer).trace(*step_arguments(trainer)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "ragged_dot" in text and "ragged_all_to_all" in text and "tpu_custom_call" not in text
+
+
+def test_for_cuda_fp8_products_are_dots_of_fp8():
+    trainer = make_trainer(run_config(MeshConfig(fsdp=2, expert=4), fp8=True), jax.devices())
+    text = make_train_step(trainer).trace(*step_arguments(trainer)).lower(lowering_platforms=("cuda",)).as_text()
+    products = [line for line in text.splitlines() if re.search(r"(dot_general|ragged_dot)\W", line)]
+    in_fp8 = [line for line in products if line.count("f8E4M3FN") >= 2]
+    assert any("ragged_dot" in line for line in in_fp8) and any("dot_general" in line for line in in_fp8)
+    assert len(in_fp8) >= 20 and "ragged_all_to_all" in text and "tpu_custom_call" not in text
+
+
 def test_serving_reads_weights_and_cache_once_a_step(tpu):
     """Counted bytes of a decoding step against the shapes; both programs compile and fit."""
     split = MeshConfig(expert=2, tensor=2)
