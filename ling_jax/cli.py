@@ -62,7 +62,7 @@ class TrainCommand:
     print_sharding: bool = False
     """Print how each parameter is split over the mesh and stop; needs none of its devices."""
     topology: str | None = None
-    """Compile the step for a TPU topology such as v5p:4x4x4, print what it needs and what bounds it, and stop."""
+    """Compile the step for a topology such as v5p:4x4x4 or h100:8, print what it needs and what bounds it, and stop."""
     slices: int = 1
     """With --topology: so many of it, joined by the data centre's network."""
     json: bool = False

@@ -41,6 +41,6 @@ def bound(work: Work, mesh: Any) -> Bound:
 
 def _hops(kind: str, wire: Wire) -> float:
     """Links that a byte takes on average: one where each device passes on what the next one needs too."""
-    if kind not in ("all-to-all", "ragged-all-to-all") or wire.name == "dcn":
+    if kind not in ("all-to-all", "ragged-all-to-all") or wire.is_switched:
         return 1.0
     return max(1.0, wire.ring / (4 if wire.is_ring else 3))

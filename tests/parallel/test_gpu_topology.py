@@ -15,8 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from configs import ling_mini_2_0
 from ling_jax.config import MeshConfig
 from ling_jax.kernels.attention import attention
+from ling_jax.parallel.mesh import make_mesh
 from ling_jax.plan import gpu
-from ling_jax.plan.plan import topology_devices, trace_step
+from ling_jax.plan.count import Sent, Work
+from ling_jax.plan.hardware import wires_of
+from ling_jax.plan.plan import make_plan, topology_devices, trace_step
+from ling_jax.plan.report import render
+from ling_jax.plan.roofline import bound
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 from tests.parallel.test_topology import arguments, attention_and_experts, run_config, step_arguments
@@ -141,3 +146,28 @@ def test_the_counted_work_of_a_step_is_that_on_tpu(devices):
     on_gpu, on_tpu = (trace_step(config, ds).count.total() for ds in (devices, topology_devices("v5p:2x2x2", 1)))
     assert on_gpu.flops["bfloat16"] == pytest.approx(on_tpu.flops["bfloat16"])
     assert on_gpu.hbm_bytes == pytest.approx(on_tpu.hbm_bytes, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["a100:8", "h200:8"])
+def test_the_kernels_compile_for_other_gpus(name):
+    if reason := gpu.missing():
+        pytest.skip(reason)
+    program = compiled(attention_and_experts, arguments("bfloat16"), topology_devices(name, 1)[0])
+    assert kernels(program.as_text()) == KERNELS
+
+
+def test_a_plan_has_the_links_that_the_gpus_have(devices):
+    """Inside a host all go through one switch; between hosts there is the network."""
+    inside = make_mesh(MeshConfig(fsdp=2, expert=4), devices)
+    assert [(w.name, w.ring, w.bytes_per_second) for w in wires_of(inside, ("expert",))] == [("nvlink", 4, 450e9)]
+    between = make_mesh(MeshConfig(fsdp=4, expert=8), topology_devices("h100:8x4", 1))
+    assert [w.name for w in wires_of(between, ("expert",))] == ["nvlink"]
+    assert [(w.name, w.bytes_per_second) for w in wires_of(between, ("fsdp",))] == [("dcn", 50e9)]
+    sent = Work(sent=[Sent("ragged-all-to-all", ("expert",), 450e9)])
+    assert bound(sent, between).interconnect == pytest.approx(1.0)  # no byte passes a third GPU
+
+
+@pytest.mark.nightly
+def test_a_plan_of_two_layers_on_a_host_is_printed(devices):
+    told = render(make_plan(run_config(MeshConfig(fsdp=2, expert=4)), "h100:8"))
+    assert "h100:8: 8 devices" in told and "fits, with" in told and "usable HBM" in told and "nvlink" not in told
