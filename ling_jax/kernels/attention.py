@@ -177,7 +177,7 @@ def _triton_bwd(*args: jax.Array, interpret: bool, **static: Any) -> Gradients:
 _FORWARD = Kernel(
     cpu=_in_cpp,
     tpu=partial(splash, interpret=False),
-    cuda=partial(_triton, interpret=False),
+    nvidia=partial(_triton, interpret=False),
     rest=_xla,
     named={
         "native": Kernel(cpu=_in_cpp, rest=_xla),
@@ -189,7 +189,7 @@ _FORWARD = Kernel(
 _BACKWARD = Kernel(
     cpu=_in_cpp_bwd,
     tpu=partial(splash_bwd, interpret=False),
-    cuda=partial(_triton_bwd, interpret=False),
+    nvidia=partial(_triton_bwd, interpret=False),
     rest=_xla_bwd,
     named={
         "native": Kernel(cpu=_in_cpp_bwd, rest=_xla_bwd),

@@ -35,9 +35,9 @@ class Kernel:
 
     Attributes:
       rest: made of XLA's operations, for platforms that have no other.
-      cpu, tpu: what runs there instead, if anything does.
-      cuda: what runs instead on NVIDIA GPUs, in programs traced `for_nvidia`. Others do not have it: JAX cannot lower
-        its kernels without knowing the GPU.
+      cpu, tpu, cuda: what runs there instead, if anything does.
+      nvidia: what runs instead of `cuda` in programs traced `for_nvidia`; others do not have it. It is for kernels that
+        JAX cannot lower without knowing the GPU.
       named: what `implementation` may name, beside "auto".
     """
 
@@ -45,6 +45,7 @@ class Kernel:
     cpu: Implementation | None = None
     tpu: Implementation | None = None
     cuda: Implementation | None = None
+    nvidia: Implementation | None = None
     named: Mapping[str, Implementation] = field(default_factory=dict)
 
     def __call__(self, *args: Any, implementation: str = "auto", **static: Any) -> Any:
@@ -54,7 +55,7 @@ class Kernel:
           ValueError: for an implementation that is neither "auto" nor one of `named`.
         """
         if implementation == "auto":
-            cuda = self.cuda if self.cuda is not None and for_nvidia() else None
+            cuda = self.nvidia if self.nvidia is not None and for_nvidia() else self.cuda
             of = {"cpu": self.cpu, "tpu": self.tpu, "cuda": cuda, "rest": self.rest}
             chosen: Any = {name: None if f is None else partial(f, **static) for name, f in of.items()}
             return by_platform(*args, **chosen)

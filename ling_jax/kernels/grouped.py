@@ -174,7 +174,7 @@ def _triton_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, block
 _PRODUCT = Kernel(
     cpu=_in_cpp,
     tpu=partial(_megablox, interpret=False),
-    cuda=partial(_triton, interpret=False),
+    nvidia=partial(_triton, interpret=False),
     rest=_ragged,
     named={
         "native": Kernel(cpu=_in_cpp, rest=_blocked),
@@ -187,7 +187,7 @@ _PRODUCT = Kernel(
 _WEIGHT_GRADIENT = Kernel(
     cpu=_in_cpp_dw,
     tpu=partial(_megablox_dw, interpret=False),
-    cuda=partial(_triton_dw, interpret=False),
+    nvidia=partial(_triton_dw, interpret=False),
     rest=_ragged_dw,
     named={
         "native": Kernel(cpu=_in_cpp_dw, rest=_blocked_dw),
