@@ -74,7 +74,7 @@ class MeshConfig:
     expert: int = 1
     context: int = 1
     tensor: int = 1
-    dispatcher: Literal["ragged_all_to_all", "all_gather"] = "ragged_all_to_all"  # of tokens to their experts
+    dispatcher: Literal["auto", "ragged_all_to_all", "all_gather"] = "auto"  # of tokens to their experts
     buffer_factor: float = 2.0  # rows an expert rank takes at once, over the mean; from `expert` on, the worst case
     overflow: Literal["rounds", "drop"] = "rounds"  # rows beyond the buffer: further rounds, or left out and counted
     context_method: Literal["ring", "all_gather"] = "ring"  # how keys and values reach the queries of other shards

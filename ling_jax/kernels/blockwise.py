@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels import fp8_tpu
+from ling_jax.kernels import fp8_tpu, gpu_fp8, gpu_tiles
 from ling_jax.kernels.choose import Kernel, pallas
 from ling_jax.kernels.fp8 import BLOCK, FP8Weight, block_max, codes_of, each, scales_of
 from ling_jax.kernels.grouped import grouped_product, grouped_weight_gradient, groups_of_blocks
@@ -47,21 +47,27 @@ def _quantise(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
     return codes_of(x, each(scales, dim, x.shape[dim])), scales
 
 
-def _quantise_kernel(x: jax.Array, dim: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    codes, scales = fp8_tpu.quantise(_fill(x, BLOCK, BLOCK), dim, TINY, interpret=interpret)
+def _quantise_kernel(x: jax.Array, dim: int, interpret: bool, room: Any = fp8_tpu) -> tuple[jax.Array, jax.Array]:
+    """`room`: the module of a platform's kernels."""
+    codes, scales = room.quantise(_fill(x, BLOCK, BLOCK), dim, TINY, interpret=interpret)
     return codes[: x.shape[0], : x.shape[1]], jax.lax.slice_in_dim(scales, 0, x.shape[1 - dim], axis=1 - dim)
+
+
+def _quantise_triton(x: jax.Array, dim: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    return _quantise_kernel(x, dim, interpret, gpu_fp8) if gpu_tiles.take_fp8() else _quantise(x, dim)
 
 
 _QUANTISE = Kernel(
     tpu=partial(_quantise_kernel, interpret=False),
+    nvidia=partial(_quantise_triton, interpret=False),
     rest=_quantise,
-    named={"xla": _quantise, "pallas": pallas(_quantise_kernel)},
+    named={"xla": _quantise, "pallas": pallas(_quantise_kernel), "triton": pallas(_quantise_triton)},
 )
 
 
 def quantise_tiles(x: jax.Array, dim: int, implementation: str = "auto") -> Tiles:
-    """[A, B] in tiles of 128 along `dim`: scale = amax * float32(1 / 448), code = x / scale; "xla", "pallas" (for TPU;
-    interpreted on CPU) or "auto"."""
+    """[A, B] in tiles of 128 along `dim`: scale = amax * float32(1 / 448), code = x / scale; "xla", "pallas" (for
+    TPU), "triton" (for NVIDIA GPUs), both interpreted on CPU, or "auto"."""
     codes, scales = _QUANTISE(x, implementation=implementation, dim=dim)
     return Tiles(codes, scales, dim)
 
@@ -144,37 +150,62 @@ def _loop_dw(g: Tiles, x: Tiles, sizes_E: jax.Array | None):
     return total_EOI[0] if sizes_E is None else total_EOI
 
 
-def _kernel(x: Tiles, w: FP8Weight, sizes_E: jax.Array | None, out_dim: int, dtype: jnp.dtype, interpret: bool):
+def _kernel(
+    x: Tiles,
+    w: FP8Weight,
+    sizes_E: jax.Array | None,
+    out_dim: int,
+    dtype: jnp.dtype,
+    interpret: bool,
+    room: Any = fp8_tpu,
+):
     codes_RK = _fill(x.codes, BLOCK, BLOCK)
     w_codes, w_scales = _fill(w.codes, BLOCK, BLOCK), w.scales
     sizes = sizes_E
     if sizes is None:
         w_codes, w_scales, sizes = w_codes[None], w_scales[None], jnp.array([codes_RK.shape[0]], jnp.int32)
     options: dict[str, Any] = dict(out_dim=out_dim, dtype=dtype, interpret=interpret)
-    y_RN = fp8_tpu.product(codes_RK, _fill(x.scales, BLOCK, 1), w_codes, w_scales, sizes, **options)
+    y_RN = room.product(codes_RK, _fill(x.scales, BLOCK, 1), w_codes, w_scales, sizes, **options)
     return _inside(y_RN[: x.codes.shape[0], : w.codes.shape[w.codes.ndim - 3 + out_dim]], sizes_E)
 
 
-def _kernel_dw(g: Tiles, x: Tiles, sizes_E: jax.Array | None, interpret: bool):
+def _kernel_dw(g: Tiles, x: Tiles, sizes_E: jax.Array | None, interpret: bool, room: Any = fp8_tpu):
     g_codes, x_codes = (_fill(tiles.codes, BLOCK, BLOCK) for tiles in (g, x))
     g_scales, x_scales = (_fill(tiles.scales, 1, BLOCK) for tiles in (g, x))
     sizes = jnp.array([g_codes.shape[0]], jnp.int32) if sizes_E is None else sizes_E
-    dw_EOI = fp8_tpu.weight_gradient(g_codes, g_scales, x_codes, x_scales, sizes, interpret=interpret)
+    dw_EOI = room.weight_gradient(g_codes, g_scales, x_codes, x_scales, sizes, interpret=interpret)
     dw_EOI = dw_EOI[:, : g.codes.shape[1], : x.codes.shape[1]]
     return dw_EOI[0] if sizes_E is None else dw_EOI
+
+
+def _triton(x: Tiles, w: FP8Weight, sizes_E: jax.Array | None, out_dim: int, dtype: jnp.dtype, interpret: bool):
+    if not gpu_tiles.take_fp8():
+        return _loop(x, w, sizes_E, out_dim, dtype)
+    return _kernel(x, w, sizes_E, out_dim, dtype, interpret, gpu_fp8)
+
+
+def _triton_dw(g: Tiles, x: Tiles, sizes_E: jax.Array | None, interpret: bool):
+    return _kernel_dw(g, x, sizes_E, interpret, gpu_fp8) if gpu_tiles.take_fp8() else _loop_dw(g, x, sizes_E)
 
 
 _PRODUCT = Kernel(
     cpu=_multiplied_out,
     tpu=partial(_kernel, interpret=False),
+    nvidia=partial(_triton, interpret=False),
     rest=_loop,
-    named={"multiplied_out": _multiplied_out, "loop": _loop, "pallas": pallas(_kernel)},
+    named={"multiplied_out": _multiplied_out, "loop": _loop, "pallas": pallas(_kernel), "triton": pallas(_triton)},
 )
 _WEIGHT_GRADIENT = Kernel(
     cpu=_multiplied_out_dw,
     tpu=partial(_kernel_dw, interpret=False),
+    nvidia=partial(_triton_dw, interpret=False),
     rest=_loop_dw,
-    named={"multiplied_out": _multiplied_out_dw, "loop": _loop_dw, "pallas": pallas(_kernel_dw)},
+    named={
+        "multiplied_out": _multiplied_out_dw,
+        "loop": _loop_dw,
+        "pallas": pallas(_kernel_dw),
+        "triton": pallas(_triton_dw),
+    },
 )
 
 
@@ -191,8 +222,8 @@ def product(
     Args:
       x: along dim 1.  w: [E, O, I]; or [O, I], with `sizes_E` None: one weight for all rows.
       sizes_E: int32 rows of each group, multiples of 128; rows past the last group come out as zero.
-      implementation: "multiplied_out" (float32, for CPU), "loop" (XLA, for GPU), "pallas" (for TPU; interpreted on CPU)
-        or "auto".
+      implementation: "multiplied_out" (float32, for CPU), "pallas" (for TPU) and "triton" (for NVIDIA GPUs), both
+        interpreted on CPU, "loop" (XLA, for the rest) or "auto".
     """
     assert x.dim == 1
     return _PRODUCT(x, w, sizes_E, implementation=implementation, out_dim=out_dim, dtype=jnp.dtype(dtype))

@@ -1,4 +1,4 @@
-"""Tiles of arrays in a GPU's memory, for the kernels in `gpu_grouped` and `gpu_attention`.
+"""Tiles of arrays in a GPU's memory, for the kernels in `gpu_grouped`, `gpu_attention` and `gpu_fp8`.
 
 They are written for Pallas's Triton backend, which runs on NVIDIA's compute capability 8.0 (A100) and later and is
 deprecated since JAX 0.11. Only this file and the bodies of the kernels know of it: their arithmetic is in functions of
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 SMALLEST = 16  # elements along each side of a product's tiles: a matrix unit takes no fewer
 DTYPES = (jnp.float32, jnp.bfloat16)
+BEFORE_FP8 = ("A100", "A800", "A30", "A40", "A10", "A16", "A2", "RTX A", "RTX 30", "V100", "T4")  # GPUs' names
 
 
 class Span(NamedTuple):
@@ -63,6 +64,13 @@ def _triton() -> Any:
 def takes(*arrays: jax.Array) -> bool:
     """Whether the kernels can be had, and have the dtype that all arrays share."""
     return arrays[0].dtype in DTYPES and len({a.dtype for a in arrays}) == 1 and _triton() is not None
+
+
+def take_fp8() -> bool:
+    """Whether the kernels can be had, and the GPUs of the program being traced multiply E4M3."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return not any(f" {name}" in f"{kind} " for name in BEFORE_FP8) and _triton() is not None
 
 
 def tile(size: int, most: int) -> int:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ling_jax.config import MeshConfig
+from ling_jax.kernels.choose import for_nvidia
 from ling_jax.kernels.grouped import padded_rows
 from ling_jax.kernels.rows import RowPlan, gather_rows, plan_rows, sum_choices, take_rows
 from ling_jax.kernels.swiglu import block_for, row_gradients, swiglu, weight_gradients
@@ -116,7 +117,55 @@ class RaggedQueue(NamedTuple):
 def _ragged_queue(ids_NK: jax.Array, num_experts: int) -> RaggedQueue:
     plan = plan_rows(ids_NK, num_experts, 1)
     ranks = axis_size(AXIS)
-    return RaggedQueue(plan, jax.lax.all_gather(plan.group_sizes_E, AXIS).reshape(ranks, ranks, -1))
+    queue = RankQueue if for_nvidia() else RaggedQueue
+    return queue(plan, jax.lax.all_gather(plan.group_sizes_E, AXIS).reshape(ranks, ranks, -1))
+
+
+class RankQueue(RaggedQueue):
+    """As `RaggedQueue`, but with one slice for each rank, whose rows are sorted by expert once they have arrived. NCCL
+    takes some 12 us for a slice, even an empty one, and Ling has 256 experts."""
+
+    def _slices(self, part: Round) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """int32 [Q, S]: where a source's slice for a worker begins among the source's pairs, which are sorted by
+        expert; its rows; and where they arrive, source after source."""
+        before_QeS, size_QeS, _, _ = jax.vmap(part.place)(self.counts_SQe.transpose(1, 2, 0))
+        pairs_SQ, size_QS = self.counts_SQe.sum(2), size_QeS.sum(1)
+        return _exclusive(pairs_SQ, 1).T + before_QeS.sum(1), size_QS, _exclusive(size_QS, 1)
+
+    def _routes(self, part: Round) -> tuple[Routes, Routes]:
+        me = axis_index(AXIS)
+        sent_QS, size_QS, begin_QS = self._slices(part)
+        there = Routes(sent_QS[:, me], size_QS[:, me], begin_QS[:, me], recv_sizes=size_QS[me])
+        return there, Routes(begin_QS[me], size_QS[me], sent_QS[me], recv_sizes=size_QS[:, me])
+
+    def _runs(self, part: Round) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """int32 [e, S]: this worker's pairs of an expert and a source: where they lie as they arrive, where once sorted,
+        and how many there are."""
+        _, size_eS, row_eS, _ = part.place(self.counts())
+        return _exclusive(size_eS.sum(0), 0) + _exclusive(size_eS, 0), row_eS, size_eS
+
+    def fetch(self, source: jax.Array, part: Round) -> jax.Array:
+        arrived = RaggedQueue.fetch(self, source, part._replace(block=1))
+        arrived_eS, row_eS, size_eS = self._runs(part)
+        return take_rows(arrived, _moved(row_eS, arrived_eS, size_eS, part.rows, arrived.shape[0]))
+
+    fetch_weights = fetch
+
+    def put(self, total: jax.Array, rows: jax.Array, part: Round) -> jax.Array:
+        arrived_eS, row_eS, size_eS = self._runs(part)
+        ordered = _moved(arrived_eS.T, row_eS.T, size_eS.T, part._replace(block=1).rows, rows.shape[0])
+        return RaggedQueue.put(self, total, take_rows(rows, ordered), part)
+
+    put_weights = put
+
+
+def _moved(to: jax.Array, start: jax.Array, sizes: jax.Array, rows: int, nothing: int) -> jax.Array:
+    """int32 [rows]: which row comes to each place, where runs of `sizes` rows move from `start` to the places from `to`
+    on, which ascend; `nothing` for a place that gets none."""
+    place_R = jnp.arange(rows, dtype=jnp.int32)
+    run_R = jnp.searchsorted(to.reshape(-1), place_R, side="right") - 1  # an empty run begins where the next one does
+    nth_R = place_R - to.reshape(-1)[run_R]
+    return jnp.where(nth_R < sizes.reshape(-1)[run_R], start.reshape(-1)[run_R] + nth_R, nothing)
 
 
 class GatheredQueue(NamedTuple):
@@ -180,6 +229,15 @@ QUEUES: dict[str, Callable[[jax.Array, int], Any]] = {
     "ragged_all_to_all": _ragged_queue,
     "all_gather": _gathered_queue,
 }
+
+
+def dispatcher_of(mesh: MeshConfig, ranks: int, choices: int) -> str:
+    """The name of the dispatcher that `mesh.dispatcher` means. On NVIDIA GPUs "auto" is what moves fewer bytes, tokens
+    in bfloat16 (docs/meshes.md counts them); elsewhere it is "ragged_all_to_all"."""
+    if mesh.dispatcher != "auto":
+        return mesh.dispatcher
+    gathered, sent = 14 * (ranks - 1), 10 * choices * (ranks - 1) / ranks
+    return "all_gather" if for_nvidia() and gathered < sent else "ragged_all_to_all"
 
 
 Whole = tuple[Callable[[Weight], Weight], ...]  # makes this rank's experts' gate, up and down of their shards
@@ -323,6 +381,6 @@ def dispatch(
     further = first._replace(start=pairs, pairs=math.ceil(pairs / FURTHER))
     exchange = Exchange(whole, first, further, pairs < worst, mesh.overflow == "rounds")
     with jax.named_scope("plan"):
-        queue = QUEUES[mesh.dispatcher](ids_NK, num_experts)
+        queue = QUEUES[dispatcher_of(mesh, ranks, choices)](ids_NK, num_experts)
         dropped = jnp.zeros((), jnp.int32) if exchange.rounds else jnp.maximum(queue.counts().sum() - pairs, 0)
     return _run(exchange, queue, x_ND, scale_NK, shards), dropped

@@ -26,7 +26,7 @@ from ling_jax.parallel.quantise import quantise_shard
 from ling_jax.parallel.rules import spec_of
 from tests.support.helpers import assert_close, assert_gradient_close, jit
 
-ON_CPU = ("multiplied_out", "loop", "pallas")
+ON_CPU = ("multiplied_out", "loop", "pallas", "triton")
 
 
 def normal(seed: int, *shape: int, spread: float = 0.0) -> np.ndarray:
@@ -68,9 +68,10 @@ def test_tiles_and_blocks_are_the_rules_bit_for_bit(shape):
         same_bits(tiles.codes, codes)
         np.testing.assert_array_equal(tiles.scales, scales)
         np.testing.assert_array_equal(tiles.multiplied_out(), values(x, blocks).astype(np.float32))
-        kernel = jit(quantise_tiles, static_argnums=(1, 2))(x, dim, "pallas")
-        same_bits(kernel.codes, codes)
-        np.testing.assert_array_equal(kernel.scales, scales)
+        for name in ("pallas", "triton"):
+            kernel = jit(quantise_tiles, static_argnums=(1, 2))(x, dim, name)
+            same_bits(kernel.codes, codes)
+            np.testing.assert_array_equal(kernel.scales, scales)
     weight, (codes, scales) = jit(quantise_weight)(x), codes_and_scales(x, (128, 128), 1e-4)
     same_bits(weight.codes, codes)
     np.testing.assert_array_equal(weight.scales, scales)

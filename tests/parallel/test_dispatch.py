@@ -3,6 +3,7 @@
 Legend: N tokens of all devices, n of one, D hidden, K experts per token, E experts, P ranks, R rows.
 """
 
+import re
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from ling_jax.config import MeshConfig
 from ling_jax.kernels.grouped import block_rows
 from ling_jax.kernels.rows import plan_rows
 from ling_jax.kernels.swiglu import routed_swiglu
-from ling_jax.parallel.dispatch import dispatch
+from ling_jax.parallel.dispatch import dispatch, dispatcher_of
 from ling_jax.parallel.mesh import make_mesh, manual, psum
 from ling_jax.parallel.ragged import Routes, ragged_all_to_all
 from tests.support.helpers import assert_close, assert_gradient_close, jit, output_and_gradients
@@ -25,6 +26,17 @@ from tests.support.marks import nightly
 
 D, F, E, K = 16, 12, 8, 3
 DISPATCHERS = ("ragged_all_to_all", "all_gather")
+RANK_SLICES = "ragged_all_to_all, a slice for each rank"
+QUEUES = (*DISPATCHERS, RANK_SLICES)
+
+
+@pytest.fixture
+def dispatcher(request, monkeypatch) -> str:
+    """The dispatcher of a test's parameter; programs for GPUs send a slice for each rank, here too if asked."""
+    if request.param == RANK_SLICES:
+        monkeypatch.setattr("ling_jax.parallel.dispatch.for_nvidia", lambda: True)
+        return "ragged_all_to_all"
+    return request.param
 
 
 def routing(kind: str, tokens: int) -> np.ndarray:
@@ -75,14 +87,14 @@ def check(mesh: MeshConfig, ids: np.ndarray):
         assert_gradient_close(got_d, want_d)
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("dispatcher", QUEUES, indirect=True)
 @pytest.mark.parametrize("factor", [0.3, nightly(1.0), 2.0, nightly(4.0)])
 @pytest.mark.parametrize("kind", ["random", "one hot expert", "one hot rank", "empty experts"])
 def test_nothing_is_dropped_whatever_the_routing_and_the_buffer(kind, factor, dispatcher):
     check(MeshConfig(data=2, expert=4, buffer_factor=factor, dispatcher=dispatcher), routing(kind, 48))
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("dispatcher", QUEUES, indirect=True)
 def test_one_token_a_device(dispatcher):
     check(MeshConfig(expert=8, dispatcher=dispatcher), routing("one hot rank", 8))
 
@@ -91,7 +103,7 @@ def test_one_expert_a_device():
     check(MeshConfig(expert=8, buffer_factor=1.0), routing("random", 32))
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("dispatcher", QUEUES, indirect=True)
 def test_dropping_is_counted_and_leaves_out_whole_pairs(dispatcher):
     """All 3 * 48 pairs go to two of four ranks (one gets 2/3 of them), of which each takes 36."""
     mesh = MeshConfig(expert=4, buffer_factor=1.0, overflow="drop", dispatcher=dispatcher)
@@ -109,18 +121,43 @@ def test_further_rounds_are_in_the_program_only_where_a_buffer_can_overflow(fact
     assert ("while[" in jaxpr) == loops
 
 
-@pytest.mark.parametrize(("dispatcher", "other"), [DISPATCHERS, DISPATCHERS[::-1]])
-def test_the_named_dispatcher_is_in_the_traced_program(dispatcher, other):
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_the_named_dispatcher_is_in_the_traced_program(name):
     """The native collective and not an emulation, once lowered for a TPU."""
     ids, (args, g) = routing("random", 16), inputs(16)
-    run = spread(MeshConfig(expert=4, dispatcher=dispatcher), ids)
+    run = spread(MeshConfig(expert=4, dispatcher=name), ids)
 
     def backward(*args):
         return jax.vjp(run, *args, has_aux=True)[1](g)
 
     for f in (run, backward):
         text = jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
-        assert ("ragged_all_to_all" in text) == (dispatcher == "ragged_all_to_all")
+        assert ("ragged_all_to_all" in text) == (name == "ragged_all_to_all")
+
+
+@pytest.mark.parametrize(("gpu", "ranks", "name"), [
+    (True, 4, "all_gather"), (True, 8, "ragged_all_to_all"), (False, 4, "ragged_all_to_all"),
+])  # fmt: skip
+def test_on_gpus_the_dispatcher_moves_the_fewer_bytes(gpu, ranks, name, monkeypatch):
+    """The rows of 8 choices a token, or the tokens of all ranks."""
+    monkeypatch.setattr("ling_jax.parallel.dispatch.for_nvidia", lambda: gpu)
+    assert dispatcher_of(MeshConfig(), ranks, choices=8) == name
+    assert {dispatcher_of(MeshConfig(dispatcher=other), ranks, choices=8) for other in DISPATCHERS} == {*DISPATCHERS}
+
+
+def test_a_slice_for_each_rank_is_all_that_is_sent(monkeypatch):
+    ids, (args, _) = routing("random", 16), inputs(16)
+
+    def sizes() -> set[str]:
+        """The shapes of the offsets and sizes of the exchanges in a program for GPUs, 2 experts a rank."""
+        text = jax.jit(spread(MeshConfig(expert=4, dispatcher="ragged_all_to_all"), ids)).trace(*args).lower(
+            lowering_platforms=("cuda",)
+        ).as_text()
+        return set(re.findall(r"ragged_all_to_all.*?tensor<(\d+x?)i(?:32|64)>", text))
+
+    assert sizes() == {"8x"}
+    monkeypatch.setattr("ling_jax.parallel.dispatch.for_nvidia", lambda: True)
+    assert sizes() == {"4x"}
 
 
 def test_gradients_are_taken_inside_an_outer_stage_region():
