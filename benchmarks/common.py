@@ -8,14 +8,17 @@ import flax
 import jax
 import jaxlib
 
-from ling_jax.train.hardware import matmul_rate, peak_memory_bytes
+from ling_jax.train.hardware import matmul_rate, peak_flops, peak_memory_bytes
 
 
 def report(result: dict[str, Any], useful_flops: float, seconds: float) -> None:
-    """Prints one JSON object: `result`, and the share of the measured float32 matmul rate that `useful_flops`
-    in `seconds` reach."""
-    rate = matmul_rate()
+    """Prints one JSON object: `result`, the device, and the share of the measured float32 matmul rate that
+    `useful_flops` in `seconds` reach; of an accelerator that the data sheets are known of, also that of its bfloat16
+    peak."""
+    rate, peak = matmul_rate(), peak_flops()
     common = {
+        "device": jax.devices()[0].device_kind,
+        "data_sheet_fraction": peak and useful_flops / seconds / peak,
         "peak_rss_bytes": peak_memory_bytes(),
         "matmul_gflops": rate / 1e9,
         "useful_flops": useful_flops,

@@ -35,14 +35,20 @@ RUNS = {
 FP8 = {
     "mini-tpu7x-4x4x4": "ling_mini_base_2_0 --topology tpu7x:4x4x4 --mesh.fsdp 16 --mesh.expert 8 "
     "--data.global-batch-size 128",
+    "mini-h100-8": "ling_mini_base_2_0 --topology h100:8 --mesh.expert 8 --data.global-batch-size 8",
     "1t-tpu7x-8x8x8": "ling_1t_base --topology tpu7x:8x8x8 --mesh.fsdp 64 --mesh.expert 16 "
     "--data.global-batch-size 1024",
+}
+# In bfloat16. Experts inside hosts of eight GPUs, whose links are nine times as fast as the network between them.
+GPUS = {
+    "flash-h100-8x8": "ling_flash_2_0 --topology h100:8x8 --mesh.fsdp 8 --mesh.expert 8 --data.global-batch-size 64",
 }
 # The same for serving: one request and 32, weights in bfloat16 and in FP8 blocks; the mesh differs by the batch.
 SERVING = {
     "mini-v5e-2x4": ("ling_mini_2_0", "v5e:2x4", {1: "--mesh.tensor 4 --mesh.expert 2", 32: "--mesh.expert 8"}),
     "mini-v6e-2x2": ("ling_mini_2_0", "v6e:2x2", {1: "--mesh.tensor 4", 32: "--mesh.expert 4"}),
     "1t-v5p-4x4x2": ("ling_1t", "v5p:4x4x2", {32: "--mesh.tensor 4 --mesh.expert 8"}),
+    "ring-1t-h200-8x2": ("ring_1t", "h200:8x2", {32: "--mesh.tensor 2 --mesh.expert 8"}),
 }
 WORST = {"mini": 8, "flash": 16, "1t": 16}  # the buffer factor from which no row is ever beyond it: mesh.expert
 
@@ -61,7 +67,7 @@ def commands() -> dict[str, str]:
         moments = "--optimizer.mu-dtype bfloat16"
         found[f"{name}-bf16"] = f"{flags} {BASE} {moments}"
         found[f"{name}-fp8"] = f"{flags} {BASE} {moments} --train.fp8"
-    return found
+    return found | {f"{name}-bf16": f"{flags} {BASE}" for name, flags in GPUS.items()}
 
 
 def serving_commands() -> dict[str, str]:

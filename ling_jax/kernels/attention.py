@@ -302,19 +302,50 @@ def _attention_bwd(scale: float, implementation: str, saved: Any, g_BTHC: jax.Ar
 attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def cached_attention(
-    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, scale: float
+def _cached(
+    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, *, scale: float
 ) -> jax.Array:
-    """Softmax attention of each query over the keys at its own and all earlier slots of its row of a cache.
-
-    Scores and softmax are float32.
-
-    Returns:
-      [B, T, H, C] in q's dtype.
-    """
     k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
     parts = []
     for mine in _chunks(q_BTHC.shape[1]):
         seen_BtS = jnp.arange(k_BSGC.shape[1]) <= slots_BT[:, mine, None]
         parts.append(_answer(q_BTHC[:, mine], k_BGSC, v_BGSC, seen_BtS, scale)[0])
-    return jnp.concatenate(parts, axis=1).astype(q_BTHC.dtype)
+    return jnp.concatenate(parts, axis=1)
+
+
+def _cached_triton(
+    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, *, scale: float, interpret: bool
+) -> jax.Array:
+    args = (q_BTHC, k_BSGC, v_BSGC, slots_BT)
+    if not gpu_attention.takes(*args[:3]):
+        return _cached(*args, scale=scale)
+    return gpu_attention.cached(*args, scale=scale, interpret=interpret)
+
+
+_CACHED = Kernel(
+    nvidia=partial(_cached_triton, interpret=False),
+    rest=_cached,
+    named={"xla": _cached, "triton": pallas(_cached_triton)},
+)
+
+
+def cached_attention(
+    q_BTHC: jax.Array,
+    k_BSGC: jax.Array,
+    v_BSGC: jax.Array,
+    slots_BT: jax.Array,
+    scale: float,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Softmax attention of each query over the keys at its own and all earlier slots of its row of a cache.
+
+    Scores and softmax are float32. Differentiable as "xla" only.
+
+    Args:
+      slots_BT: int32, not negative.
+      implementation: "triton" (Pallas, for NVIDIA GPUs; interpreted on CPU), "xla" (for the rest) or "auto".
+    Returns:
+      [B, T, H, C] in q's dtype.
+    """
+    out_BTHC = _CACHED(q_BTHC, k_BSGC, v_BSGC, slots_BT, implementation=implementation, scale=scale)
+    return out_BTHC.astype(q_BTHC.dtype)

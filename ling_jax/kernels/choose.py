@@ -20,7 +20,7 @@ def by_platform(
 ) -> Any:
     """Calls the implementation given for the platform, else `rest`, with `args`: any pytrees of arrays."""
     named = {name: f for name, f in {"cpu": cpu, "tpu": tpu, "cuda": cuda}.items() if f is not None}
-    return jax.lax.platform_dependent(*args, **named, default=rest)
+    return jax.lax.platform_dependent(*args, **named, default=rest) if named else rest(*args)
 
 
 def for_nvidia() -> bool:

@@ -26,6 +26,7 @@ MASKED = -1e30  # as in `kernels.attention`
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)  # processors have powers of two, not of e
 NO_QUERY, NO_KEY = -1, -2  # segments past the end of a row: no token's, nor one another's
 WIDEST = 256
+PROGRAMS = 256  # a GPU has 108 to 148 processors
 
 
 class Softmax(NamedTuple):
@@ -204,13 +205,17 @@ def _turns(meet_BQK: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(meet_BQK, places, places.size).min(2), jnp.where(meet_BQK, places + 1, 0).max(2)
 
 
-def _job(q_BTHC: jax.Array, k_BSGC: jax.Array, scale: float, causal: bool, most: tuple[int, int]) -> Job:
+def _job(q: jax.Array, scale: float, causal: bool, lengths: tuple[int, int], most: tuple[int, int]) -> Job:
     """Tiles of `most` (queries, keys) for bfloat16 and heads of up to 128; smaller ones for more bytes, and for the
-    sums and products of float32, which are held in registers and would spill."""
-    itemsize = q_BTHC.dtype.itemsize
-    parts = -(-_filled(q_BTHC.shape[-1]) * itemsize // 256) * (itemsize // 2)
-    queries, keys = (max(SMALLEST, side // parts) for side in most)
-    return Job(scale, causal, tile(q_BTHC.shape[1], queries), tile(k_BSGC.shape[1], keys))
+    sums and products of float32, which are held in registers and would spill.
+
+    Args:
+      lengths: of queries and keys.
+    """
+    itemsize = q.dtype.itemsize
+    parts = -(-_filled(q.shape[-1]) * itemsize // 256) * (itemsize // 2)
+    sides = (tile(length, max(SMALLEST, side // parts)) for length, side in zip(lengths, most, strict=True))
+    return Job(scale, causal, *sides)
 
 
 @partial(jax.jit, static_argnames=("scale", "causal", "interpret"))
@@ -229,8 +234,8 @@ def flash(
 
     jit only keeps what was traced: the same shapes come back with every layer and every pass.
     """
-    job = _job(q_BTHC, k_BSGC, scale, causal, (128, 64))
     batch, length, heads, _ = q_BTHC.shape
+    job = _job(q_BTHC, scale, causal, (length, k_BSGC.shape[1]), (128, 64))
     turns = _turns(_meetings(q_segments_BT, kv_segments_BS, job))
     outs = [
         jax.ShapeDtypeStruct(q_BTHC.shape, jnp.float32),
@@ -267,19 +272,68 @@ def flash_bwd(
     of_q, of_kv = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q_BTHC, k_BSGC))
     (batch, queries, heads, _), (_, keys, groups, _) = q_BTHC.shape, k_BSGC.shape
     with jax.named_scope("causal" if causal else "whole"):
-        job = _job(q_BTHC, k_BSGC, scale, causal, (128, 64))
+        job = _job(q_BTHC, scale, causal, (queries, keys), (128, 64))
         turns = _turns(_meetings(q_segments_BT, kv_segments_BS, job))
         [dq_BTHC] = call(
             partial(_query_gradient_kernel, job=job), (tiles(queries, job.queries), heads, batch), [of_q],
             *five, *turns, *rows, name="gpu_attention_q", effort=Effort(warps=8, stages=2), interpret=interpret,
         )  # fmt: skip
-        job = _job(q_BTHC, k_BSGC, scale, causal, (64, 128))
+        job = _job(q_BTHC, scale, causal, (queries, keys), (64, 128))
         turns = _turns(_meetings(q_segments_BT, kv_segments_BS, job).swapaxes(1, 2))
         dk_BSGC, dv_BSGC = call(
             partial(_key_gradients_kernel, job=job), (tiles(keys, job.keys), groups, batch), [of_kv, of_kv],
             *five, *turns, *rows, name="gpu_attention_kv", effort=Effort(warps=8, stages=2), interpret=interpret,
         )  # fmt: skip
     return dq_BTHC, dk_BSGC, dv_BSGC
+
+
+def _cached_kernel(
+    q_BGRC: Any, k_BSGC: Any, v_BSGC: Any, slots_BR: Any, end_BQ: Any, out_PBGRC: Any, lse_PBGR: Any, *, job: Job
+):
+    """A part of the keys that a tile of a group's queries sees, of as many parts as there are."""
+    groups, splits = k_BSGC.shape[2], out_PBGRC.shape[0]
+    number, g = pl.program_id(1) // groups, pl.program_id(1) % groups
+    split, b = pl.program_id(0), pl.program_id(2)
+    r, c = Span(number * job.queries, job.queries, q_BGRC.shape[2]), _width(q_BGRC)
+    q_rc, slots_r = load(q_BGRC, b, g, r, c), load(slots_BR, b, r, fill=-1)
+
+    def add(step, so_far):
+        s = Span(step * job.keys, job.keys, k_BSGC.shape[1])
+        scores_rs = job.scores(q_rc, load(k_BSGC, b, s, g, c), s.places[None, :] <= slots_r[:, None])
+        return add_keys(so_far, scores_rs, load(v_BSGC, b, s, g, c))
+
+    turns = end_BQ[b, number]
+    first, end = split * turns // splits, (split + 1) * turns // splits
+    nothing_r = jnp.zeros(job.queries, jnp.float32)
+    nothing = Softmax(nothing_r + MASKED, nothing_r, jnp.zeros((job.queries, c.size), jnp.float32))
+    out_rc, lse_r = finish(jax.lax.fori_loop(first, end, add, nothing))
+    store(out_PBGRC, out_rc, split, b, g, r, c)
+    store(lse_PBGR, lse_r, split, b, g, r)
+
+
+@partial(jax.jit, static_argnames=("scale", "interpret"))
+def cached(
+    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, *, scale: float, interpret: bool
+) -> jax.Array:
+    """float32 out of `attention.cached_attention`. Each key is read once for all heads of its group, and none after the
+    last slot of a tile's queries. Few rows share their keys out among `PROGRAMS` and their answers are merged."""
+    (batch, queries, heads, width), (_, slots, groups, _) = q_BTHC.shape, k_BSGC.shape
+    rows = queries * heads // groups  # R: a group's, of one query after another
+    q_BGRC = q_BTHC.reshape(batch, queries, groups, -1, width).swapaxes(1, 2).reshape(batch, groups, rows, width)
+    slots_BR = jnp.repeat(jnp.minimum(slots_BT, slots - 1), heads // groups, axis=1)
+    job = _job(q_BGRC, scale, False, (rows, slots), (64, 64))
+    row_tiles = tiles(rows, job.queries)
+    splits = min(max(PROGRAMS // (batch * groups * row_tiles), 1), tiles(slots, job.keys))
+    end_BQ = _range(slots_BR, job.queries)[1] // job.keys + 1
+    outs = [jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in (q_BGRC.shape, q_BGRC.shape[:3])]
+    args, grid = (q_BGRC, k_BSGC, v_BSGC, slots_BR, end_BQ), (splits, row_tiles * groups, batch)
+    out_PBGRC, lse_PBGR = call(
+        partial(_cached_kernel, job=job), grid, outs, *args,
+        name="gpu_attention_cached", effort=Effort(warps=4, stages=2), interpret=interpret,
+    )  # fmt: skip
+    shares = jax.nn.softmax(lse_PBGR, axis=0)[..., None]
+    out_BGRC = (out_PBGRC * shares).sum(0)
+    return out_BGRC.reshape(batch, groups, queries, -1, width).swapaxes(1, 2).reshape(q_BTHC.shape)
 
 
 def _cost(call: work.KernelCall, products: int) -> work.Cost:
@@ -290,6 +344,6 @@ def _cost(call: work.KernelCall, products: int) -> work.Cost:
     return work.Cost({q.dtype.name: 2.0 * products * batch * heads * queries * k.shape[1] * width * seen})
 
 
-work.register("gpu_attention", partial(_cost, products=2))  # scores, values
+work.register("gpu_attention|gpu_attention_cached", partial(_cost, products=2))  # scores, values
 work.register("gpu_attention_q", partial(_cost, products=3))  # scores, their cotangent, dq
 work.register("gpu_attention_kv", partial(_cost, products=4))  # scores, their cotangent, dk, dv

@@ -129,7 +129,8 @@ def fp8_grouped_product(
     if x_RI.shape[0] > fp8.FEW:
         return multiplied_out(*args)
     whole = all(size % fp8.BLOCK == 0 for size in stack.shape[2:])
-    return by_platform(*args, cpu=chosen, tpu=kernel if whole else multiplied_out, rest=multiplied_out)
+    on_gpu = chosen if block == 1 else multiplied_out  # of longer blocks XLA would copy the weights first
+    return by_platform(*args, cpu=chosen, tpu=kernel if whole else multiplied_out, cuda=on_gpu, rest=multiplied_out)
 
 
 def _native(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int) -> jax.Array:

@@ -59,6 +59,7 @@ GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 40 << 20, 80 << 30, 2039_000_000_000, 1.41),
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 50 << 20, 84929347584, 3352_320_000_000, 1.98),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 233472, 50 << 20, 150754820096, 4800_000_000_000, 1.98),
+    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 233472, 126 << 20, 191503204352, 8000_000_000_000, 1.965),
 }
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
@@ -89,8 +90,8 @@ def missing() -> str | None:
 
 
 def gpu_devices(name: str) -> list[Any]:
-    """The devices of a topology of GPUs: "h100:8" is a host of eight, "h100:8x4" are four such hosts; so with a100 and
-    h200.
+    """The devices of a topology of GPUs: "h100:8" is a host of eight, "h100:8x4" are four such hosts; so with a100,
+    h200 and b200.
 
     Raises:
       ValueError: without the compiler, or for a name that is none.
@@ -99,7 +100,8 @@ def gpu_devices(name: str) -> list[Any]:
     found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", sizes)
     if kind not in GPUS or not found:
         raise ValueError(
-            f"no GPU topology {name!r}; h100:8 is a host of eight GPUs, h100:8x4 are four such hosts (or a100, h200)"
+            f"no GPU topology {name!r}; h100:8 is a host of eight GPUs, h100:8x4 are four such hosts (others: "
+            f"{', '.join(kind for kind in GPUS if kind != 'h100')})"
         )
     if reason := missing():
         raise ValueError(f"no topology {name!r}: {reason}")

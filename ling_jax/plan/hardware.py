@@ -28,6 +28,7 @@ class Chip:
     dcn_bytes_per_second: float  # between slices, or hosts of GPUs, one direction
     devices: int = 1  # of a chip
     is_gpu: bool = False
+    fp8_gain: int = 1  # FLOP/s of E4M3 products, over those of bfloat16
 
 
 CHIPS = {
@@ -37,8 +38,9 @@ CHIPS = {
     "TPU v6 lite": Chip(31.24 * GIB, 1638e9, 100e9, 12.5e9),
     "TPU7x": Chip(94.74 * GIB, 3690e9, 50e9, 6.25e9, devices=2),
     "NVIDIA A100": Chip(0.9 * 80 * GIB, 2039e9, 300e9, 25e9, is_gpu=True),
-    "NVIDIA H100": Chip(0.9 * 79.1 * GIB, 3352e9, 450e9, 50e9, is_gpu=True),
-    "NVIDIA H200": Chip(0.9 * 140.4 * GIB, 4800e9, 450e9, 50e9, is_gpu=True),
+    "NVIDIA H100": Chip(0.9 * 79.1 * GIB, 3352e9, 450e9, 50e9, is_gpu=True, fp8_gain=2),
+    "NVIDIA H200": Chip(0.9 * 140.4 * GIB, 4800e9, 450e9, 50e9, is_gpu=True, fp8_gain=2),
+    "NVIDIA B200": Chip(0.9 * 178.4 * GIB, 8000e9, 900e9, 50e9, is_gpu=True, fp8_gain=2),
 }
 
 
@@ -59,11 +61,12 @@ def _row(device: Any, table: Mapping[str, Any]) -> str:
 
 def peak_flops(device: Any, dtype: str) -> float:
     """FLOP/s of products of `dtype`. A TPU's float32 ones are made of six bfloat16 ones (Precision.HIGHEST); a GPU's
-    are no matrix unit's, and take 15 times as long on an H100."""
-    peak = PEAK_BF16_FLOPS[_row(device, PEAK_BF16_FLOPS)]
+    are no matrix unit's, and take 15 times as long on an H100. E4M3 products count as bfloat16's on TPUs: their kernels
+    are bounded by the vector unit."""
+    peak, chip = PEAK_BF16_FLOPS[_row(device, PEAK_BF16_FLOPS)], chip_of(device)
     if dtype == "float32":
-        return peak / (15 if chip_of(device).is_gpu else 6)
-    return peak
+        return peak / (15 if chip.is_gpu else 6)
+    return peak * chip.fp8_gain if dtype.startswith("float8") else peak
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ling_jax.kernels import gpu_tiles
-from ling_jax.kernels.attention import attend, attend_bwd
+from ling_jax.kernels.attention import attend, attend_bwd, cached_attention
 from ling_jax.kernels.gpu_attention import Job, _meetings, _turns
 from ling_jax.kernels.work import KernelCall, cost_of
 from tests.kernels.test_kernels import LAYOUTS, bf16, by_hand, normal, run_grouped
@@ -114,6 +114,32 @@ def test_attention_and_its_gradients_equal_xlas(row):
         assert_gradient_close(got, want)
 
 
+CACHED = {  # queries, slots, query heads, kv heads, head_dim
+    "one query, few slots": (1, 5, 4, 2, 8),
+    "one query, many tiles of slots": (1, 700, 4, 1, 32),
+    "queries of drafts": (5, 300, 6, 2, 16),
+    "a chunk of a prompt": (150, 200, 3, 1, 6),
+    "as many kv heads": (3, 130, 2, 2, 128),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CACHED)
+def test_attention_over_a_cache_equals_xlas_and_reads_no_tile_after_the_last_slot(case, dtype):
+    """Each row has its own number of slots in use; a slot beyond the cache counts as its last."""
+    queries, keys, heads, groups, width = CACHED[case]
+    q = jnp.asarray(normal(2, queries, heads, width), dtype)
+    k, v = (jnp.asarray(normal(2, keys, groups, width, seed=seed), dtype) for seed in (1, 2))
+    last = np.array([keys // 3, keys + 2])  # of the first row's slots only a third is in use
+    slots = np.maximum(last[:, None] - np.arange(queries)[::-1], 0).astype(np.int32)
+    want = cached_attention(q, k, v, slots, 0.3, "xla")
+    unused = (np.arange(keys) >= (keys // 3 // 64 + 1) * 64)[:, None, None]  # tiles have 64 at most
+    k, v = (a.at[0].set(jnp.where(unused, jnp.nan, a[0])) for a in (k, v))
+    got = jit(cached_attention, static_argnums=(4, 5))(q, k, v, slots, 0.3, "triton")
+    assert got.dtype == dtype
+    assert_close(got.astype("float32"), want.astype("float32"), 2**-8 if dtype == "bfloat16" else 1e-5)
+
+
 def test_tiles_of_other_documents_are_never_read():
     """Each of two documents fills whole tiles; the keys and cotangents of the other are NaN."""
     (q, k, v, _, _), g = attention_args(256, 256, 2, 1, 16, True)
@@ -161,6 +187,18 @@ def test_costs_of_the_kernels_are_their_products():
     assert cost.bytes == 2 * (32 * 32 + 32 * 16 + 2 * 16 * 32)  # half of the rows, two of four experts
     gradient = KernelCall(["gpu_grouped_gradient"], "", [rows[0], y, x], [w.update(dtype="float32")], lambda r: r, 4.0)
     assert cost_of(gradient).flops == {"bfloat16": 2 * 64 * 32 * 16}
+
+
+def test_costs_of_the_fp8_kernels_are_their_products_and_the_bytes_of_codes_and_scales():
+    """Half of 512 rows, and two of four experts of 256 x 128."""
+    shapes = {"codes": (512, 128), "scales": (1, 512), "w": (4, 256, 128), "w_scales": (4, 2, 1), "y": (512, 256)}
+    dtypes = {"codes": "float8_e4m3fn", "w": "float8_e4m3fn", "y": "bfloat16"}
+    a = {name: jax.ShapeDtypeStruct(shape, dtypes.get(name, "float32")) for name, shape in shapes.items()}
+    operands = [jax.ShapeDtypeStruct((4,), "int32"), a["codes"], a["scales"], a["w"], a["w_scales"]]
+    call = KernelCall(["gpu_fp8_product"], "", operands, [a["y"]], lambda room: room / 2, 2.0)
+    cost = cost_of(call)
+    assert cost.flops == {"float8_e4m3fn": 2 * 256 * 256 * 128}
+    assert cost.bytes == 256 * (128 + 4 + 2 * 256) + 2 * (256 * 128 + 4 * 2)
 
 
 def test_a_program_for_other_devices_has_no_trace_of_them():

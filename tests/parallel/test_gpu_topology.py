@@ -14,7 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from configs import ling_mini_2_0
 from ling_jax.config import MeshConfig
-from ling_jax.kernels.attention import attention
+from ling_jax.kernels import blockwise
+from ling_jax.kernels.attention import attention, cached_attention
+from ling_jax.kernels.blockwise import quantise_tiles
+from ling_jax.kernels.fp8 import FP8Weight
+from ling_jax.kernels.weight import LayerWeight, as_weight
 from ling_jax.parallel.mesh import make_mesh
 from ling_jax.plan import gpu
 from ling_jax.plan.count import Sent, Work
@@ -43,7 +47,7 @@ def devices() -> list:
 def kernels(text: str) -> set[str]:
     """The Pallas kernels that a compiled program calls."""
     calls = [line for line in text.splitlines() if re.search(f'custom_call_target="{TRITON}"', line)]
-    return {found[0] for line in calls if (found := re.search(r"gpu_(attention|grouped)\w*", line))}
+    return {found[0] for line in calls if (found := re.search(r"gpu_(attention|grouped|fp8)\w*", line))}
 
 
 def largest_array(text: str) -> int:
@@ -132,12 +136,60 @@ def test_the_train_step_has_the_kernels_and_the_exchanges(devices):
     assert "ragged_dot" not in text and "tpu_custom_call" not in text
 
 
-def test_fp8_products_are_dots_of_fp8(devices):
+def test_fp8_products_are_kernels_of_fp8_where_the_gpu_multiplies_it(devices):
     text = lowered_step(devices, fp8=True)
-    products = [line for line in text.splitlines() if re.search(r"(dot_general|ragged_dot)\W", line)]
-    in_fp8 = [line for line in products if line.count("f8E4M3FN") >= 2]
-    assert any("ragged_dot" in line for line in in_fp8) and any("dot_general" in line for line in in_fp8)
-    assert len(in_fp8) >= 20 and "ragged_all_to_all" in text and "tpu_custom_call" not in text
+    calls = [line for line in text.splitlines() if "xla.gpu.triton" in line]
+    by_name = {name: [line for line in calls if f"gpu_fp8_{name}" in line] for name in ("product", "gradient")}
+    for lines in by_name.values():
+        assert lines and all(line.count("f8E4M3FN>") >= 2 for line in lines)
+    assert any("gpu_fp8_quantise" in line for line in calls) and "gpu_grouped" not in text
+    older = lowered_step(topology_devices("a100:8", 1), fp8=True)
+    assert "gpu_fp8" not in older and "gpu_attention" in older
+
+
+@pytest.mark.parametrize("name", ["h100:8", "b200:8"])
+def test_fp8_kernels_compile_and_their_partial_sums_leave_no_processor(name):
+    """A linear layer and grouped products, forward and backward: 4,096 rows, 2048 inputs, 512 outputs."""
+    if reason := gpu.missing():
+        pytest.skip(reason)
+
+    def products(x, g, codes, scales, sizes):
+        total = []
+        for w, rows in ((FP8Weight(codes, scales), sizes), (FP8Weight(codes[0], scales[0]), None)):
+            total += [blockwise.product(quantise_tiles(a, 1), w, rows, d, a.dtype) for a, d in ((x, 1), (g, 2))]
+            total.append(blockwise.weight_gradient(quantise_tiles(g, 0), quantise_tiles(x, 0), rows))
+        return total
+
+    shapes = {(4096, 2048): "bfloat16", (4096, 512): "bfloat16", (4, 512, 2048): "float8_e4m3fn", (4, 4, 16): "float32"}
+    args = [*(jax.ShapeDtypeStruct(*of) for of in shapes.items()), jax.ShapeDtypeStruct((4,), "int32")]
+    program = compiled(products, args, topology_devices(name, 1)[0])
+    assert kernels(program.as_text()) == {"gpu_fp8_product", "gpu_fp8_gradient", "gpu_fp8_quantise"}
+    codes = 2 * 4096 * (2048 + 512)
+    assert program.memory_analysis().temp_size_in_bytes < 2 * codes  # 16 float32 sums of [4096, 512] are 134 MB
+
+
+def test_attention_over_a_cache_copies_no_keys(devices):
+    """One token of each of eight requests in a room of 4,096: XLA's form writes the keys anew, for each head's part."""
+    shapes = (8, 1, 16, 128), (8, 4096, 4, 128), (8, 4096, 4, 128)
+    args = [*(jax.ShapeDtypeStruct(s, "bfloat16") for s in shapes), jax.ShapeDtypeStruct((8, 1), "int32")]
+    program = compiled(lambda *args: cached_attention(*args, 0.1), args, devices[0])
+    assert "gpu_attention_cached" in kernels(program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < 3e6
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_decoding_copies_no_experts(devices, fp8):
+    """A token's 8 experts of 256: 8 MB of codes, of a stack of two layers' 537 MB."""
+    stack = jax.ShapeDtypeStruct((2, 256, 512, 2048), "float8_e4m3fn" if fp8 else "bfloat16")
+    scales = jax.ShapeDtypeStruct((2, 256, 4, 16), "float32")
+    rows = [jax.ShapeDtypeStruct((8, 2048), "bfloat16"), jax.ShapeDtypeStruct((256,), "int32")]
+
+    def product(x, sizes, layer, stack, scales):
+        weight = as_weight(FP8Weight(stack, scales) if fp8 else stack)
+        return LayerWeight(weight, layer).product(x, sizes, 1, 1)
+
+    args = [*rows, jax.ShapeDtypeStruct((), "int32"), stack, scales]
+    assert compiled(product, args, devices[0]).memory_analysis().temp_size_in_bytes < 1e6
 
 
 def test_the_counted_work_of_a_step_is_that_on_tpu(devices):
@@ -148,7 +200,7 @@ def test_the_counted_work_of_a_step_is_that_on_tpu(devices):
     assert on_gpu.hbm_bytes == pytest.approx(on_tpu.hbm_bytes, rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["a100:8", "h200:8"])
+@pytest.mark.parametrize("name", ["a100:8", "h200:8", "b200:8"])
 def test_the_kernels_compile_for_other_gpus(name):
     if reason := gpu.missing():
         pytest.skip(reason)
