@@ -29,6 +29,7 @@ from ling_jax.plan.roofline import bound
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 from tests.parallel.test_topology import arguments, attention_and_experts, run_config, step_arguments
+from tests.support.marks import nightly
 
 KERNELS = {
     "gpu_attention", "gpu_attention_q", "gpu_attention_kv", "gpu_grouped_product", "gpu_grouped_gradient",
@@ -147,7 +148,7 @@ def test_fp8_products_are_kernels_of_fp8_where_the_gpu_multiplies_it(devices):
     assert "gpu_fp8" not in older and "gpu_attention" in older
 
 
-@pytest.mark.parametrize("name", ["h100:8", "b200:8"])
+@pytest.mark.parametrize("name", ["h100:8", nightly("b200:8")])
 def test_fp8_kernels_compile_and_their_partial_sums_leave_no_processor(name):
     """A linear layer and grouped products, forward and backward: 4,096 rows, 2048 inputs, 512 outputs."""
     if reason := gpu.missing():
@@ -192,15 +193,18 @@ def test_decoding_copies_no_experts(devices, fp8):
     assert compiled(product, args, devices[0]).memory_analysis().temp_size_in_bytes < 1e6
 
 
-def test_the_counted_work_of_a_step_is_that_on_tpu(devices):
+@pytest.mark.parametrize("fp8", [False, nightly(True)])
+def test_the_counted_work_of_a_step_is_that_on_tpu(devices, fp8):
     """The kernels have other names, operands and costs of their own; the matrix products are the same."""
-    config = run_config(MeshConfig(fsdp=2, expert=4))
+    config = run_config(MeshConfig(fsdp=2, expert=4, dispatcher="ragged_all_to_all"), fp8)
     on_gpu, on_tpu = (trace_step(config, ds).count.total() for ds in (devices, topology_devices("v5p:2x2x2", 1)))
     assert on_gpu.flops["bfloat16"] == pytest.approx(on_tpu.flops["bfloat16"])
+    assert on_gpu.flops.get("float8_e4m3fn", 0) == pytest.approx(on_tpu.flops.get("float8_e4m3fn", 0))
+    assert ("float8_e4m3fn" in on_gpu.flops) == fp8
     assert on_gpu.hbm_bytes == pytest.approx(on_tpu.hbm_bytes, rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["a100:8", "h200:8", "b200:8"])
+@pytest.mark.parametrize("name", ["a100:8", nightly("h200:8"), nightly("b200:8")])
 def test_the_kernels_compile_for_other_gpus(name):
     if reason := gpu.missing():
         pytest.skip(reason)
