@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 SMALLEST = 16  # elements along each side of a product's tiles: a matrix unit takes no fewer
 DTYPES = (jnp.float32, jnp.bfloat16)
-BEFORE_FP8 = ("A100", "A800", "A30", "A40", "A10", "A16", "A2", "RTX A", "RTX 30", "V100", "T4")  # GPUs' names
+OLDEST, OLDEST_WITH_FP8 = 8.0, 8.9  # NVIDIA's compute capability
+PLANNED = {"NVIDIA A100": 8.0}  # of GPUs that programs are compiled for without one, where it is older than FP8
 
 
 class Span(NamedTuple):
@@ -61,16 +62,39 @@ def _triton() -> Any:
         return None
 
 
+def _capability() -> float:
+    """The compute capability of the GPUs of the program that is being traced; that of new ones if there are none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+    here = [d for d in jax.local_devices() if d.platform == "gpu" and d.device_kind == device.device_kind]
+    if here:
+        return float(here[0].compute_capability)
+    return next((old for name, old in PLANNED.items() if device.device_kind.startswith(name)), OLDEST_WITH_FP8)
+
+
+@functools.cache
+def _new_enough(capability: float) -> bool:
+    """Whether the backend knows the GPU; a warning if not."""
+    if capability < OLDEST:
+        log.warning(
+            "experts and attention run in XLA's slower forms: this GPU's compute capability is %s, and their kernels "
+            "need %s",
+            *(capability, OLDEST),
+        )
+    return capability >= OLDEST
+
+
+def _usable() -> bool:
+    return _triton() is not None and _new_enough(_capability())
+
+
 def takes(*arrays: jax.Array) -> bool:
     """Whether the kernels can be had, and have the dtype that all arrays share."""
-    return arrays[0].dtype in DTYPES and len({a.dtype for a in arrays}) == 1 and _triton() is not None
+    return arrays[0].dtype in DTYPES and len({a.dtype for a in arrays}) == 1 and _usable()
 
 
 def take_fp8() -> bool:
     """Whether the kernels can be had, and the GPUs of the program being traced multiply E4M3."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return not any(f" {name}" in f"{kind} " for name in BEFORE_FP8) and _triton() is not None
+    return _usable() and _capability() >= OLDEST_WITH_FP8
 
 
 def tile(size: int, most: int) -> int:

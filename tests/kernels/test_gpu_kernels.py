@@ -216,14 +216,26 @@ def test_a_program_for_other_devices_has_no_trace_of_them():
 
 def test_without_the_backend_xlas_form_runs_with_one_warning(monkeypatch, caplog):
     gpu_tiles._triton.cache_clear()
+    x = jnp.zeros(1)  # before: JAX imports its platforms so, too
     monkeypatch.setattr(importlib, "import_module", lambda name: raise_import_error(name))
     try:
-        assert not gpu_tiles.takes(jnp.zeros(1)) and not gpu_tiles.takes(jnp.zeros(1))
+        assert not gpu_tiles.takes(x) and not gpu_tiles.takes(x)
         assert [r.getMessage() for r in caplog.records] == [
             "experts and attention run in XLA's slower forms: this JAX has no Triton backend (gone)"
         ]
     finally:
         gpu_tiles._triton.cache_clear()
+
+
+def test_on_gpus_older_than_the_backend_knows_xlas_form_runs_with_one_warning(monkeypatch, caplog):
+    gpu_tiles._new_enough.cache_clear()
+    for capability, products, fp8 in ((7.5, False, False), (7.5, False, False), (8.0, True, False), (8.9, True, True)):
+        monkeypatch.setattr(gpu_tiles, "_capability", lambda capability=capability: capability)
+        assert (gpu_tiles.takes(jnp.zeros(1)), gpu_tiles.take_fp8()) == (products, fp8)
+    assert [r.getMessage() for r in caplog.records] == [
+        "experts and attention run in XLA's slower forms: this GPU's compute capability is 7.5, and their kernels need "
+        "8.0"
+    ]
 
 
 def raise_import_error(name: str):
