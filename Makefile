@@ -10,10 +10,14 @@ PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-re
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=1
 
+# `make quickstart CUDA=1` puts JAX for NVIDIA GPUs into .venv.
+REQUIREMENTS := requirements$(if $(filter 1,$(CUDA)),-cuda)
+
 .PHONY: help quickstart test test-fast nightly lint lint-format lint-rules lint-types lint-cpp format
 
 help:
 	@echo "make quickstart   train configs/ling_tiny.py on real text, then continue a prompt"
+	@echo "                  CUDA=1: with JAX for NVIDIA GPUs (docs/gpus.md)"
 	@echo "make test         the whole test suite; choose with ARGS='-k router'"
 	@echo "make test-fast    the tests that need neither processes, nor meshes, nor a TPU's compiler: minutes"
 	@echo "make nightly      the longer forms of tests: more kills, more pairs, every kind of bucket"
@@ -21,7 +25,7 @@ help:
 	@echo "make format       rewrite the sources as 'make lint' wants them"
 
 quickstart: export GLIBC_TUNABLES := $(MALLOC)
-quickstart: .venv/installed-requirements
+quickstart: .venv/installed-$(REQUIREMENTS)
 	$(PYTHON) train.py ling_tiny --run quickstart
 	$(PYTHON) sample.py --checkpoint runs/quickstart --prompt "class" --max-new-tokens 96
 	@echo "The curves of this run: runs/quickstart/report.html"
@@ -64,6 +68,9 @@ format: .venv/installed-requirements-test
 # The script makes the stamp, as its last act: what a failed install leaves behind is never taken for finished.
 .venv/installed-requirements: requirements.txt
 	scripts/make_venv.sh .venv requirements.txt
+
+.venv/installed-requirements-cuda: requirements-cuda.txt requirements.txt
+	scripts/make_venv.sh .venv requirements-cuda.txt
 
 .venv/installed-requirements-test: requirements-test.txt requirements.txt
 	scripts/make_venv.sh .venv requirements-test.txt
