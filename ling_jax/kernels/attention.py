@@ -302,9 +302,7 @@ def _attention_bwd(scale: float, implementation: str, saved: Any, g_BTHC: jax.Ar
 attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _cached(
-    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, *, scale: float
-) -> jax.Array:
+def _cached(q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, *, scale: float) -> jax.Array:
     k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
     parts = []
     for mine in _chunks(q_BTHC.shape[1]):

@@ -134,9 +134,7 @@ def weight_gradient(
     out = jax.ShapeDtypeStruct((groups, outputs, inputs), jnp.float32)
     args = (starts_F, g_codes_RO, g_scales_rO, x_codes_RI, x_scales_rI)
     grid = (inputs // BLOCK, outputs // BLOCK, groups)
-    return call(
-        _gradient_kernel, grid, [out], *args, name="gpu_fp8_gradient", effort=EFFORT, interpret=interpret
-    )[0]
+    return call(_gradient_kernel, grid, [out], *args, name="gpu_fp8_gradient", effort=EFFORT, interpret=interpret)[0]
 
 
 def _tile_kernel(x_RC: Any, codes_RC: Any, scales: Any, *, dim: int, floor: float, sides: tuple[int, int]):

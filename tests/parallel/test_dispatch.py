@@ -150,9 +150,12 @@ def test_a_slice_for_each_rank_is_all_that_is_sent(monkeypatch):
 
     def sizes() -> set[str]:
         """The shapes of the offsets and sizes of the exchanges in a program for GPUs, 2 experts a rank."""
-        text = jax.jit(spread(MeshConfig(expert=4, dispatcher="ragged_all_to_all"), ids)).trace(*args).lower(
-            lowering_platforms=("cuda",)
-        ).as_text()
+        text = (
+            jax.jit(spread(MeshConfig(expert=4, dispatcher="ragged_all_to_all"), ids))
+            .trace(*args)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
         return set(re.findall(r"ragged_all_to_all.*?tensor<(\d+x?)i(?:32|64)>", text))
 
     assert sizes() == {"8x"}
