@@ -139,8 +139,8 @@ class RankQueue(RaggedQueue):
         return there, Routes(begin_QS[me], size_QS[me], sent_QS[me], recv_sizes=size_QS[:, me])
 
     def _runs(self, part: Round) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """int32 [e, S]: where the pairs of an expert and a source lie as they arrive, where once sorted, and how many they
-        are."""
+        """int32 [e, S]: the pairs of an expert and a source: where they lie as they arrive, where once sorted, and how
+        many they are."""
         _, size_eS, row_eS, _ = part.place(self.counts())
         return _exclusive(size_eS.sum(0), 0) + _exclusive(size_eS, 0), row_eS, size_eS
 
