@@ -91,7 +91,7 @@ TINY = Sizes(
 
 
 def two_layers() -> RunConfig:
-    """Ling-mini's shapes."""
+    """Ling-mini with two layers."""
     run = named_config("ling_mini_2_0")
     return dataclasses.replace(run, model=dataclasses.replace(run.model, num_hidden_layers=2))
 
@@ -261,7 +261,7 @@ def training(bench: Bench, rows: int, block: int, names: tuple[str, ...], peers:
 
 
 def gradient_by_groups(g_RO: jax.Array, x_RI: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """float32 [E, O, I], of all rows for each group."""
+    """float32 [E, O, I], for each group from all rows."""
     rows_R, ends_E = jnp.arange(len(x_RI)), jnp.cumsum(sizes_E)
 
     def of_group(start, end):
@@ -286,19 +286,20 @@ def product_peers(bench: Bench, title: str) -> Forms:
 
 
 def decoding(bench: Bench, rows: int) -> None:
-    """Rows of random experts; the bytes that must be moved are the chosen ones'."""
+    """Rows of random experts, others in each layer; the bytes that must be moved are the chosen ones'."""
     (_, outputs, inputs), groups, layers = bench.sizes.experts, bench.sizes.decoding_experts, bench.sizes.layers
-    sizes_E = np.bincount(np.random.default_rng(0).integers(0, groups, rows), minlength=groups).astype(np.int32)
+    chosen = np.random.default_rng(0).integers(0, groups, (layers, rows))
+    sizes_LE = (chosen[:, :, None] == np.arange(groups)).sum(1).astype(np.int32)
 
     def make():
         weights = [normal(1 + layer, groups, outputs, inputs) for layer in range(layers)]
-        return normal(0, rows, inputs), weights, jnp.array(sizes_E)
+        return normal(0, rows, inputs), weights, list(jnp.array(sizes_LE))
 
     def through(name: str) -> Form:
-        return lambda x, weights, sizes: [grouped_product(x, w, sizes, 1, 1, name) for w in weights]
+        return lambda x, *stacks: [grouped_product(x, w, sizes, 1, 1, name) for w, sizes in zip(*stacks, strict=True)]
 
     forms = {name: through(name) for name in ("ragged", "triton")}
-    title, moved = f"decoding product, {rows} rows", 2.0 * np.count_nonzero(sizes_E) * inputs * outputs
+    title, moved = f"decoding product, {rows} rows", 2.0 * np.count_nonzero(sizes_LE) / layers * inputs * outputs
     bench.compare(title, make, forms["ragged"], forms, moved=moved, layers=layers)
 
 
@@ -453,9 +454,10 @@ def whole(bench: Bench, module: str, config: str, *flags: str) -> None:
 
     def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{config}.py"
-            file.write_text(f"from benchmarks.h100 import {config} as config\n")
-            name = str(file) if config in OWN else config
+            name = config
+            if config in OWN:
+                name = str(Path(folder, f"{config}.py"))
+                Path(name).write_text(f"from benchmarks.h100 import {config} as config\n")
             words = [sys.executable, "-m", f"benchmarks.{module}", "--config", name, "--dtype", "bfloat16", *flags]
             limit = min(LONGEST_COMMAND, bench.command.seconds - bench.spent() + 20)
             done = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=limit)
