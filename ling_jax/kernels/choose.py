@@ -65,7 +65,7 @@ class Kernel:
 
 
 def pallas(kernel: Implementation) -> Implementation:
-    """A Pallas kernel for TPU, which runs interpreted on CPU: `kernel` has a keyword `interpret`."""
+    """A Pallas kernel for TPU or GPU, which runs interpreted on CPU: `kernel` has a keyword `interpret`."""
 
     def run(*args: Any, **static: Any) -> Any:
         interpreted, compiled = (partial(kernel, interpret=value, **static) for value in (True, False))

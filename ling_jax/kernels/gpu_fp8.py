@@ -86,7 +86,7 @@ def product(
     (rows, inner), outputs = codes_RK.shape, w_codes_EOI.shape[out_dim]
     assert rows % BLOCK == inner % BLOCK == outputs % BLOCK == 0, (rows, inner, outputs)
     ends_E = jnp.cumsum(group_sizes_E.astype(jnp.int32)) // BLOCK
-    groups_J = jnp.searchsorted(ends_E, jnp.arange(rows // BLOCK), side="right").astype(jnp.int32)
+    groups_J = (jnp.arange(rows // BLOCK, dtype=jnp.int32)[:, None] >= ends_E).sum(1, jnp.int32)
     kernel, out = partial(_product_kernel, out_dim=out_dim), jax.ShapeDtypeStruct((rows, outputs), dtype)
     args = (groups_J, codes_RK, scales_Rk.T, w_codes_EOI, w_scales_Eoi)
     grid = (rows // BLOCK * (outputs // BLOCK),)

@@ -163,7 +163,8 @@ def _moved(to: jax.Array, start: jax.Array, sizes: jax.Array, rows: int, nothing
     """int32 [rows]: which row comes to each place, where runs of `sizes` rows move from `start` to the places from `to`
     on, which ascend; `nothing` for a place that gets none."""
     place_R = jnp.arange(rows, dtype=jnp.int32)
-    run_R = jnp.searchsorted(to.reshape(-1), place_R, side="right") - 1  # an empty run begins where the next one does
+    # An empty run begins where the next one does.
+    run_R = jnp.searchsorted(to.reshape(-1), place_R, side="right", method="compare_all") - 1
     nth_R = place_R - to.reshape(-1)[run_R]
     return jnp.where(nth_R < sizes.reshape(-1)[run_R], start.reshape(-1)[run_R] + nth_R, nothing)
 
