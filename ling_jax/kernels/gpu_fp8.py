@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 
 from ling_jax.kernels import work
 from ling_jax.kernels.fp8 import BLOCK, codes_of, scales_of
-from ling_jax.kernels.gpu_tiles import Effort, Span, call, load, store, tile, tiles
+from ling_jax.kernels.gpu_tiles import SMALLEST, Effort, Span, call, load, store, tile, tiles
+from ling_jax.kernels.precision import dot
 
 # 96 KiB of shared memory: three stages of two 128 x 128 tiles of codes.
 EFFORT = Effort(warps=8, stages=3)
@@ -137,6 +138,60 @@ def weight_gradient(
     return call(_gradient_kernel, grid, [out], *args, name="gpu_fp8_gradient", effort=EFFORT, interpret=interpret)[0]
 
 
+def _rows_kernel(groups_J: Any, first_1: Any, x_RI: Any, codes_GOI: Any, scales_Eoi: Any, y_RO: Any, *, rows: int):
+    """A tile of rows of one group times a block of its weight, which is widened exactly once it is here."""
+    (room, inner), outputs = x_RI.shape, y_RO.shape[1]
+    j, o_block = pl.program_id(0) // (outputs // BLOCK), pl.program_id(0) % (outputs // BLOCK)
+    r = Span(j * rows, max(rows, SMALLEST), room if rows >= SMALLEST else (j + 1) * rows)
+    o, group = _block(o_block, outputs), groups_J[j]
+
+    def add(step, sum_ro):
+        i = _block(step, inner)
+        x_ri = load(x_RI, r, i)
+        codes_oi = load(codes_GOI, first_1[0] + group, o, i).astype(x_ri.dtype)
+        return sum_ro + dot(x_ri, codes_oi, ((1,), (1,))) * load(scales_Eoi, group, o_block, step)
+
+    steps = (group < scales_Eoi.shape[0]).astype(jnp.int32) * (inner // BLOCK)
+    store(y_RO, jax.lax.fori_loop(0, steps, add, jnp.zeros((r.size, BLOCK), jnp.float32)), r, o)
+
+
+@partial(jax.jit, static_argnames=("rows", "interpret"))
+def rows_product(
+    x_RI: jax.Array,
+    codes_GOI: jax.Array,
+    scales_Eoi: jax.Array,
+    first: jax.Array | int,
+    groups_J: jax.Array,
+    *,
+    rows: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """x_r w_e^T for rows that are not quantised, in x's dtype, of weights whose codes alone are read. I and O are
+    multiples of 128.
+
+    Args:
+      codes_GOI: of more groups than these, which begin at `first`.  scales_Eoi: of these groups' blocks.
+      groups_J: int32, the group of each tile of `rows` rows (see `gpu_grouped.row_tile`); E for none, whose rows become
+        zero.
+    """
+    (room, inner), outputs = x_RI.shape, codes_GOI.shape[1]
+    assert inner % BLOCK == outputs % BLOCK == 0, (inner, outputs)
+    out = jax.ShapeDtypeStruct((room, outputs), x_RI.dtype)
+    args = (groups_J, jnp.asarray(first, jnp.int32).reshape(1), x_RI, codes_GOI, scales_Eoi)
+    grid = (room // rows * (outputs // BLOCK),)
+    kernel, effort = partial(_rows_kernel, rows=rows), Effort(warps=4, stages=3)
+    return call(kernel, grid, [out], *args, name="gpu_fp8_rows", effort=effort, interpret=interpret)[0]
+
+
+def _rows_cost(call: work.KernelCall) -> work.Cost:
+    """The expected rows, and the codes and scales of the experts that have some."""
+    x, codes, scales = [a for a in call.operands if a.ndim >= 2]
+    [y], rows, read = call.results, call.rows(x.shape[0]), min(call.experts_read, scales.shape[0])
+    moved = rows / x.shape[0] * (work.size_of(x) + work.size_of(y))
+    moved += read * (work.size_of(codes) / codes.shape[0] + work.size_of(scales) / scales.shape[0])
+    return work.Cost({x.dtype.name: 2.0 * rows * codes.shape[1] * codes.shape[2]}, moved)
+
+
 def _tile_kernel(x_RC: Any, codes_RC: Any, scales: Any, *, dim: int, floor: float, sides: tuple[int, int]):
     """Tiles of 128 along `dim`; a scale for each of the other dim's elements."""
     at = [Span(pl.program_id(d) * side, side, x_RC.shape[d]) for d, side in enumerate(sides)]
@@ -168,4 +223,5 @@ def quantise(x_RC: jax.Array, dim: int, floor: float, *, interpret: bool = False
 
 
 work.register("gpu_fp8_product|gpu_fp8_gradient", partial(work.grouped, rows_first=True))
+work.register("gpu_fp8_rows", _rows_cost)
 work.register("gpu_fp8_quantise", lambda call: work.Cost({}))

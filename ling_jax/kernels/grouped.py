@@ -8,8 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ling_jax.kernels import fp8, gpu_grouped, gpu_tiles, megablox, native
-from ling_jax.kernels.choose import Kernel, by_platform, pallas
+from ling_jax.kernels import fp8, gpu_fp8, gpu_grouped, gpu_tiles, megablox, native
+from ling_jax.kernels.choose import Kernel, by_platform, for_nvidia, pallas
 from ling_jax.kernels.fp8 import FP8Weight
 from ling_jax.kernels.precision import precision_of
 
@@ -126,11 +126,19 @@ def fp8_grouped_product(
     def kernel(x_RI, codes, scales, first, group_sizes_E):
         return _inside(fp8.rows_product(x_RI, codes, scales, first, group_sizes_E), group_sizes_E)
 
+    def triton(x_RI, codes, scales, first, group_sizes_E):
+        rows = gpu_grouped.row_tile(block)
+        groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // rows, rows)
+        return gpu_fp8.rows_product(x_RI, codes, scales, first, groups_J, rows=rows)
+
     args = (x_RI, codes, scales, layer * groups, group_sizes_E)
     if x_RI.shape[0] > fp8.FEW:
         return multiplied_out(*args)
     whole = all(size % fp8.BLOCK == 0 for size in stack.shape[2:])
-    on_gpu = chosen if block == 1 else multiplied_out  # of longer blocks XLA would copy the weights first
+    if block == 1:  # of longer blocks XLA would copy the weights first
+        on_gpu = chosen
+    else:
+        on_gpu = triton if whole and for_nvidia() and gpu_tiles.take_fp8() else multiplied_out
     return by_platform(*args, cpu=chosen, tpu=kernel if whole else multiplied_out, cuda=on_gpu, rest=multiplied_out)
 
 

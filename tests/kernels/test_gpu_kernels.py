@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ling_jax.kernels import gpu_tiles
+from ling_jax.kernels import gpu_fp8, gpu_tiles
 from ling_jax.kernels.attention import attend, attend_bwd, cached_attention
+from ling_jax.kernels.fp8 import quantise_weight
 from ling_jax.kernels.gpu_attention import Job, _meetings, _turns
+from ling_jax.kernels.grouped import groups_of_blocks
 from ling_jax.kernels.work import KernelCall, cost_of
 from tests.kernels.test_kernels import LAYOUTS, bf16, by_hand, normal, run_grouped
 from tests.support.helpers import assert_close, assert_gradient_close, jit
@@ -69,6 +71,27 @@ def test_products_of_single_rows_take_xlas_form():
     assert "gpu_grouped_product" not in text and "gpu_grouped_gradient" in text
     for got, want in zip(run_grouped(*args, 1, "triton"), by_hand(*args), strict=True):
         assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block", [2, 16])
+def test_few_rows_meet_the_codes_of_their_groups_alone(block, dtype):
+    """The second layer of a stack, whose first, and whose experts without rows, hold NaN."""
+    sizes = np.array((1, 0, 2), np.int32) * block
+    w, x = normal(3, 256, 128), jnp.asarray(normal(4 * block, 128), dtype)
+    weight = quantise_weight(w)
+    codes = jnp.concatenate([jnp.full_like(weight.codes, jnp.nan), weight.codes]).at[4].set(jnp.nan)
+    groups = groups_of_blocks(jnp.asarray(sizes), 4, block)
+    got = jit(gpu_fp8.rows_product, static_argnames=("rows", "interpret"))(
+        x, codes, weight.scales, 3, groups, rows=block, interpret=True
+    )
+    want = by_hand(np.asarray(x, np.float32), np.asarray(weight.astype(jnp.float32)), sizes, normal(4 * block, 256))[0]
+    assert got.dtype == dtype and not np.asarray(got)[sizes.sum() :].any()
+    assert_gradient_close(got.astype("float32"), want, tolerance=2**-8 if dtype == "bfloat16" else 1e-5)
+    operands = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (groups, jnp.zeros(1), x, codes, weight.scales)]
+    cost = cost_of(KernelCall(["gpu_fp8_rows"], "", operands, [got], lambda room: room / 2, 2.0))
+    assert cost.flops == {dtype: 2 * 2 * block * 256 * 128}
+    assert cost.bytes == 2 * block * (128 + 256) * x.dtype.itemsize + 2 * (256 * 128 + 4 * 2)
 
 
 # attention

@@ -178,16 +178,16 @@ def test_attention_over_a_cache_copies_no_keys(devices):
     assert program.memory_analysis().temp_size_in_bytes < 3e6
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_decoding_copies_no_experts(devices, fp8):
-    """A token's 8 experts of 256: 8 MB of codes, of a stack of two layers' 537 MB."""
+@pytest.mark.parametrize(("fp8", "block"), [(False, 1), (True, 1), (True, 4)])
+def test_decoding_copies_no_experts(devices, fp8, block):
+    """A token's 8 experts of 256: 8 MB of codes, of a stack of two layers' 537 MB; and as many more rows."""
     stack = jax.ShapeDtypeStruct((2, 256, 512, 2048), "float8_e4m3fn" if fp8 else "bfloat16")
     scales = jax.ShapeDtypeStruct((2, 256, 4, 16), "float32")
-    rows = [jax.ShapeDtypeStruct((8, 2048), "bfloat16"), jax.ShapeDtypeStruct((256,), "int32")]
+    rows = [jax.ShapeDtypeStruct((8 * block, 2048), "bfloat16"), jax.ShapeDtypeStruct((256,), "int32")]
 
     def product(x, sizes, layer, stack, scales):
         weight = as_weight(FP8Weight(stack, scales) if fp8 else stack)
-        return LayerWeight(weight, layer).product(x, sizes, 1, 1)
+        return LayerWeight(weight, layer).product(x, sizes, block, 1)
 
     args = [*rows, jax.ShapeDtypeStruct((), "int32"), stack, scales]
     assert compiled(product, args, devices[0]).memory_analysis().temp_size_in_bytes < 1e6
