@@ -298,7 +298,7 @@ def decoding(bench: Bench, rows: int) -> None:
     def through(name: str) -> Form:
         return lambda x, *stacks: [grouped_product(x, w, sizes, 1, 1, name) for w, sizes in zip(*stacks, strict=True)]
 
-    forms = {name: through(name) for name in ("ragged", "triton")}
+    forms = {name: through(name) for name in ("ragged", "blocked", "triton")}
     title, moved = f"decoding product, {rows} rows", 2.0 * np.count_nonzero(sizes_LE) / layers * inputs * outputs
     bench.compare(title, make, forms["ragged"], forms, moved=moved, layers=layers)
 

@@ -135,10 +135,9 @@ def fp8_grouped_product(
     if x_RI.shape[0] > fp8.FEW:
         return multiplied_out(*args)
     whole = all(size % fp8.BLOCK == 0 for size in stack.shape[2:])
-    if block == 1:  # of longer blocks XLA would copy the weights first
-        on_gpu = chosen
-    else:
-        on_gpu = triton if whole and for_nvidia() and gpu_tiles.take_fp8() else multiplied_out
+    on_gpu = chosen if block == 1 else multiplied_out  # of longer blocks XLA would copy the weights first
+    if whole and for_nvidia() and gpu_tiles.take_fp8():
+        on_gpu = triton
     return by_platform(*args, cpu=chosen, tpu=kernel if whole else multiplied_out, cuda=on_gpu, rest=multiplied_out)
 
 
@@ -165,9 +164,7 @@ def _in_cpp_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, *, bl
 
 
 def _triton(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int, interpret: bool):
-    """Single rows, as in decoding, take XLA's form, which reads a row's weight where it lies; of longer blocks XLA
-    would copy the weights first."""
-    if block == 1 or not gpu_tiles.takes(x_RI):
+    if not gpu_tiles.takes(x_RI):
         return _blocked(x_RI, w_EOI, group_sizes_E, block, out_dim)
     rows, w = gpu_grouped.row_tile(block), w_EOI.astype(x_RI.dtype)
     groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // rows, rows)
