@@ -92,10 +92,11 @@ def serving_summary() -> str:
         plan = json.loads(file.read_text().splitlines()[-1])
         size = {key: f"{value / 1e9:.2f} GB" for key, value in plan["decode"]["bytes_per_device"].items()}
         mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+        too_much = "" if plan["fits"] else " **too much**"
         read = f"{plan['weight_bytes_read_per_device'] / 1e9:.2f} + {plan['cache_bytes_per_device'] / 1e9:.2f} GB"
         rows.append(
-            f"| [{name}](plans/{name}.txt) | {mesh} | {read} | {size['arguments']} | {size['temporaries']} "
-            f"| {size['hbm']} | {1e6 * plan['decode']['collective_seconds_per_layer']:.2f} us "
+            f"| [{name}](plans/{name}.txt) | {mesh} | {read} | {size['arguments']}{too_much} "
+            f"| {size['temporaries']} | {size['hbm']} | {1e6 * plan['decode']['collective_seconds_per_layer']:.2f} us "
             f"| {plan['prefill']['tokens_per_second']:,.0f} | {plan['decode']['tokens_per_second']:,.0f} |"
         )
     return "\n".join(rows)
