@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from ling_jax import generate, load_pretrained
 from ling_jax.convert.mapping import hf_names
+from ling_jax.kernels.lightning import base_slopes, lightning, slopes_of
 from ling_jax.model.model import CAPTURES, Ling, split_model
 from ling_jax.model.rope import frequencies
 from ling_jax.train.loss import IGNORE, NextToken, TargetCounts, shift_targets
@@ -75,7 +76,7 @@ def kind_of(case: Path) -> str:
 def cases():
     folders = sorted(p for p in FOLDER.iterdir() if p.is_dir())
     assert folders, f"no golden cases under {FOLDER}"
-    later = {"ring-linear": "Ring-linear layers", "lightning": "lightning attention"}
+    later = {"ring-linear": "Ring-linear layers"}
     for folder in folders:
         reason = later.get(kind_of(folder))
         marks = [pytest.mark.xfail(strict=True, reason=f"not there yet: {reason}")] if reason else []
@@ -270,12 +271,55 @@ def compare_ling(compare: Comparison, case: Path):
         compare_generation(compare, model, case / "generate.safetensors")
 
 
+def compare_lightning(compare: Comparison, case: Path):
+    """The tables of slopes, and attention in chunks: alone, from a state, packed, with its gradients."""
+    for scenario, data in scenarios_of(case).items():
+        if scenario == "base_slopes":
+            for heads, want in data.items():
+                compare.values(f"base_slopes.{heads}", want, base_slopes(int(heads)))
+        elif scenario == "slopes":
+            for name, want in data.items():
+                convention, heads, layers = name.split(".")
+                sizes = int(heads[1:]), int(layers[1:])
+                got = [slopes_of(sizes[0], layer, sizes[1], convention) for layer in range(sizes[1])]
+                compare.values(f"slopes.{name}", want, got)
+        else:
+            compare_attention(compare, scenario, data)
+
+
+def compare_attention(compare: Comparison, scenario: str, data: dict):
+    q, k, v = (jnp.asarray(data[name]) for name in "qkv")
+    slopes, scale = jnp.asarray(np.abs(data["g"]), jnp.float32), q.shape[-1] ** -0.5
+    whole = jnp.ones(q.shape[:2], jnp.int32)
+    nothing = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[-1]), jnp.float32)
+    run = partial(lightning, scale=scale)
+    settings = {"": (whole, nothing)}
+    if "state_in" in data:
+        settings["_with_state"] = whole, jnp.asarray(data["state_in"])
+    if "reset" in data:
+        settings["_packed"] = whole + jnp.cumsum(jnp.asarray(data["reset"]) != 0, 1), nothing
+    if "grad_out" in data:
+
+        def attend(q, k, v, state):
+            return run(q, k, v, slopes, whole, state)[0]
+
+        out, pull = jax.vjp(attend, q, k, v, settings["_with_state"][1])
+        compare.values(f"{scenario}.out", data["out"], out)
+        for name, got in zip(("q", "k", "v", "state_in"), pull(jnp.asarray(data["grad_out"])), strict=True):
+            compare.values(f"{scenario}.d_{name}", data[f"d_{name}"], got)
+        return
+    for suffix, (segments, state) in settings.items():
+        out, after = run(q, k, v, slopes, segments, state)
+        compare.values(f"{scenario}.out{suffix}", data[f"out{suffix}"], out)
+        compare.values(f"{scenario}.state_out{suffix}", data[f"state_out{suffix}"], after)
+
+
 @pytest.mark.parametrize("case", list(cases()))
 def test_equals_the_official_model(case):
     kind = kind_of(case)
     assert kind != "unknown", f"{case}: unknown kind of golden case"
     compare = Comparison()
-    if kind in ("lightning", "ring-linear"):
+    if kind == "ring-linear":
         pytest.fail(f"{kind} is not implemented")
-    compare_ling(compare, case)
+    (compare_lightning if kind == "lightning" else compare_ling)(compare, case)
     compare.finish(case.name)
