@@ -356,9 +356,9 @@ def run_training(name: str, command: TrainCommand) -> int:
     run_dir = at(command.runs_dir) / (command.run or name)
     _check_buckets(command)
     trainer = make_trainer(command.config)
-    devices = trainer.compute.mesh.devices
-    log.info("devices: %d %s", devices.size, devices.flat[0].device_kind)
     with _claimed(run_dir, command) if jax.process_index() == 0 else contextlib.nullcontext():
+        devices = trainer.compute.mesh.devices
+        log.info("devices: %d %s", devices.size, devices.flat[0].device_kind)
         barrier("room is made")
         return _train(run_dir, command, trainer)
 
