@@ -106,8 +106,9 @@ def _states(added_BnHCD: jax.Array, state_BHCD: jax.Array, slopes_H: jax.Array, 
     return jnp.einsum("bnmh,bmhcd->bnhcd", weights_BnmH, added, precision=jax.lax.Precision.HIGHEST)
 
 
-def _block(q: jax.Array, k: jax.Array, v: jax.Array, slopes_H: jax.Array, state_BHCD: jax.Array, at: Places):
-    """(out [B, n, t, H, D], the state after) of a block of chunks."""
+def _block(operands: Any, slopes_H: jax.Array, state_BHCD: jax.Array, at: Places) -> tuple[jax.Array, jax.Array]:
+    """(out [B, n, t, H, D], the state after) of a block of chunks; `operands`: q, k and v, each [B, n, t, H, C]."""
+    q, k, v = operands
     left = _decayed(slopes_H, at.end[..., None] - at.ranks, at.segments == at.state_end[..., None])
     decayed_k = (k * left[..., None]).astype(k.dtype)
     states = _states(_product("bnthc,bnthd->bnhcd", decayed_k, v), state_BHCD, slopes_H, at)
@@ -136,19 +137,20 @@ def _forward(
     q, k, v = (jnp.pad(x, [*fill, (0, 0), (0, 0)]) for x in (q_BTHC, k_BTHC, v_BTHD))
     segments = jnp.pad(segments_BT, fill)
     k = jnp.where((segments > 0)[..., None, None], k, 0)
-    parts = (*(x.reshape(batch, -1, chunk, *x.shape[2:]) for x in (q, k, v)), Places.of(segments, chunk))
+    operands = tuple(x.reshape(batch, -1, chunk, *x.shape[2:]) for x in (q, k, v))
+    places = Places.of(segments, chunk)
 
     def of_block(a: jax.Array) -> jax.Array:
         return a.reshape(batch, blocks, -1, *a.shape[2:]).swapaxes(0, 1)
 
     def step(state: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
-        out, state = _block(*part[:3], slopes_H, state, part[3])
+        out, state = _block(part[0], slopes_H, state, part[1])
         return state, out
 
     if blocks == 1:
-        out, state = _block(*parts[:3], slopes_H, state_BHCD, parts[3])
+        out, state = _block(operands, slopes_H, state_BHCD, places)
     else:
-        state, out = jax.lax.scan(step, state_BHCD, jax.tree.map(of_block, parts))
+        state, out = jax.lax.scan(step, state_BHCD, jax.tree.map(of_block, (operands, places)))
         out = out.swapaxes(0, 1)
     return out.reshape(batch, room, heads, -1)[:, :length], state
 
@@ -185,9 +187,10 @@ def lightning(
 
 
 def _fwd(
-    q: jax.Array, k: jax.Array, v: jax.Array, slopes_H: jax.Array, segments_BT: jax.Array, state: jax.Array, *rest
-):
-    out = lightning(q, k, v, slopes_H, segments_BT, state, *rest)
+    q: jax.Array, k: jax.Array, v: jax.Array, slopes_H: jax.Array, segments_BT: jax.Array, state: jax.Array,
+    scale: float, implementation: str,
+) -> tuple[Any, Any]:  # fmt: skip
+    out = lightning(q, k, v, slopes_H, segments_BT, state, scale, implementation)
     return out, (q, k, v, slopes_H, segments_BT, state)
 
 

@@ -127,7 +127,7 @@ def test_no_state_between_chunks_is_kept_for_the_backward_pass():
 
 
 def test_the_last_layers_states_hardly_decay():
-    """Of the three published ways, one counts layers from where it is, two from the one before."""
+    """The three published ways: one counts layers from where it is, two from the one before."""
     first, last = (slopes_of(16, layer, 20) for layer in (0, 19))
     assert first[0] == pytest.approx(2**-0.5, rel=2e-5) and first[-1] == pytest.approx(2**-8, rel=2e-5)
     np.testing.assert_allclose(last, room.base_slopes(16) * 1e-5)
