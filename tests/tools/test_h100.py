@@ -20,7 +20,7 @@ FORMS = {  # cases by their titles: what is computed, and how
     "grouped product, 1024 rows, blocks of 64": "blocked triton",
     "grouped product, 1024 rows, blocks of 128": "blocked triton mgpu tokamax",
     **{f"grouped {part}, 256 rows, blocks of 128": "ragged triton" for part in ("product", "dx", "dw")},
-    **{f"decoding product, {rows} rows": "ragged triton" for rows in (2, 8)},
+    **{f"decoding product, {rows} rows": "ragged blocked triton" for rows in (2, 8)},
     **{f"attention, {n} tokens": "cudnn tokamax" for n in (128, 256)},
     **{f"attention, 128 tokens, forward{more}": "xla triton" for more in ("", " and gradients")},
     **{f"attention, 256 tokens, forward{more}": "triton" for more in ("", " and gradients")},
