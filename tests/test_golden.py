@@ -3,6 +3,7 @@
 What a case is, is read from its files; a case that compares nothing fails.
 """
 
+import dataclasses
 import json
 import os
 from functools import partial
@@ -16,9 +17,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from ling_jax import generate, load_pretrained
+from ling_jax.config import layer_kinds
 from ling_jax.convert.mapping import hf_names
 from ling_jax.kernels.lightning import base_slopes, lightning, slopes_of
-from ling_jax.model.model import CAPTURES, Ling, split_model
+from ling_jax.model.model import CAPTURES, Ling, abstract_model, split_model
 from ling_jax.model.rope import frequencies
 from ling_jax.train.loss import IGNORE, NextToken, TargetCounts, shift_targets
 
@@ -76,11 +78,8 @@ def kind_of(case: Path) -> str:
 def cases():
     folders = sorted(p for p in FOLDER.iterdir() if p.is_dir())
     assert folders, f"no golden cases under {FOLDER}"
-    later = {"ring-linear": "Ring-linear layers"}
     for folder in folders:
-        reason = later.get(kind_of(folder))
-        marks = [pytest.mark.xfail(strict=True, reason=f"not there yet: {reason}")] if reason else []
-        yield pytest.param(folder, id=folder.name, marks=marks)
+        yield pytest.param(folder, id=folder.name)
 
 
 def scenarios_of(case: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -138,6 +137,9 @@ def outputs(model: Ling, batch) -> dict[str, np.ndarray]:
         named |= {"mtp_logits.0": out.mtp_logits_BTV, "mtp_hidden.0": out.captured["mtp_hidden"]}
     for name in ("hidden_states", "attn_out"):
         named |= {f"{name}.{i}": value for i, value in enumerate(out.captured[name])}
+    linear = [layer for layer, kind in enumerate(layer_kinds(model.config)) if kind.mixer == "linear"]
+    for name in ("linear_raw", "linear_state") if linear else ():
+        named |= {f"{name}.{layer}": value for layer, value in zip(linear, out.captured[name], strict=True)}
     if out.routing is not None:
         first = model.config.first_k_dense_replace
         for i, ids in enumerate(out.routing.ids):
@@ -248,12 +250,24 @@ def rounded_to_bfloat16(model: Ling) -> Ling:
     return nnx.merge(graph, jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params), bias)
 
 
+def with_slopes(model: Ling, convention: str) -> Ling:
+    """The model with its weights, whose linear layers' states decay as that code has it."""
+    _, params, bias = split_model(model)
+    other = abstract_model(dataclasses.replace(model.config, slope_convention=convention), dtype=model.dtype)
+    return nnx.merge(split_model(other)[0], params, bias)
+
+
 def compare_ling(compare: Comparison, case: Path):
-    model = load_pretrained(case)
     meta = json.loads((case / "meta.json").read_text())
+    loaded = load_pretrained(case)
+    model = with_slopes(loaded, meta.get("slope_convention", loaded.config.slope_convention))
     scenarios = scenarios_of(case)
     for name, data in scenarios.items():
         if name in INFORMATION:
+            continue
+        if name.startswith("conv_"):
+            inputs = {key: value for key, value in scenarios["fwd"].items() if key in INPUTS}
+            compare_scenario(compare, with_slopes(loaded, name.removeprefix("conv_")), name, inputs | data, meta)
             continue
         if name == "bf16_dequant":
             inputs = {key: value for key, value in scenarios["fwd"].items() if key in INPUTS}
@@ -319,7 +333,5 @@ def test_equals_the_official_model(case):
     kind = kind_of(case)
     assert kind != "unknown", f"{case}: unknown kind of golden case"
     compare = Comparison()
-    if kind == "ring-linear":
-        pytest.fail(f"{kind} is not implemented")
     (compare_lightning if kind == "lightning" else compare_ling)(compare, case)
     compare.finish(case.name)

@@ -10,7 +10,7 @@ from ling_jax.config.model import ModelConfig
 # Fields of a ModelConfig that weights do not depend on: whoever goes on with a checkpoint may change them.
 SETTINGS = (
     "rope_theta", "rope_scaling", "max_position_embeddings", "moe_router_enable_expert_bias",
-    "mtp_loss_scaling_factor", "initializer_range", "pad_token_id", "eos_token_id",
+    "mtp_loss_scaling_factor", "initializer_range", "pad_token_id", "eos_token_id", "slope_convention",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ MODEL_TYPES = ("bailing_moe", "bailing_moe_v2", "bailing_moe_linear")
 CLASSES = {"BailingMoeV2ForCausalLM": "bailing_moe", "BailingMoeLinearV2ForCausalLM": "bailing_moe_linear"}
 OLDER = "BailingMoeForCausalLM"  # Ling 1.x: `model_type` bailing_moe too, but another router and no groups
 LINEAR_HF_FIELDS = ("layer_group_size", "group_norm_size", "linear_silu")  # of bailing_moe_linear only
+SLOPES = "slope_convention"  # of bailing_moe_linear too, but no release has it: ours say which is meant
 
 # Fields a release sets in config.json. The reference configuration class fills some of them with values
 # that no release uses (spec 1.6: routed_scaling_factor 1.0 for 2.5), so none is ever filled in for a user.
@@ -78,7 +79,7 @@ def read_config_json(config: Mapping[str, Any], names: set[str]) -> dict[str, An
         check(value in allowed, f"{name} = {value!r} in config.json: only {allowed[0]!r} is implemented")
     for name in FALSE_HF_FIELDS:
         check(not said.get(name), f"{name} = {said.get(name)!r} in config.json: it is not implemented")
-    values = {name: said[name] for name in names - set(() if linear else LINEAR_HF_FIELDS) if name in said}
+    values = {name: said[name] for name in names - set(() if linear else (*LINEAR_HF_FIELDS, SLOPES)) if name in said}
     values |= {name: config[name] for name in ("pad_token_id", "eos_token_id")}
     if isinstance(ends := config["eos_token_id"], list) and ends:
         values["eos_token_id"] = ends[0]

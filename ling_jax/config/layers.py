@@ -5,7 +5,7 @@ A kind's `key` names its stack in a checkpoint: all layers of that kind, in laye
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ling_jax.config.model import ModelConfig
@@ -45,12 +45,31 @@ LAYERS_WITH: dict[str, Callable[[ModelConfig, int], bool]] = {"linear": _inside_
 
 
 class LayerRun(NamedTuple):
-    """Layers of one kind that follow one another: one scan at run time."""
+    """Layers of one kind that follow one another."""
 
     kind: LayerKind
     first: int  # its first layer's place in the kind's stack
     count: int
     routed_before: int  # layers before it that have a router
+    layer: int  # its first layer's place among all layers of the trunk
+
+
+class LayerGroup(NamedTuple):
+    """Runs of layers that follow one another, and that come again and again: one scan at run time, so that a model is
+    compiled in the same time at every depth."""
+
+    runs: tuple[LayerRun, ...]  # of the first time
+    repeats: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has each time."""
+        return sum(run.count for run in self.runs)
+
+    @property
+    def routed(self) -> int:
+        """How many of them have a router."""
+        return sum(run.count for run in self.runs if run.kind.routed)
 
 
 def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
@@ -89,9 +108,29 @@ def layer_runs(config: ModelConfig, first: int = 0, last: int | None = None) -> 
     """The trunk layers from `first` to before `last` (all that follow), cut where the kind changes."""
     kinds = layer_kinds(config)
     seen, routed, runs = Counter(kinds[:first]), sum(kind.routed for kind in kinds[:first]), []
+    layer = first
     for kind, layers in itertools.groupby(kinds[first:last]):
         count = len(list(layers))
-        runs.append(LayerRun(kind, seen[kind], count, routed))
+        runs.append(LayerRun(kind, seen[kind], count, routed, layer))
         seen[kind] += count
         routed += count * kind.routed
+        layer += count
     return tuple(runs)
+
+
+def layer_groups(runs: Sequence[LayerRun]) -> tuple[LayerGroup, ...]:
+    """Runs that follow one another, those that come again in the same order put together: each time the pattern that
+    takes in most, and of those the shortest."""
+    shapes, groups, at = [(run.kind, run.count) for run in runs], [], 0
+    while at < len(runs):
+        found = 1, 1
+        for size in range(1, (len(runs) - at) // 2 + 1):
+            pattern, repeats = shapes[at : at + size], 1
+            while shapes[at + repeats * size : at + (repeats + 1) * size] == pattern:
+                repeats += 1
+            if repeats > 1 and size * repeats > found[0] * found[1]:
+                found = size, repeats
+        size, repeats = found
+        groups.append(LayerGroup(tuple(runs[at : at + size]), repeats))
+        at += size * repeats
+    return tuple(groups)

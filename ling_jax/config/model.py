@@ -8,12 +8,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ling_jax.config.checks import as_declared, check, check_at_least, check_types
-from ling_jax.config.hf import LINEAR_HF_FIELDS, changed_config_json, new_config_json, read_config_json
+from ling_jax.config.hf import LINEAR_HF_FIELDS, SLOPES, changed_config_json, new_config_json, read_config_json
 from ling_jax.config.rope import RopeScaling, scaling_to_hf
 
 
@@ -54,6 +54,9 @@ class ModelConfig:
     layer_group_size: int = 0  # Ring-linear: all but the last layer of each group are linear; 0: every layer is softmax
     group_norm_size: int = 1  # number of groups of a linear layer's output norm
     linear_silu: bool = False  # whether a linear layer's queries, keys and values pass through silu
+    # Which published code's rates the states of linear layers decay at (see `kernels.lightning.slopes_of`): SGLang's, as
+    # vLLM and the known trainers; that of the code beside the released weights; MLX's. No released file says.
+    slope_convention: Literal["sglang", "hf", "mlx"] = "sglang"
     initializer_range: float = 0.02
     pad_token_id: int | None = 156892
     eos_token_id: int | None = 156892
@@ -72,6 +75,12 @@ class ModelConfig:
             self, 0, "num_shared_experts", "first_k_dense_replace", "mtp_loss_scaling_factor", "rms_norm_eps",
             "layer_group_size",
         )  # fmt: skip
+        check_at_least(self, 1, "group_norm_size")
+        width = self.num_attention_heads * self.head_dim
+        check(
+            width % self.group_norm_size == 0,
+            f"group_norm_size = {self.group_norm_size} must divide num_attention_heads * head_dim = {width}",
+        )
         check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
@@ -167,7 +176,7 @@ class ModelConfig:
 def _hf_values(config: ModelConfig) -> dict[str, Any]:
     """Every field that a `config.json` has, in HF's form."""
     values = dataclasses.asdict(config)
-    for name in ("hf_json", *(() if config.layer_group_size else LINEAR_HF_FIELDS)):
+    for name in ("hf_json", *(() if config.layer_group_size else (*LINEAR_HF_FIELDS, SLOPES))):
         del values[name]
     if not config.num_nextn_predict_layers:
         values["mtp_loss_scaling_factor"] = 0  # as the releases say where it means nothing

@@ -132,6 +132,18 @@ def _scores_and_values(config: ModelConfig, length: int) -> float:
     return 2.0 * config.num_attention_heads * config.head_dim * length  # 4 H C T, of which the causal half
 
 
+def _state_updates(config: ModelConfig, length: int) -> float:
+    return 4.0 * config.num_attention_heads * config.head_dim**2  # into the state and out of it
+
+
+def _check_norm_groups(config: ModelConfig, tensor: int) -> None:
+    check(
+        config.group_norm_size % tensor == 0,
+        f"model.group_norm_size = {config.group_norm_size} must be a multiple of mesh.tensor = {tensor}, so that a group "
+        "is normed on one device; choose one of its divisors",
+    )
+
+
 def _check_kv_heads(config: ModelConfig, tensor: int) -> None:
     kv = config.num_key_value_heads
     check(
@@ -153,7 +165,7 @@ MIXERS: dict[str, Mixer] = {
         fused=_kv_rows,
         context=True,
     ),
-    "linear": Mixer(parameters=_linear_attention, flops=lambda config, length: 0.0),
+    "linear": Mixer(parameters=_linear_attention, flops=_state_updates, check=_check_norm_groups, context=True),
 }
 
 

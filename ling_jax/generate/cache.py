@@ -62,13 +62,12 @@ class Cache:
     def copied(self, source: jax.Array, row: jax.Array, length: int | jax.Array) -> "Cache":
         """A cache whose `row` has the first `length` tokens of row `source`; unchanged if there is no such row."""
         length_B = self.length_B.at[row].set(length, mode="drop")
-        some = jnp.asarray(length) > 0
-        return self._each(lambda a: a.at[:, row].set(jnp.where(some, a[:, source], 0), mode="drop"), length_B)
+        kinds = {kind: states.copied(source, row, length) for kind, states in self.kinds.items()}
+        return Cache(kinds, length_B)
 
-    def shared(self, common: int, held: int) -> int:
-        """How many of the `held` tokens of a row can serve a request that begins with `common` of them."""
-        goes_back = min(states.goes_back for states in self.kinds.values())
-        return common if held - common <= goes_back else 0
+    def usable(self, common: int, held: int, prompt: int) -> int:
+        """How many tokens of a row can serve a request; arguments as in `states.LayerStates.usable`."""
+        return min(states.usable(common, held, prompt) for states in self.kinds.values())
 
     def specs(self) -> Any:
         """How each array is split over a mesh."""

@@ -1,7 +1,8 @@
 """Continuous batching: requests wait for a row of the cache, and a row that has ended is given to the next.
 
 A request whose beginning is in any row's cache (a shared system prompt, another sample of the same prompt, the chat so
-far) takes over those keys and values; only the rest is run.
+far) takes over those states; only the rest is run. Keys and values can be cut anywhere; the state of linear attention
+only where a prompt or an answer ended, so that a hybrid shares whole prompts and whole chats.
 """
 
 import copy
@@ -167,7 +168,8 @@ class Engine:
         self.rows: DecodingRows = jax.jit(make, out_shardings=shardings)()
         self.queue: deque[_Waiting] = deque()
         self.running: list[_Waiting | None] = [None] * rows
-        self.held = [np.zeros(0, np.int32)] * rows  # tokens whose keys and values are in each row
+        self.held = [np.zeros(0, np.int32)] * rows  # tokens whose states are in each row
+        self.prompts = [0] * rows  # how many of them were there when a large piece had last been run
         self.tickets = 0
 
     @under_own_switches
@@ -259,11 +261,13 @@ class Engine:
             if not self.queue:
                 break
             tokens = self.queue[0].tokens
-            ready = [0 if r in placed else self._usable(held, tokens) for r, held in enumerate(self.held)]
+            there = enumerate(zip(self.held, self.prompts, strict=True))
+            ready = [0 if r in placed else self._usable(held, prompt, tokens) for r, (held, prompt) in there]
             ready = [n if self._shard(r) == self._shard(row) else 0 for r, n in enumerate(ready)]
             source = int(np.argmax(ready))
             soon = (self.running[r] for r in placed)
-            if any(self._usable(other.tokens, tokens) > ready[source] for other in soon if other is not None):
+            soon = (other.tokens for other in soon if other is not None)
+            if any(self._usable(other, len(other), tokens) > ready[source] for other in soon):
                 break  # once those have been run, there is more to take over
             self._put(self.queue.popleft(), row, source if ready[source] else row, ready[source])
             placed.append(row)
@@ -272,13 +276,13 @@ class Engine:
     def _shard(self, row: int) -> int:
         return row * self.shards // len(self.running)
 
-    def _usable(self, held: np.ndarray, tokens: np.ndarray) -> int:
+    def _usable(self, held: np.ndarray, prompt: int, tokens: np.ndarray) -> int:
         """How many of the tokens that a row holds serve another: their common beginning, but for the last, which is run
         for its logits; the MTP layer's entry for a token depends on the next one too."""
         common = _in_common(held, tokens[:-1])
         if self.rows.drafts_BP.shape[1]:
             common = max(common - 1, 0)
-        return self.rows.cache.shared(common, len(held))
+        return self.rows.cache.usable(common, len(held), prompt)
 
     def _put(self, waiting: _Waiting, row: int, source: int, shared: int) -> None:
         request, tokens = waiting.request, np.zeros(self.slots, np.int32)
@@ -293,7 +297,8 @@ class Engine:
 
     def _prefill(self, placed: list[int]) -> None:
         """Runs the prompts of these rows, in chunks."""
-        counts = {r: len(running.tokens) - len(self.held[r]) for r in placed if (running := self.running[r])}
+        known = {r: len(running.tokens) for r in placed if (running := self.running[r])}
+        counts = {r: count - len(self.held[r]) for r, count in known.items()}
         while counts:
             count = min(self.chunk, _bucket(max(counts.values()), SHORTEST))
             here = len(self.running) // self.shards
@@ -301,6 +306,9 @@ class Engine:
             most = _bucket(max(map(len, parts)))
             rows_R = np.array([part + [here] * (most - len(part)) for part in parts], np.int32).reshape(-1)
             self.rows = prefill(*self.weights, self.rows, rows_R, count, Kinds(True, True, True))
+            large = count > self.rows.drafts_BP.shape[1] + 1
+            for row in counts:
+                self.prompts[row] = known[row] if large else 0
             counts = {row: left - count for row, left in counts.items() if left > count}
         for row in placed:
             if running := self.running[row]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ling_jax.kernels.attention import keep
 from ling_jax.kernels.choose import Kernel
 from ling_jax.kernels.precision import precision_of
 
@@ -130,6 +131,7 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array]:
     """float32 (out [B, T, H, D], the state after the last token)."""
     batch, length, heads, _ = q_BTHC.shape
+    chunk = min(chunk, length)
     many = -(-length // chunk)
     blocks = -(-many // CHUNKS)
     room = blocks * -(-many // blocks) * chunk
@@ -190,7 +192,7 @@ def _fwd(
     q: jax.Array, k: jax.Array, v: jax.Array, slopes_H: jax.Array, segments_BT: jax.Array, state: jax.Array,
     scale: float, implementation: str,
 ) -> tuple[Any, Any]:  # fmt: skip
-    out = lightning(q, k, v, slopes_H, segments_BT, state, scale, implementation)
+    out = keep(*lightning(q, k, v, slopes_H, segments_BT, state, scale, implementation))
     return out, (q, k, v, slopes_H, segments_BT, state)
 
 

@@ -28,6 +28,15 @@ class Context(NamedTuple):
     rope: tuple[jax.Array, jax.Array]  # cos, sin [B, T, 1, r/2]
     positions_BT: jax.Array  # int32 RoPE positions, and slots in the cache if there is one
     segments_BT: jax.Array  # int32 document of each token, 0 for padding
+    layer: jax.Array | int = 0  # int32 [], the layer's place among all of the trunk
+
+
+class MixerOutput(NamedTuple):
+    """The results of what mixes a row's tokens."""
+
+    y_BTD: jax.Array
+    cache: Any = None  # the states of decoding with these tokens, None where there are none
+    captured: dict[str, jax.Array] = {}  # intermediates that `model.model.CAPTURES` names
 
 
 def local_heads(config: ModelConfig) -> tuple[int, int]:
@@ -86,16 +95,21 @@ class Attention(nnx.Module):
         self.query_layernorm = head_norm() if c.use_qk_norm else None
         self.key_layernorm = head_norm() if c.use_qk_norm else None
 
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
-        """Returns [B, T, D] and the cache with this call's keys and values appended."""
+    def heads(self, rows: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Cuts the fused projection's rows [B, T, ...] into q [B, T, H, C], k and v [B, T, G, C] of this device, queries
+        and keys normed and turned."""
         c = self.config
         heads, groups = local_heads(c)
-        qkv = self.query_key_value(x_BTD).reshape(*x_BTD.shape[:2], heads + 2 * groups, c.head_dim)
+        qkv = rows.reshape(*rows.shape[:2], heads + 2 * groups, c.head_dim)
         q_BTHC, k_BTGC, v_BTGC = qkv[:, :, :heads], qkv[:, :, heads : heads + groups], qkv[:, :, heads + groups :]
         if self.query_layernorm is not None and self.key_layernorm is not None:
             q_BTHC, k_BTGC = self.query_layernorm(q_BTHC), self.key_layernorm(k_BTGC)
-        q_BTHC, k_BTGC = apply_rope(q_BTHC, context.rope), apply_rope(k_BTGC, context.rope)
-        scale = c.head_dim**-0.5
+        return apply_rope(q_BTHC, context.rope), apply_rope(k_BTGC, context.rope), v_BTGC
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> MixerOutput:
+        """Returns [B, T, D] and the cache with this call's keys and values appended."""
+        q_BTHC, k_BTGC, v_BTGC = self.heads(self.query_key_value(x_BTD), context)
+        scale = self.config.head_dim**-0.5
         if cache is None and axis_size("context") > 1:
             method = self.mesh.context_method
             out_BTHC = context_attention(q_BTHC, k_BTGC, v_BTGC, context.segments_BT, scale, method)
@@ -106,4 +120,4 @@ class Attention(nnx.Module):
             written_BT = jnp.where(context.segments_BT > 0, slots_BT, jnp.iinfo(jnp.int32).max)
             k_BSGC, v_BSGC, cache = cache.append(k_BTGC, v_BTGC, written_BT)
             out_BTHC = cached_attention(q_BTHC, k_BSGC, v_BSGC, slots_BT, scale)
-        return self.dense(out_BTHC.reshape(*x_BTD.shape[:2], -1)), cache
+        return MixerOutput(self.dense(out_BTHC.reshape(*x_BTD.shape[:2], -1)), cache)

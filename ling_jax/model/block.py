@@ -11,16 +11,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ling_jax.config import LayerKind, ModelConfig
-from ling_jax.model.attention import Attention, Context
+from ling_jax.model.attention import Attention, Context, MixerOutput
 from ling_jax.model.experts import Experts
 from ling_jax.model.linear import Init, SwiGLU
+from ling_jax.model.linear_attention import LinearAttention
 from ling_jax.model.norm import RMSNorm
 from ling_jax.model.router import Router, Routing
 from ling_jax.parallel.mesh import psum
 
 # What mixes the tokens of a row, by its name in `config.layers`. A mixer is made as mixer(config, init) and called as
-# mixer(x_BTD, context, cache), which gives [B, T, D] and the cache with these tokens.
-MIXERS: dict[str, Callable[[ModelConfig, Init], Callable[..., tuple[jax.Array, Any]]]] = {"softmax": Attention}
+# mixer(x_BTD, context, cache).
+MIXERS: dict[str, Callable[[ModelConfig, Init], Callable[..., MixerOutput]]] = {
+    "softmax": Attention,
+    "linear": LinearAttention,
+}
 
 
 class LayerOutput(NamedTuple):
@@ -85,10 +89,6 @@ class Block(nnx.Module):
     """A layer of a kind named in the layer plan (spec 2.2)."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, init: Init):
-        if kind.mixer not in MIXERS:
-            raise ValueError(
-                f"this version converts the {kind.mixer} attention layers of Ring-linear, but cannot run them yet"
-            )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, init.dtype)
         self.attention = MIXERS[kind.mixer](config, init)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, init.dtype)
@@ -101,9 +101,9 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, context: Context, ids_BTK: jax.Array | None = None, cache: Any = None
     ) -> LayerOutput:
         with jax.named_scope("attention"):
-            attn_BTD, cache = self.attention(self.input_layernorm(x_BTD), context, cache)
-        captured = {"hidden_states": x_BTD, "attn_out": attn_BTD}
-        x_BTD = x_BTD + attn_BTD
+            mixed = self.attention(self.input_layernorm(x_BTD), context, cache)
+        captured = {"hidden_states": x_BTD, "attn_out": mixed.y_BTD, **mixed.captured}
+        x_BTD = x_BTD + mixed.y_BTD
         normed_BTD = self.post_attention_layernorm(x_BTD)
         routing, carriers = None, {}
         if isinstance(self.mlp, SparseMoE):
@@ -113,4 +113,4 @@ class Block(nnx.Module):
         else:
             with jax.named_scope("dense_ffn"):
                 y_BTD = self.mlp(normed_BTD)
-        return LayerOutput(x_BTD + y_BTD, routing, cache, carriers, captured)
+        return LayerOutput(x_BTD + y_BTD, routing, mixed.cache, carriers, captured)

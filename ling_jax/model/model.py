@@ -32,8 +32,9 @@ from ling_jax.parallel.mesh import all_gather, axis_index, axis_size, psum
 from ling_jax.parallel.rules import gather, look_up, spec_of
 
 # What may be named in `capture`. "hidden_states" is the input of each trunk layer and the last one's output;
-# per-layer entries are stacked in layer order, the MTP layer last.
-CAPTURES = ("hidden_states", "attn_out", "router_logits", "final_norm", "mtp_hidden")
+# per-layer entries are stacked in layer order, the MTP layer last; "linear_raw" and "linear_state" are those of linear
+# attention, before its norm and after the last token.
+CAPTURES = ("hidden_states", "attn_out", "router_logits", "linear_raw", "linear_state", "final_norm", "mtp_hidden")
 
 
 class Hidden(NamedTuple):

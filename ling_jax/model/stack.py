@@ -1,4 +1,5 @@
-"""Runs layers: those of one kind that follow one another are a scan over their part of the kind's stack.
+"""Runs layers: those of one kind that follow one another are a scan over their part of the kind's stack, and where such
+runs come again in the same order, they are all inside one scan over the repeats.
 
 Legend: B rows, T tokens, D hidden, L layers that route, K experts per token.
 """
@@ -8,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ling_jax.config import LayerRun
+from ling_jax.config.layers import LayerGroup, LayerRun, layer_groups
 from ling_jax.kernels.swiglu import gradients_start_here
 from ling_jax.model.attention import Context
 from ling_jax.model.block import LayerOutput
@@ -76,34 +78,82 @@ def run_layers(
     """
     carriers = {key: first_carriers(stack) if how.alone else {} for key, stack in stacks.items()}
     per_layer: list[LayerOutput] = []
-    for run in runs:
-        key, last = run.kind.key, run.routed_before + run.count
-        ids = None if ids_LBTK is None or not run.kind.routed else ids_LBTK[run.routed_before : last]
-        carry = x_BTD, cache, carriers[key]
-        (x_BTD, cache, carriers[key]), outs = _scan(stacks[key], run, carry, context, ids, how)
-        per_layer += [jax.tree.map(lambda a, i=i: a[i], outs) for i in range(run.count)]
+    for group in layer_groups(runs):
+        here = {run.kind.key: carriers[run.kind.key] for run in group.runs}
+        (x_BTD, cache, here), outs = _run_group(stacks, group, (x_BTD, cache, here), context, ids_LBTK, how)
+        carriers |= here
+        for repeat in range(group.repeats):
+            for run, out in zip(group.runs, outs, strict=True):
+                places = [repeat * run.count + i for i in range(run.count)]
+                per_layer += [jax.tree.map(lambda a, place=place: a[place], out) for place in places]
     return gradients_start_here(x_BTD, carriers), per_layer, cache
 
 
-def _scan(stack: nnx.Module, run: LayerRun, carry: Any, context: Context, ids_LBTK: Any, how: How) -> tuple[Any, Any]:
-    """The carry (x_BTD, cache, carriers) after a run, and its layers' outputs, stacked."""
-    graph, whole = nnx.split(stack)
-    stays = carry[1] is not None or bool(carry[2])  # experts' weights stay where they lie
-    params = without_experts(whole) if stays else whole
-    params = jax.tree.map(lambda a: a[run.first : run.first + run.count], params)
+class _Layers(NamedTuple):
+    """What a scan over the layers of a run takes, stacked: [L, ...], or [repeats, L, ...] where they come again."""
 
-    def layer(params, x_BTD, ids_BTK, layer_cache, carriers):
+    params: Any
+    ids_BTK: jax.Array | None
+    place: np.ndarray  # in the kind's stack
+    layer: np.ndarray  # among all of the trunk
+
+
+def _layers_of(group: LayerGroup, run: LayerRun, params: Any, ids_LBTK: jax.Array | None) -> _Layers:
+    """The layers of a run, in all repeats of its group."""
+    many = group.repeats * run.count
+
+    def shaped(a: Any) -> Any:
+        return a if group.repeats == 1 else a.reshape(group.repeats, run.count, *a.shape[1:])
+
+    repeat, inside = np.divmod(np.arange(many, dtype=np.int32), run.count)
+    ids = None
+    if ids_LBTK is not None and run.kind.routed:
+        ids = shaped(ids_LBTK[run.routed_before + repeat * group.routed + inside])
+    params = jax.tree.map(lambda a: shaped(a[run.first : run.first + many]), params)
+    layer = run.layer + repeat * group.layers + inside
+    return _Layers(params, ids, shaped(run.first + np.arange(many, dtype=np.int32)), shaped(layer))
+
+
+def _run_group(
+    stacks: Mapping[str, nnx.Module], group: LayerGroup, carry: Any, context: Context, ids_LBTK: Any, how: How
+) -> tuple[Any, list[LayerOutput]]:
+    """The carry (x_BTD, cache, carriers of each kind) after a group, and the outputs of each run's layers [L, ...]."""
+    bodies, layers = [], []
+    for run in group.runs:
+        graph, whole = nnx.split(stacks[run.kind.key])
+        stays = carry[1] is not None or bool(carry[2][run.kind.key])  # experts' weights stay where they lie
+        layers.append(_layers_of(group, run, without_experts(whole) if stays else whole, ids_LBTK))
+        bodies.append(_layer_body(run, graph, whole if stays else None, context, how))
+
+    def once(carry: Any, layers: Any) -> tuple[Any, list[LayerOutput]]:
+        outs = []
+        for run, body, xs in zip(group.runs, bodies, layers, strict=True):
+            carry, out = jax.lax.scan(body, carry, xs, unroll=run.count if how.unroll else 1)
+            outs.append(out)
+        return carry, outs
+
+    if group.repeats == 1:
+        return once(carry, layers)
+    carry, outs = jax.lax.scan(once, carry, layers, unroll=group.repeats if how.unroll else 1)
+    return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
+
+
+def _layer_body(run: LayerRun, graph: Any, whole: Any, context: Context, how: How) -> Callable:
+    """What one step of a run's scan does; `whole` is the kind's stack if its experts' weights stay there."""
+    key = run.kind.key
+
+    def layer(params, x_BTD, ids_BTK, number, layer_cache, carriers):
         x_BTD = checkpoint_name(x_BTD, "layer_input")
-        module = nnx.merge(graph, with_experts(params, whole, carriers) if stays else params)
-        out = module(x_BTD, context, ids_BTK, layer_cache)
+        module = nnx.merge(graph, params if whole is None else with_experts(params, whole, carriers))
+        out = module(x_BTD, context._replace(layer=number), ids_BTK, layer_cache)
         return out._replace(captured={k: v for k, v in out.captured.items() if k in how.capture})
 
-    def body(carry, xs):
-        (x_BTD, cache, carriers), (params, ids_BTK, place) = carry, xs
-        layer_cache = None if cache is None else cache.layer(run.kind.key, run.first + place)
-        out = rematerialised(layer, how)(params, x_BTD, ids_BTK, layer_cache, carriers)
-        cache = None if cache is None else cache.with_layer(run.kind.key, out.cache)
-        return (out.hidden_BTD, cache, out.carriers), out._replace(hidden_BTD=None, cache=None, carriers={})
+    def body(carry, xs: _Layers):
+        x_BTD, cache, carriers = carry
+        layer_cache = None if cache is None else cache.layer(key, xs.place)
+        out = rematerialised(layer, how)(xs.params, x_BTD, xs.ids_BTK, xs.layer, layer_cache, carriers[key])
+        cache = None if cache is None else cache.with_layer(key, out.cache)
+        carry = out.hidden_BTD, cache, {**carriers, key: out.carriers}
+        return carry, out._replace(hidden_BTD=None, cache=None, carriers={})
 
-    xs = params, ids_LBTK, jnp.arange(run.count)
-    return jax.lax.scan(body, carry, xs, unroll=run.count if how.unroll else 1)
+    return body

@@ -6,7 +6,7 @@ Legend: B rows, T tokens, D hidden, F width of the mean, L layers of the kind, Z
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from ling_jax.generate.engine import Engine
 from ling_jax.generate.requests import Request
 from ling_jax.generate.sampling import Sampling
 from ling_jax.model import block
+from ling_jax.model.attention import MixerOutput
 from ling_jax.model.linear import Linear
 from ling_jax.model.model import split_model
 from ling_jax.parallel.mesh import BATCH_AXES
@@ -52,19 +53,17 @@ class CausalMean(nnx.Module):
             mean_BTF = sees_BTT @ v_BTF / sees_BTT.sum(-1, keepdims=True)
         else:
             mean_BTF, cache = cache.append(v_BTF, context.positions_BT, segments_BT > 0)
-        return self.dense(mean_BTF.astype(x_BTD.dtype)), cache
+        return MixerOutput(self.dense(mean_BTF.astype(x_BTD.dtype)), cache)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SumsAndCounts:
+class SumsAndCounts(states.LayerStates):
     """The sum and count of a row's first n tokens, in place n % Z."""
 
     sums_LBZF: jax.Array
     counts_LBZ: jax.Array
     layer: jax.Array
-
-    goes_back: ClassVar[int] = 1  # of Z = drafts + 2 lengths, drafts may have been taken back
 
     @classmethod
     def empty(cls, config, room):
@@ -85,6 +84,9 @@ class SumsAndCounts:
             counts_LBZ=self.counts_LBZ.at[at].set(counts_BT, mode="drop"),
         )
         return sums_BTF / jnp.maximum(counts_BT, 1)[..., None], new
+
+    def usable(self, common, held, prompt):
+        return common if held - common <= 1 else 0  # of Z = drafts + 2 lengths, drafts may have been taken back
 
     def specs(self) -> Any:
         return SumsAndCounts(
@@ -115,7 +117,7 @@ def test_its_layers_run_in_their_places():
     x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, CONFIG.hidden_size)), jnp.float32)
     mean = CausalMean(CONFIG, block.Init(nnx.Rngs(0), 1.0, jnp.dtype("float32")))
     context = block.Context(((), ()), jnp.arange(9)[None], jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 0, 0]]))
-    got = mean(x_BTD, context)[0][0, 6]
+    got = mean(x_BTD, context).y_BTD[0, 6]
     want = mean.dense(mean.value(x_BTD)[0, 4:7].mean(0))
     np.testing.assert_allclose(got, want, atol=1e-4)
 
