@@ -54,11 +54,11 @@ class LayerStates:
         raise NotImplementedError
 
     def usable(self, common: int, held: int, prompt: int) -> int:
-        """How many tokens of a row can serve a request that begins with `common` of its `held` ones. Called on the host.
+        """How many tokens of a row can serve a request that begins with `common` of its `held` ones; on the host.
 
         Args:
-          prompt: how many it had when a piece of more than `Room.drafts` + 1 tokens had last been run, 0 if another
-            piece came after it.
+          prompt: how many it had when its prompt's last piece had been run; 0 if that was of `Room.drafts` + 1 tokens or
+            less, or if fewer than those were new to the row.
         """
         raise NotImplementedError
 

@@ -215,3 +215,12 @@ def _bwd(scale: float, implementation: str, saved: Any, cotangents: tuple[jax.Ar
 
 
 lightning.defvjp(_fwd, _bwd)
+
+
+def added_state(k_BTHC: jax.Array, v_BTHD: jax.Array, slopes_H: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """float32 [B, H, C, D]: the state after a piece of a row, of the document that its last token belongs to, when it
+    was zero before the piece. Differentiable but for the slopes."""
+    at = jax.tree.map(lambda a: a[:, 0], Places.of(segments_BT, segments_BT.shape[1]))
+    mine = (at.segments == at.state_end[:, None]) & (at.segments > 0)
+    left_BTH = _decayed(slopes_H, at.end[:, None] - at.ranks, mine)
+    return _product("bthc,bthd->bhcd", (k_BTHC * left_BTH[..., None]).astype(k_BTHC.dtype), v_BTHD)
