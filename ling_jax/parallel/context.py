@@ -198,7 +198,7 @@ context_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 class _Ends(NamedTuple):
-    """What must be known of pieces to carry states over them, int32 [P, B]."""
+    """The facts about pieces that are needed to carry states over them, int32 [P, B]."""
 
     first: jax.Array  # the document of the first token that is no padding, 0 if there is none
     last: jax.Array  # and of the last

@@ -1,5 +1,6 @@
 """Decoding with linear layers: states, pending tokens, drafts taken back, prefixes that are shared."""
 
+import sys
 from functools import cache
 
 import jax
@@ -80,7 +81,7 @@ def test_a_prompt_is_run_once_for_all_its_samples(drafts, monkeypatch):
         ran.extend((np.asarray(rows.cache.length_B) - before)[np.asarray(rows_R)[:1]].tolist())
         return rows
 
-    monkeypatch.setattr("ling_jax.generate.engine.prefill", noted)
+    monkeypatch.setattr(sys.modules[Engine.__module__], "prefill", noted)
     engine = Engine(make_model(HYBRID), rows=1, slots=32, chunk=32, drafts=drafts)
 
     def answer(prompt: list[int], new: int = 5) -> list[int]:
@@ -137,13 +138,13 @@ def test_any_pieces_with_drafts_taken_back_are_one_row(drafts):
 
 
 def test_a_rows_states_are_as_large_as_their_formula_says():
-    linear, softmax, heads, width = 3, 1, HYBRID.num_attention_heads, HYBRID.head_dim
+    linear, softmax, heads, width = 2, 2, HYBRID.num_attention_heads, HYBRID.head_dim
     states = 2 * linear * (heads * width * width * 4 + 4)  # that of the row and that of its prompt; how many tokens
     pending = 2 * linear * heads * width * 4  # one token's keys and values
     keys = 2 * softmax * 48 * HYBRID.num_key_value_heads * width * 4
     assert cache_bytes(HYBRID, 5, 48, jnp.dtype("float32")) == 5 * (states + pending + keys)
     drafted = jax.eval_shape(lambda: empty_cache(HYBRID, 5, 48, jnp.dtype("bfloat16"), drafts=3))
-    assert drafted.kinds["linear_moe"].k_LBPHC.shape == (2, 5, 4, heads, width)
+    assert drafted.kinds["linear_moe"].k_LBPHC.shape == (1, 5, 4, heads, width)
     assert drafted.kinds["linear_moe"].state_LBHCC.dtype == jnp.float32
 
 
