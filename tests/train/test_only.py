@@ -55,5 +55,7 @@ def test_only_what_matches_moves_even_with_moments_of_before(changes):
 
 
 def test_a_pattern_that_matches_nothing_is_named():
-    with pytest.raises(ValueError, match=r"^train.only: 'layers.quadratic_\*' matches none of layers.linear_dense.attention.dense, "):
+    with pytest.raises(
+        ValueError, match=r"^train.only: 'layers.quadratic_\*' matches none of layers.linear_dense.attention.dense, "
+    ):
         trainer_of(("layers.quadratic_*",))
