@@ -27,7 +27,6 @@ from ling_jax.kernels.choose import Implementation, Kernel
 from ling_jax.kernels.precision import precision_of
 
 Slopes = Literal["sglang", "hf", "mlx"]
-Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of q, k, v and the state before
 CHUNKS = 16  # of a block
 
 
@@ -179,9 +178,10 @@ def _in_chunks_bwd(
     *,
     scale: float,
     chunk: int | None = None,
-) -> Gradients:
-    """dq is attention of the cotangents over values whose values are keys; dk and dv go through the row from its end,
-    their states beginning with that of the cotangent."""
+) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, v and the state, from the cotangents of both results. dq is attention of the cotangents over
+    values whose values are keys; dk and dv go through the row from its end, their states beginning with that of the
+    cotangent."""
     run = partial(_in_chunks, scale=1, chunk=chunk)
     g = jnp.where((segments_BT > 0)[..., None, None], g_BTHD, 0).astype(q_BTHC.dtype)
     dq, _ = run(g, v_BTHD, k_BTHC, slopes_H, segments_BT, state_BHCD.swapaxes(2, 3))
@@ -203,7 +203,7 @@ def _in_cpp(*args: jax.Array, **static: Any) -> tuple[jax.Array, jax.Array]:
     return (_native if _known(*args) else _in_chunks)(*args, **static)
 
 
-def _in_cpp_bwd(*args: jax.Array, **static: Any) -> Gradients:
+def _in_cpp_bwd(*args: jax.Array, **static: Any) -> tuple[jax.Array, ...]:
     return (_native_bwd if _known(*args) else _in_chunks_bwd)(*args, **static)
 
 
