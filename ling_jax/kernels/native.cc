@@ -517,6 +517,7 @@ auto arrays() {
 #include "native_adamw.h"
 #include "native_attention.h"  // made of the tiles above
 #include "native_experts.h"    // made of the items above, and an exponential of attention's
+#include "native_lightning.h"  // made of the tiles above, and attention's memory and exponential
 
 // All else is hidden: another library may hold another version of XLA's headers.
 extern "C" {
@@ -524,6 +525,8 @@ __attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedProduct(XLA_FFI
 __attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedWeightGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAttention(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAttentionGradient(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingLightning(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingLightningGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingExperts(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingExpertsGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingEmpty(XLA_FFI_CallFrame*);
@@ -536,6 +539,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttention, attention_handler,
                               (arrays<5, 2>().Attr<float>("scale").Attr<bool>("causal")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttentionGradient, attention_gradient_handler,
                               (arrays<8, 3>().Attr<float>("scale").Attr<bool>("causal")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingLightning, lightning_handler, (arrays<6, 2>().Attr<float>("scale")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingLightningGradient, lightning_gradient_handler, (arrays<8, 4>().Attr<float>("scale")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler, (arrays<7, 4>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExpertsGradient, experts_gradient_handler, (arrays<13, 9>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingEmpty, empty_handler, (arrays<0, 1>().Attr<std::int64_t>("number")));
