@@ -39,7 +39,14 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cc")
 HEADERS = tuple(
     SOURCE.with_name(name)
-    for name in ("native_vectors.h", "native_adamw.h", "native_amx.h", "native_attention.h", "native_experts.h")
+    for name in (
+        "native_vectors.h",
+        "native_adamw.h",
+        "native_amx.h",
+        "native_attention.h",
+        "native_experts.h",
+        "native_cached.h",
+    )
 )
 # Sums of products may fuse: -std=c++17 alone forbids it.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -49,6 +56,7 @@ TARGETS = {
     "ling_grouped_weight_gradient": "LingGroupedWeightGradient",
     "ling_attention": "LingAttention",
     "ling_attention_gradient": "LingAttentionGradient",
+    "ling_cached_attention": "LingCachedAttention",
     "ling_experts": "LingExperts",
     "ling_experts_gradient": "LingExpertsGradient",
     "ling_empty": "LingEmpty",
@@ -241,6 +249,15 @@ def attention_gradients(
     args = q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC
     dq, dk, dv = jax.ffi.ffi_call("ling_attention_gradient", outs)(*args, scale=np.float32(scale), causal=causal)
     return dq, dk, dv
+
+
+def cached_attention(
+    q_BTHC: jax.Array, k_LBSGC: jax.Array, v_LBSGC: jax.Array, layer: jax.Array, slots_BT: jax.Array, *, scale: float
+) -> jax.Array:
+    """float32 out of `kernels.attention.cached_attention` with one layer of a stack, which is read where it lies; q, k
+    and v all float32 or all bfloat16."""
+    call = jax.ffi.ffi_call("ling_cached_attention", jax.ShapeDtypeStruct(q_BTHC.shape, jnp.float32))
+    return call(q_BTHC, k_LBSGC, v_LBSGC, layer, slots_BT, scale=np.float32(scale))
 
 
 def experts(

@@ -44,12 +44,11 @@ def run(code: list[str], preload: dict[str, str]) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *code], cwd=REPO, env=env, capture_output=True, text=True, timeout=1800)
 
 
-@pytest.mark.parametrize("part", ["read_in_their_stack", nightly("")])
-def test_experts_and_their_gradients_stay_inside_their_arrays(sanitized, part):
+@pytest.mark.parametrize("part", ["read_in_their_stack or sums_in_float64", nightly("")])
+def test_experts_their_gradients_and_cached_attention_stay_inside_their_arrays(sanitized, part):
+    files = [f"tests/kernels/test_native_{name}.py" for name in ("experts", "cached")]
     only = ["-k", part] if part else []
-    done = run(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_native_experts.py", *only], sanitized
-    )
+    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *only], sanitized)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
     assert "runtime error" not in done.stderr and "AddressSanitizer" not in done.stderr
     [library] = Path(os.environ["XDG_CACHE_HOME"]).rglob("native-*.so")  # it was this one that ran
