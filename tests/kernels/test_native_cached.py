@@ -3,7 +3,6 @@
 Legend: L layers, B rows, T queries, S slots, H query heads, G kv heads, C head_dim.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
