@@ -99,6 +99,26 @@ void touch(const X* from, Index count) {
   for (; p < end; p += sizeof(Line)) static_cast<void>(*static_cast<const volatile char*>(p));
 }
 
+// Asks for the next block's keys and values, some lines at a time: of many at once the rest would have to wait.
+struct Ahead {
+  const char *k, *v;
+  Index lines, each;
+  template <typename X>
+  Ahead(const X* k, const X* v, Index count, Index times)
+      : k(reinterpret_cast<const char*>(k)),
+        v(reinterpret_cast<const char*>(v)),
+        lines(count * sizeof(X) / sizeof(Line)),
+        each(ceil_div(lines, times)) {}
+  void ask() {
+    const Index now = std::min(each, lines);
+    for (Index i = 0; i < now; ++i, k += sizeof(Line), v += sizeof(Line)) {
+      __builtin_prefetch(k, 0, 2);
+      __builtin_prefetch(v, 0, 2);
+    }
+    lines -= now;
+  }
+};
+
 // One part: a piece of the slots of one layer's k and v [B, S, G, C].
 template <typename X>
 void attend_slots(const Cached& c, Index part, const X* q, const X* k, const X* v, const Summed& to) {
@@ -121,16 +141,21 @@ void attend_slots(const Cached& c, Index part, const X* q, const X* k, const X* 
     const Index here = a.at(block.row, a.keys, slot, 0, a.width);
     touch(k + here, count * stride);
     touch(v + here, count * stride);
+    const Index next = here + count * stride, coming = std::min(kBlockKeys, end - slot - count) * stride;
+    Ahead ahead(k + next, v + next, coming, a.groups * (rows + 2));
     for (Index g = 0; g < a.groups; ++g) {
       const Index at = here + g * a.width, first = g * rows;
+      ahead.ask();
       pack_transposed<float>(k + at, stride, a.width, count, keys);
       multiply_panels<false>(queries + first * a.width, a.width, keys, a.width, scores, kBlockKeys, rows,
                              whole_panels(count), Put::kSet);
       for (Index r = 0; r < rows; ++r) {
+        ahead.ask();
         const Index seen = std::min(count, c.seen(block.row, block.token + r / shared) - slot);
         weigh_slots(scores + r * kBlockKeys, seen, to.values + (first + r) * padded, padded, to.top[first + r],
                     to.total[first + r]);
       }
+      ahead.ask();
       pack_panels<float>(v + at, stride, count, a.width, values);
       multiply_panels<false>(scores, kBlockKeys, values, count, to.values + first * padded, padded, rows, padded,
                              Put::kAdd);
