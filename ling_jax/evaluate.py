@@ -88,7 +88,9 @@ def compared_slopes(command: EvaluateCommand) -> str:
     rows = [("slope_convention", "nats per token", "perplexity", "bits per byte")]
     for name, score in sorted(scores.items(), key=lambda item: item[1].nats_per_token):
         own = " (its setting)" if name == config.slope_convention else ""
-        rows.append((name + own, f"{score.nats_per_token:.6f}", f"{score.perplexity:.4f}", f"{score.bits_per_byte:.6f}"))
+        rows.append(
+            (name + own, f"{score.nats_per_token:.6f}", f"{score.perplexity:.4f}", f"{score.bits_per_byte:.6f}")
+        )
     return columns(rows)
 
 

@@ -92,15 +92,12 @@ class KeysAndValues(LayerStates):
         shape = (room.layers, room.rows, room.slots, heads, config.head_dim)
         return cls(jnp.zeros(shape, room.dtype), jnp.zeros(shape, room.dtype), jnp.zeros((), jnp.int32))
 
-    def append(
-        self, k_BTGC: jax.Array, v_BTGC: jax.Array, slots_BT: jax.Array
-    ) -> tuple[jax.Array, jax.Array, "KeysAndValues"]:
-        """Writes T tokens, those with a slot; returns this layer's keys and values [B, S, G, C] and the new states."""
+    def append(self, k_BTGC: jax.Array, v_BTGC: jax.Array, slots_BT: jax.Array) -> "KeysAndValues":
+        """The states with T tokens more, those with a slot."""
         at = (self.layer, jnp.arange(slots_BT.shape[0])[:, None], slots_BT)
         k = self.k_LBSGC.at[at].set(k_BTGC.astype(self.k_LBSGC.dtype), mode="drop")
         v = self.v_LBSGC.at[at].set(v_BTGC.astype(self.v_LBSGC.dtype), mode="drop")
-        mine = (jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for a in (k, v))
-        return *mine, dataclasses.replace(self, k_LBSGC=k, v_LBSGC=v)
+        return dataclasses.replace(self, k_LBSGC=k, v_LBSGC=v)
 
     def specs(self) -> "KeysAndValues":
         """Heads over `tensor`."""

@@ -302,28 +302,53 @@ def _attention_bwd(scale: float, implementation: str, saved: Any, g_BTHC: jax.Ar
 attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _cached(q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, *, scale: float) -> jax.Array:
-    k_BGSC, v_BGSC = k_BSGC.swapaxes(1, 2), v_BSGC.swapaxes(1, 2)
+def _cached(
+    q_BTHC: jax.Array, k_LBSGC: jax.Array, v_LBSGC: jax.Array, layer: jax.Array, slots_BT: jax.Array, *, scale: float
+) -> jax.Array:
+    k_BGSC, v_BGSC = (_of_layer(a, layer).swapaxes(1, 2) for a in (k_LBSGC, v_LBSGC))
     parts = []
     for mine in _chunks(q_BTHC.shape[1]):
-        seen_BtS = jnp.arange(k_BSGC.shape[1]) <= slots_BT[:, mine, None]
+        seen_BtS = jnp.arange(k_BGSC.shape[2]) <= slots_BT[:, mine, None]
         parts.append(_answer(q_BTHC[:, mine], k_BGSC, v_BGSC, seen_BtS, scale)[0])
     return jnp.concatenate(parts, axis=1)
 
 
+def _of_layer(stack_LBSGC: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack_LBSGC, layer, keepdims=False)
+
+
 def _cached_triton(
-    q_BTHC: jax.Array, k_BSGC: jax.Array, v_BSGC: jax.Array, slots_BT: jax.Array, *, scale: float, interpret: bool
+    q_BTHC: jax.Array,
+    k_LBSGC: jax.Array,
+    v_LBSGC: jax.Array,
+    layer: jax.Array,
+    slots_BT: jax.Array,
+    *,
+    scale: float,
+    interpret: bool,
 ) -> jax.Array:
-    args = (q_BTHC, k_BSGC, v_BSGC, slots_BT)
-    if not gpu_attention.takes(*args[:3]):
-        return _cached(*args, scale=scale)
-    return gpu_attention.cached(*args, scale=scale, interpret=interpret)
+    k_BSGC, v_BSGC = _of_layer(k_LBSGC, layer), _of_layer(v_LBSGC, layer)
+    if not gpu_attention.takes(q_BTHC, k_BSGC, v_BSGC):
+        return _cached(q_BTHC, k_LBSGC, v_LBSGC, layer, slots_BT, scale=scale)
+    return gpu_attention.cached(q_BTHC, k_BSGC, v_BSGC, slots_BT, scale=scale, interpret=interpret)
+
+
+_cached_native = native.or_else("cached_attention", native.cached_attention, _cached)
+
+
+def _cached_in_cpp(*args: jax.Array, scale: float) -> jax.Array:
+    return (_cached_native if _known(*args) else _cached)(*args, scale=scale)
 
 
 _CACHED = Kernel(
+    cpu=_cached_in_cpp,
     nvidia=partial(_cached_triton, interpret=False),
     rest=_cached,
-    named={"xla": _cached, "triton": pallas(_cached_triton)},
+    named={
+        "native": Kernel(cpu=_cached_in_cpp, rest=_cached),
+        "triton": pallas(_cached_triton),
+        "xla": _cached,
+    },
 )
 
 
@@ -334,6 +359,8 @@ def cached_attention(
     slots_BT: jax.Array,
     scale: float,
     implementation: str = "auto",
+    *,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of each query over the keys at its own and all earlier slots of its row of a cache.
 
@@ -341,9 +368,14 @@ def cached_attention(
 
     Args:
       slots_BT: int32, not negative.
-      implementation: "triton" (Pallas, for NVIDIA GPUs; interpreted on CPU), "xla" (for the rest) or "auto".
+      layer: int32 [], where keys and values are those of many layers, [L, B, S, G, C]: a layer's part of them, handed
+        to a kernel of its own, would be copied.
+      implementation: "native" (C++, for CPU; "xla" where it cannot be built), "triton" (Pallas, for NVIDIA GPUs;
+        interpreted on CPU), "xla" (for the rest) or "auto".
     Returns:
       [B, T, H, C] in q's dtype.
     """
-    out_BTHC = _CACHED(q_BTHC, k_BSGC, v_BSGC, slots_BT, implementation=implementation, scale=scale)
-    return out_BTHC.astype(q_BTHC.dtype)
+    if layer is None:
+        k_BSGC, v_BSGC, layer = k_BSGC[None], v_BSGC[None], jnp.zeros((), jnp.int32)
+    args = q_BTHC, k_BSGC, v_BSGC, layer, slots_BT
+    return _CACHED(*args, implementation=implementation, scale=scale).astype(q_BTHC.dtype)

@@ -463,6 +463,12 @@ T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
+// Where in a stack [L, ...] a layer's part begins; of a stack of one it is that one's.
+Index part_of(const ffi::AnyBuffer& stack, const ffi::AnyBuffer& layer) {
+  const Index layers = stack.dimensions()[0], part = stack.element_count() / std::max<Index>(1, layers);
+  return std::clamp<Index>(*data<const std::int32_t>(layer), 0, layers - 1) * part;
+}
+
 // Calls f with a pointer of the buffer's type.
 template <typename F>
 ffi::Error with_type(const ffi::AnyBuffer& buffer, const F& f) {
@@ -516,6 +522,7 @@ auto arrays() {
 
 #include "native_adamw.h"
 #include "native_attention.h"  // made of the tiles above
+#include "native_cached.h"     // made of attention's parts, on a layer where it lies as experts' weights do
 #include "native_experts.h"    // made of the items above, and an exponential of attention's
 #include "native_lightning.h"  // made of the tiles above, and attention's memory and exponential
 
@@ -527,6 +534,7 @@ __attribute__((visibility("default"))) XLA_FFI_Error* LingAttention(XLA_FFI_Call
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAttentionGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingLightning(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingLightningGradient(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingCachedAttention(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingExperts(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingExpertsGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingEmpty(XLA_FFI_CallFrame*);
@@ -541,6 +549,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttentionGradient, attention_gradient_handler,
                               (arrays<8, 3>().Attr<float>("scale").Attr<bool>("causal")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingLightning, lightning_handler, (arrays<6, 2>().Attr<float>("scale")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingLightningGradient, lightning_gradient_handler, (arrays<8, 4>().Attr<float>("scale")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingCachedAttention, cached_handler, (arrays<5, 1>().Attr<float>("scale")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler, (arrays<7, 4>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExpertsGradient, experts_gradient_handler, (arrays<13, 9>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingEmpty, empty_handler, (arrays<0, 1>().Attr<std::int64_t>("number")));

@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cc")
 HEADERS = tuple(
-    SOURCE.with_name(f"native_{name}.h") for name in ("vectors", "adamw", "amx", "attention", "experts", "lightning")
+    SOURCE.with_name(f"native_{name}.h")
+    for name in ("vectors", "adamw", "amx", "attention", "cached", "experts", "lightning")
 )
 # Sums of products may fuse: -std=c++17 alone forbids it.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -50,6 +51,7 @@ TARGETS = {
     "ling_attention_gradient": "LingAttentionGradient",
     "ling_lightning": "LingLightning",
     "ling_lightning_gradient": "LingLightningGradient",
+    "ling_cached_attention": "LingCachedAttention",
     "ling_experts": "LingExperts",
     "ling_experts_gradient": "LingExpertsGradient",
     "ling_empty": "LingEmpty",
@@ -280,6 +282,15 @@ def lightning_gradients(
     args = q_BTHC, k_BTHC, v_BTHD, slopes_H, segments_BT, state_BHCD, g_BTHD, dstate_BHCD
     dq, dk, dv, dstate = call(*args, scale=np.float32(scale))
     return dq, dk, dv, dstate
+
+
+def cached_attention(
+    q_BTHC: jax.Array, k_LBSGC: jax.Array, v_LBSGC: jax.Array, layer: jax.Array, slots_BT: jax.Array, *, scale: float
+) -> jax.Array:
+    """float32 out of `kernels.attention.cached_attention` with one layer of a stack, which is read where it lies; q, k
+    and v all float32 or all bfloat16."""
+    call = jax.ffi.ffi_call("ling_cached_attention", jax.ShapeDtypeStruct(q_BTHC.shape, jnp.float32))
+    return call(q_BTHC, k_LBSGC, v_LBSGC, layer, slots_BT, scale=np.float32(scale))
 
 
 def experts(

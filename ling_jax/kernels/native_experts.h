@@ -200,12 +200,6 @@ void experts_backward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W
   sum_choices<X>(pool, threads, pairs, results, nullptr, to.dx, hidden);
 }
 
-// Where in a stack [L, ...] a layer's part begins; of a stack of one it is that one's.
-Index part_of(const ffi::AnyBuffer& stack, const ffi::AnyBuffer& layer) {
-  const Index layers = stack.dimensions()[0], part = stack.element_count() / std::max<Index>(1, layers);
-  return std::clamp<Index>(*data<const std::int32_t>(layer), 0, layers - 1) * part;
-}
-
 // One layer's, where they lie in the stack of all: [L, E, ...].
 template <typename W>
 Weights<W> weights_of(const W* gate, ffi::AnyBuffer up, ffi::AnyBuffer down, ffi::AnyBuffer layer) {

@@ -118,6 +118,7 @@ class Attention(nnx.Module):
         else:
             slots_BT = context.positions_BT
             written_BT = jnp.where(context.segments_BT > 0, slots_BT, jnp.iinfo(jnp.int32).max)
-            k_BSGC, v_BSGC, cache = cache.append(k_BTGC, v_BTGC, written_BT)
-            out_BTHC = cached_attention(q_BTHC, k_BSGC, v_BSGC, slots_BT, scale)
+            cache = cache.append(k_BTGC, v_BTGC, written_BT)
+            stacks = cache.k_LBSGC, cache.v_LBSGC
+            out_BTHC = cached_attention(q_BTHC, *stacks, slots_BT, scale, layer=cache.layer)
         return MixerOutput(self.dense(out_BTHC.reshape(*x_BTD.shape[:2], -1)), cache)

@@ -311,8 +311,8 @@ def run_attention(f, qkv, places, g):
         g32, qkv = g.astype(jnp.float32), [a.astype(jnp.float32) for a in qkv]
         out, vjp = jax.vjp(lambda *qkv: f(*qkv, **dict(zip(NAMES, places, strict=True)), scale=0.4), *qkv)
         return out, *vjp(g32)
-    place = places[0] if f is cached_attention else places[2]
-    out, vjp = jax.vjp(lambda *qkv: f(*qkv, place, 0.4), *qkv)
+    more = (places[0], 0.4, "xla") if f is cached_attention else (places[2], 0.4)
+    out, vjp = jax.vjp(lambda *qkv: f(*qkv, *more), *qkv)
     return out, *vjp(g)
 
 

@@ -101,6 +101,18 @@ def lightning_cases(rng: np.random.Generator, dtype: str) -> Iterator[Case]:
     yield Case("lightning's gradients", gradients, (*args, g, dstate), 1, 3 * rows * heads)
 
 
+def cached_cases(rng: np.random.Generator, dtype: str) -> Iterator[Case]:
+    """A step of decoding, one with drafts, and a piece of a prompt; rows end in different pieces of the cache. The
+    pieces' answers are then put together."""
+    run, layer = partial(native.cached_attention, scale=0.2), np.int32(1)
+    for queries, pieces in ((1, 1 + 2 + 4), (5, 1 + 2 + 4), (100, 2 * (1 + 1 + 1))):
+        q = normal(rng, 3, queries, 8, 40, dtype=dtype)
+        k, v = normal(rng, 2, 2, 3, 1700, 2, 40, dtype=dtype)
+        slots = np.maximum(np.array([[90], [1000], [1650]]) - np.arange(queries)[::-1], 0).astype(np.int32)
+        blocks = 3 * (2 if queries == 100 else 1)
+        yield Case(f"cached attention, {queries} queries", run, (q, k, v, layer, slots), 2, pieces + blocks)
+
+
 def cases() -> Iterator[Case]:
     rng = np.random.default_rng(0)
     for dtype in DTYPES:
@@ -109,7 +121,8 @@ def cases() -> Iterator[Case]:
                 yield case._replace(name=f"{case.name}, {dtype} with {weight_dtype}")
         rows = normal(rng, 400, 128, dtype=dtype), normal(rng, 400, 100, dtype=dtype), np.array([190, 0, 7, 200])
         weights = Case("weight gradient", native.weight_gradient, rows, 1)
-        for case in (weights, *attention_cases(rng, dtype), *lightning_cases(rng, dtype)):
+        of_attention = *attention_cases(rng, dtype), *cached_cases(rng, dtype), *lightning_cases(rng, dtype)
+        for case in (weights, *of_attention):
             yield case._replace(name=f"{case.name}, {dtype}")
     yield Case("adamw", partial(native.adamw, **RULE), (*adamw_arrays(rng, 150_001), SCALARS), 1)
 
