@@ -93,7 +93,7 @@ class KeysAndValues(LayerStates):
         return cls(jnp.zeros(shape, room.dtype), jnp.zeros(shape, room.dtype), jnp.zeros((), jnp.int32))
 
     def append(self, k_BTGC: jax.Array, v_BTGC: jax.Array, slots_BT: jax.Array) -> "KeysAndValues":
-        """The states with T tokens more, those with a slot."""
+        """Returns the states with T tokens more; a token whose slot is past the last one is left out."""
         at = (self.layer, jnp.arange(slots_BT.shape[0])[:, None], slots_BT)
         k = self.k_LBSGC.at[at].set(k_BTGC.astype(self.k_LBSGC.dtype), mode="drop")
         v = self.v_LBSGC.at[at].set(v_BTGC.astype(self.v_LBSGC.dtype), mode="drop")

@@ -368,8 +368,8 @@ def cached_attention(
 
     Args:
       slots_BT: int32, not negative.
-      layer: int32 [], where keys and values are those of many layers, [L, B, S, G, C]: a layer's part of them, handed
-        to a kernel of its own, would be copied.
+      layer: int32 []; with it k and v hold many layers, [L, B, S, G, C], and this one's are read where they lie: cut
+        out for a kernel they would be copied.
       implementation: "native" (C++, for CPU; "xla" where it cannot be built), "triton" (Pallas, for NVIDIA GPUs;
         interpreted on CPU), "xla" (for the rest) or "auto".
     Returns:

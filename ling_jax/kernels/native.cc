@@ -522,7 +522,7 @@ auto arrays() {
 
 #include "native_adamw.h"
 #include "native_attention.h"  // made of the tiles above
-#include "native_cached.h"     // made of attention's parts, on a layer where it lies as experts' weights do
+#include "native_cached.h"     // made of parts of attention
 #include "native_experts.h"    // made of the items above, and an exponential of attention's
 #include "native_lightning.h"  // made of the tiles above, and attention's memory and exponential
 

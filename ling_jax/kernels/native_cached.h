@@ -1,11 +1,13 @@
-// Attention of queries over the slots of a cache, for CPU; for native.cc, made of attention's parts.
+// Attention over the slots of a cache for CPU; for native.cc, made of parts of attention.
 //
 // Legend: L layers, B rows, T queries, S slots, H query heads, G kv heads, M = H/G, C head_dim.
 //
-// Decoding waits for memory, so each key and value is read once for all queries that see it, and slots after the last
-// one not at all. A part of the work is a piece of a row's slots for all kv heads, whose numbers lie together; what the
-// parts have summed up is put together afterwards. Query r is head r % M of token r/M, and scores lie [queries, slots]:
-// with few queries there are too few of them to fill a vector. All arithmetic is float32.
+// Decoding waits for memory, so each key and value is read once for all queries that see it, and no slot after the last
+// that is seen. A part of the work is a piece of a row's slots for all kv heads, whose numbers lie together; the parts'
+// sums are joined afterwards. Where pieces end depends on sizes alone, and so do results.
+//
+// Query r of a kv head is head r % M of token r / M. Scores lie [queries, slots]: of few queries a vector would be
+// mostly empty. All arithmetic is float32.
 
 #pragma once
 
@@ -51,45 +53,48 @@ struct Cached {
   }
 };
 
-// What a part has summed up for each of its queries: values times weights, the largest score, and the weights.
+// The sums of a part for each of its queries: values times weights, the largest score, and weights.
 struct Summed {
   float *values, *top, *total;  // [most, padded], [most], [most]
   Summed(const Cached& c, float* parts, Index part)
       : values(parts + part * c.part_size()), top(values + c.most * c.a.padded()), total(top + c.most) {}
 };
 
-template <typename F>
-float reduced(Vec v, const F& f) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = f(lanes[i], lanes[i + half]);
-  }
-  return lanes[0];
+// f of all lanes, in each of them.
+template <int D = kLanes / 2, typename F, int... J>
+Vec reduced(Vec v, const F& f, std::integer_sequence<int, J...> lanes) {
+#if defined(__clang__)
+  v = f(v, __builtin_shufflevector(v, v, (J ^ D)...));
+#else
+  v = f(v, __builtin_shuffle(v, Bits{(J ^ D)...}));
+#endif
+  if constexpr (D > 1) return reduced<D / 2>(v, f, lanes);
+  return v;
 }
 
 // A query's scores of kBlockKeys slots, of which it sees the first, become weights under the new maximum; what was
 // summed before is brought under it too.
 void weigh_slots(float* scores, Index seen, float* values, Index padded, float& top, float& total) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
   if (seen <= 0) {
     std::fill_n(scores, kBlockKeys, 0.f);
     return;
   }
   if (seen < kBlockKeys) std::fill_n(scores + seen, kBlockKeys - seen, kMasked);
-  Vec largest = Vec{} + top, sums = {};
-  for (Index i = 0; i < kBlockKeys; i += kLanes) largest = larger(load(scores + i), largest);
-  const float now = reduced(largest, [](float x, float y) { return x > y ? x : y; });
+  Vec now = Vec{} + top, sums = {};
+  for (Index i = 0; i < kBlockKeys; i += kLanes) now = larger(load(scores + i), now);
+  now = reduced(now, larger, kAll);
   for (Index i = 0; i < kBlockKeys; i += kLanes) {
     const Vec weights = exp_of(load(scores + i) - now);
     store(scores + i, weights);
     sums += weights;
   }
-  const float factor = exp_of(Vec{} + (top - now))[0];
-  total = total * factor + reduced(sums, [](float x, float y) { return x + y; });
-  if (now != top) {
+  const Vec factor = exp_of(top - now);
+  total = total * factor[0] + reduced(sums, [](Vec x, Vec y) { return x + y; }, kAll)[0];
+  if (now[0] != top) {
     for (Index c = 0; c < padded; c += kLanes) store(values + c, load(values + c) * factor);
   }
-  top = now;
+  top = now[0];
 }
 
 // Brings memory near, line by line in the order in which it lies: twice as fast as what heads' strides would bring.
@@ -119,7 +124,7 @@ struct Ahead {
   }
 };
 
-// One part: a piece of the slots of one layer's k and v [B, S, G, C].
+// The sums of one part; k and v [B, S, G, C] are one layer's.
 template <typename X>
 void attend_slots(const Cached& c, Index part, const X* q, const X* k, const X* v, const Summed& to) {
   const Attention& a = c.a;
