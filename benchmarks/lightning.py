@@ -51,7 +51,7 @@ class Command:
 
 
 def calls_of(command: Command, length: int) -> dict[str, Callable[[], Any]]:
-    """What is timed, by "name, part"."""
+    """Everything that is timed, by "kernel, part"."""
     rows, (heads, width) = command.tokens // length, (command.heads, command.head_dim)
     rng = np.random.default_rng(0)
     q, k, v, g = (
