@@ -482,6 +482,24 @@ def loss_gap_figure(runs: Mapping[str, Sequence[MetricsRecord]], reference: str,
     epath.Path(path).write_bytes(png(figure))
 
 
+def validation_figure(runs: Mapping[str, Sequence[MetricsRecord]], level: float, path: epath.PathLike) -> None:
+    """Draws the validation losses of several runs over steps, and a dashed line at `level`, as a PNG.
+
+    Args: as in `expert_load_figure`.
+    """
+    figure = new_figure(3.4)
+    axes = figure.add_subplot()
+    last_step = 0
+    for color, (label, records) in zip(CYCLE * len(runs), runs.items(), strict=False):
+        line = series(records, "eval/nats_per_token")
+        last_step = max(last_step, int(line.steps[-1]))
+        _plot(axes, line, color, f"{label}: ends at {_last(line, '.3f')}")
+    axes.axhline(level, color=GREY, linewidth=1.0, linestyle=(0, (4, 3)))
+    _style(axes, "validation loss, nats per token", last_step)
+    _legend(axes, loc="best")
+    epath.Path(path).write_bytes(png(figure))
+
+
 def bars_figure(parts: Mapping[str, Mapping[str, float]], ylabel: str, path: epath.PathLike) -> None:
     """Draws named values as bars from zero, one panel for each part, as a PNG."""
     figure = new_figure(3.2)

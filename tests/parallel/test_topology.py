@@ -130,7 +130,7 @@ def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_ke
 
 
 def test_two_groups_of_a_hybrid_compile_with_rows_cut_over_devices(devices):
-    """Of the two repeats there is one program, whose states go to the devices that have their heads and back."""
+    """The two repeats are one program, whose states go to the devices that have their heads and back."""
     hybrid = dataclasses.replace(MODEL, num_hidden_layers=4, layer_group_size=2, group_norm_size=2)
     text = compiled_step(devices, MeshConfig(expert=4, context=2), model=hybrid)
     states = [shape for kind, shapes in collectives(text).items() if kind == "all-to-all" for shape in shapes]
