@@ -1,4 +1,4 @@
-"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|merge-adapter|inspect|verify; see --help."""
+"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|merge-adapter|linearize|inspect|verify."""
 
 import sys
 

@@ -167,6 +167,9 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainCommand]:
     name = argv[0]
     default = TrainCommand(config=named_config(name))
     command = tyro.cli(TrainCommand, default=default, args=list(argv[1:]), prog=f"{prog} {name}", registry=FLAGS)
+    given, guessed = command.config.model, default.config.model
+    still = tuple(n for n in command.config.assumed if getattr(given, n) == getattr(guessed, n))  # no flag says better
+    command = dataclasses.replace(command, config=dataclasses.replace(command.config, assumed=still))
     return Path(name).stem if name.endswith(".py") else name, command
 
 

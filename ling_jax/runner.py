@@ -223,8 +223,8 @@ def _with_commits(config: RunConfig, run_dir: epath.Path, init_from: str | None)
 
 
 def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) -> RunConfig:
-    """The configuration with all fields of the config.json that the run's weights came with: an export keeps them. A
-    run that has begun needs its origin no more."""
+    """The configuration with all fields of the config.json that the run's weights came with, which an export keeps, and
+    with their values of the fields that are only assumed. A run that has begun needs its origin no more."""
     begun = bool(saved_steps(run_dir / CHECKPOINTS))
     if begun and (last := _read_config(run_dir)) is not None:
         origin = last.model
@@ -234,7 +234,11 @@ def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) 
         origin = model_config_of(init_from)
     else:
         return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, hf_json=origin.hf_json))
+    theirs = {name: getattr(origin, name) for name in config.assumed}
+    ours = {name: getattr(config.model, name) for name in config.assumed}
+    if told := [f"model.{name}: {ours[name]} -> {value}" for name, value in theirs.items() if value != ours[name]]:
+        log.info("assumed settings give way to those of the weights (assumed -> theirs): %s", "; ".join(told))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, hf_json=origin.hf_json, **theirs))
 
 
 def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None) -> Data:

@@ -43,6 +43,18 @@ FP8 = {
 GPUS = {
     "flash-h100-8x8": "ling_flash_2_0 --topology h100:8x8 --mesh.fsdp 8 --mesh.expert 8 --data.global-batch-size 64",
 }
+# At 131,072 tokens, the hybrid and the model that it was made of; and the smaller hybrid on a host of GPUs.
+HYBRIDS = {
+    f"{name}-v5p-8x8x4-131072-tokens": f"{config} --topology v5p:8x8x4 --mesh.expert 16 --mesh.context 16 "
+    "--data.global-batch-size 16 --train.dtype bfloat16 --data.sequence-length 131072"
+    for name, config in {
+        "flash-linear": "ring_flash_linear_2_0",
+        "flash": "ring_flash_2_0 --model.max-position-embeddings 131072",
+    }.items()
+} | {
+    "mini-linear-h100-8-bf16": "ring_mini_linear_2_0 --topology h100:8 --mesh.expert 8 --data.global-batch-size 8 "
+    f"{BASE} --optimizer.mu-dtype bfloat16"
+}
 # The same for serving: one request and 32, weights in bfloat16 and in FP8 blocks; the mesh differs by the batch.
 SERVING = {
     "mini-v5e-2x4": ("ling_mini_2_0", "v5e:2x4", {1: "--mesh.tensor 4 --mesh.expert 2", 32: "--mesh.expert 8"}),
@@ -67,7 +79,7 @@ def commands() -> dict[str, str]:
         moments = "--optimizer.mu-dtype bfloat16"
         found[f"{name}-bf16"] = f"{flags} {BASE} {moments}"
         found[f"{name}-fp8"] = f"{flags} {BASE} {moments} --train.fp8"
-    return found | {f"{name}-bf16": f"{flags} {BASE}" for name, flags in GPUS.items()}
+    return found | {f"{name}-bf16": f"{flags} {BASE}" for name, flags in GPUS.items()} | HYBRIDS
 
 
 def serving_commands() -> dict[str, str]:

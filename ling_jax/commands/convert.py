@@ -1,4 +1,4 @@
-"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|merge-adapter|inspect|verify; see --help."""
+"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|merge-adapter|linearize|inspect|verify."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ import jax
 import tyro
 
 from ling_jax.cli import program, run_main
+from ling_jax.convert.linearize import linearize
 from ling_jax.convert.survey import survey
-from ling_jax.convert.to_hf import to_hf
+from ling_jax.convert.to_hf import slopes_told, to_hf
 from ling_jax.convert.to_jax import to_jax
 from ling_jax.convert.verify import verify
 
@@ -47,7 +48,9 @@ class ToHF:
     """Whether the MTP layer goes along; programs that do not know it open what --no-mtp writes."""
 
     def run(self) -> int:
-        print(to_hf(self.source, self.target, self.format, self.max_shard_size, self.mtp).render())
+        audit = to_hf(self.source, self.target, self.format, self.max_shard_size, self.mtp)
+        print(audit.render())
+        print(*slopes_told(audit.config), sep="\n", end="")
         return 0
 
 
@@ -64,6 +67,28 @@ class MergeAdapter:
 
     def run(self) -> int:
         print(to_hf(self.source, self.target, adapter=self.adapter).render())
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linearize:
+    """From Ling to the beginnings of a Ring-linear, a HF folder to train on from: most attention becomes linear."""
+
+    source: str
+    """The model: a HF folder, a hub id, or a run of ours; not in FP8."""
+    target: str
+    """The HF folder; must not exist."""
+    layer_group_size: int
+    """Layers of a group; the last of each keeps softmax attention (5 in Ring-mini-linear, 8 in Ring-flash-linear)."""
+    heads: Literal["replicate", "random"] = "replicate"
+    """The key and value heads that linear attention has more of: copies of those that were shared, or random ones."""
+    group_norm_size: int | None = None
+    """Groups of the new output norm; by default 4, as the released models, if that divides the heads."""
+
+    def run(self) -> int:
+        audit = linearize(self.source, self.target, self.layer_group_size, self.heads, self.group_norm_size)
+        print(audit.render())
+        print(*slopes_told(audit.config), sep="\n", end="")
         return 0
 
 
@@ -102,7 +127,14 @@ class Verify:
 
 def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # a TPU or GPU is left alone
-    named = {"to-jax": ToJax, "to-hf": ToHF, "merge-adapter": MergeAdapter, "inspect": Inspect, "verify": Verify}
+    named = {
+        "to-jax": ToJax,
+        "to-hf": ToHF,
+        "merge-adapter": MergeAdapter,
+        "linearize": Linearize,
+        "inspect": Inspect,
+        "verify": Verify,
+    }
     return tyro.extras.subcommand_cli_from_dict(
         named, args=list(argv), prog=program("convert.py"), description=__doc__
     ).run()

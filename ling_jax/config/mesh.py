@@ -103,7 +103,7 @@ class MeshConfig:
                 self._check_dim(model, DIMS[name], size)
         for name in dict.fromkeys(kind.mixer for kind in kinds_of(model)):
             mixer = MIXERS[name]
-            mixer.check(model, self.tensor)
+            mixer.check(model, self.tensor, self.context)
             check(
                 self.context == 1 or mixer.context,
                 f"mesh.context = {self.context}: layers whose mixer is {name!r} need whole rows; set it to 1 and split "

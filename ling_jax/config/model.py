@@ -54,8 +54,8 @@ class ModelConfig:
     layer_group_size: int = 0  # Ring-linear: all but the last layer of each group are linear; 0: every layer is softmax
     group_norm_size: int = 1  # number of groups of a linear layer's output norm
     linear_silu: bool = False  # whether a linear layer's queries, keys and values pass through silu
-    # Which published code's rates the states of linear layers decay at (see `kernels.lightning.slopes_of`): SGLang's, as
-    # vLLM and the known trainers; that of the code beside the released weights; MLX's. No released file says.
+    # Whose rates the states of linear layers decay at (see `kernels.lightning.slopes_of`): SGLang's, as vLLM and the
+    # known trainers; those of the code beside the released weights; MLX's. No released file says.
     slope_convention: Literal["sglang", "hf", "mlx"] = "sglang"
     initializer_range: float = 0.02
     pad_token_id: int | None = 156892

@@ -114,8 +114,8 @@ class Mixer(NamedTuple):
     Attributes:
       parameters: its parameters.
       flops: forward FLOPs of a token in a row of so many tokens, products with parameters left out.
-      check: raises ValueError where `mesh.tensor` of a number cannot cut it; cuts of the parameters' dims are checked
-        by themselves.
+      check: raises ValueError where `mesh.tensor` and `mesh.context` of these numbers cannot cut it; cuts of the
+        parameters' dims are checked by themselves.
       fused: the sizes, by name, that so many tensor devices share and no dim of a parameter shows, since a fused
         projection hides them.
       context: whether it works on rows whose tokens are split over the mesh.
@@ -123,7 +123,7 @@ class Mixer(NamedTuple):
 
     parameters: Callable[[ModelConfig], ParameterTable]
     flops: Callable[[ModelConfig, int], float]
-    check: Callable[[ModelConfig, int], None] = lambda config, tensor: None
+    check: Callable[[ModelConfig, int, int], None] = lambda config, tensor, context: None
     fused: Callable[[ModelConfig, int], dict[str, int]] = lambda config, tensor: {}
     context: bool = False
 
@@ -136,15 +136,21 @@ def _state_updates(config: ModelConfig, length: int) -> float:
     return 4.0 * config.num_attention_heads * config.head_dim**2  # into the state and out of it
 
 
-def _check_norm_groups(config: ModelConfig, tensor: int) -> None:
+def _check_linear(config: ModelConfig, tensor: int, context: int) -> None:
+    heads = config.num_attention_heads
+    check(
+        heads % (tensor * context) == 0,
+        f"model.num_attention_heads = {heads} must be a multiple of mesh.tensor * mesh.context = {tensor} * {context}: "
+        "the states of linear attention are exchanged by heads; choose smaller ones",
+    )
     check(
         config.group_norm_size % tensor == 0,
-        f"model.group_norm_size = {config.group_norm_size} must be a multiple of mesh.tensor = {tensor}, so that a group "
-        "is normed on one device; choose one of its divisors",
+        f"model.group_norm_size = {config.group_norm_size} must be a multiple of mesh.tensor = {tensor}: a group is "
+        "normed on one device; choose one of its divisors",
     )
 
 
-def _check_kv_heads(config: ModelConfig, tensor: int) -> None:
+def _check_kv_heads(config: ModelConfig, tensor: int, context: int) -> None:
     kv = config.num_key_value_heads
     check(
         kv % tensor == 0 or tensor % kv == 0,
@@ -165,7 +171,7 @@ MIXERS: dict[str, Mixer] = {
         fused=_kv_rows,
         context=True,
     ),
-    "linear": Mixer(parameters=_linear_attention, flops=_state_updates, check=_check_norm_groups, context=True),
+    "linear": Mixer(parameters=_linear_attention, flops=_state_updates, check=_check_linear, context=True),
 }
 
 

@@ -94,6 +94,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "minimal", "save_attention", "save_dispatch", "offload"] = "full"
+    # Patterns of modules that are trained, such as "layers.linear_*.attention.*": all others, and expert biases, stay
+    # as they are; (): everything is trained.
+    only: tuple[str, ...] = ()
     fp8: bool = False  # products of attention and FFNs in blockwise FP8, forward and backward (docs/fp8.md)
     fp8_except: tuple[str, ...] = ()  # patterns of modules that stay in `dtype`, such as "*.attention.*" or "mtp.*"
     fp8_watch_every: int = 100  # steps between measurements of what FP8 loses; 0: none
@@ -140,6 +143,9 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = ONE_DEVICE
+    # Fields of `model` whose values are guesses, since no release of it is public: those of the weights that a run
+    # starts from (--init-from) take their place.
+    assumed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     # What hub ids stood for when the run was begun, "ORG/NAME@REVISION COMMIT": a resume takes the same commits.
     hub: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
 

@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from etils import epath
 
-from ling_jax.checkpoint import META, META_FILE
-from ling_jax.config import ModelConfig, count_params
+from ling_jax.config import ModelConfig, count_params, layer_kinds
 from ling_jax.convert.adapter import Adapter, told_of
 from ling_jax.convert.audit import Audit
 from ling_jax.convert.fp8 import FP8, quantise
@@ -37,8 +36,6 @@ from ling_jax.convert.weights import (
     F32,
     INDEX,
     TOKENIZER,
-    HFFolder,
-    StoredWeights,
     Weights,
     narrow,
     open_weights,
@@ -88,18 +85,39 @@ def to_hf(
         TARGET.partial, or in a bucket in TARGET, and the same command goes on after the last file that is whole.
     """
     limit, weights, place = _bytes_of(max_shard_size), open_weights(source, mtp), new_place(target)
+    assert adapter is None or form == "keep"
+    merged = None if adapter is None else Adapter(adapter, weights, source)
+    return write_hf(weights, source, target, place, form, limit, merged, "" if mtp else ", no MTP")
+
+
+def write_hf(
+    weights: Weights,
+    source: str,
+    target: str,
+    place: epath.Path,
+    form: Format = "keep",
+    limit: int = 5 * UNITS["GB"],
+    adapter: Adapter | None = None,
+    how: str = "",
+) -> Audit:
+    """Writes weights that are open as a HF folder, as `to_hf` says.
+
+    Args:
+      source: what the user calls the place they come from, whose tokenizer goes along.
+      target, place: the folder as the user calls it, and as `new_place` gave it.
+      limit: bytes of a file.
+      how: what else decides the bytes: an interrupted export with another one is not taken up.
+    """
     tokenizer = None
     if any(folder.name == TOKENIZER and (folder / "tokenizer.json").exists() for folder in weights.companions()):
         tokenizer = tokenizer_of(source)  # a run's goes along: it must be the right one
-    assert adapter is None or form == "keep"
-    change = None if adapter is None else Adapter(adapter, weights, source)
     tensors = tensors_of(weights, form)
     shards = shards_of(tensors, limit)
-    stamped = stamps(_stamped(weights) + ([] if change is None else change.files))
-    fingerprint = [os.fspath(weights.folder), form if mtp else f"{form}, no MTP", limit, stamped]
+    stamped = stamps(weights.told_by() + ([] if adapter is None else adapter.files))
+    fingerprint = [os.fspath(weights.folder), f"{form}{how}", limit, stamped]
     sizes = {file: sum(tensors[name].nbytes for name in names) for file, names in shards.items()}
     with Conversion(place, fingerprint, sizes) as work:
-        export = Export(weights, tensors, change)
+        export = Export(weights, tensors, adapter)
 
         def copy(file: str, advance: Callable[[int], None]) -> Done:
             records: dict[str, TensorRecord] = {}
@@ -306,12 +324,6 @@ def _bytes_of(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def _stamped(weights: Weights) -> list[epath.Path]:
-    if isinstance(weights, HFFolder):
-        return [*weights.files(), weights.folder / "config.json"]
-    return [weights.folder / META / META_FILE]
-
-
 def _config(weights: Weights, tensors: Mapping[str, _Tensor], form: Format) -> dict[str, Any]:
     """The export's config.json."""
     config = weights.config.to_hf()
@@ -322,7 +334,7 @@ def _config(weights: Weights, tensors: Mapping[str, _Tensor], form: Format) -> d
         settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
         config["quantization_config"] = settings | {"weight_block_size": list(weights.block)}
     common = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}.get(form) or _common_dtype(weights, tensors)
-    if form != "keep" or isinstance(weights, StoredWeights) and not weights.kept:
+    if form != "keep" or not weights.kept:
         config["dtype" if "dtype" in config else "torch_dtype"] = common
     return config
 
@@ -379,3 +391,17 @@ def _card(weights: Weights, name: str, form: Format) -> str:
         total=counts.total,
         active=counts.active,
     )
+
+
+def slopes_told(config: ModelConfig) -> list[str]:
+    """Lines for whoever exports a linear model: which programs let its states decay as it was trained with."""
+    if not any(kind.mixer == "linear" for kind in layer_kinds(config)):
+        return []
+    readers = {"sglang": "SGLang, vLLM", "hf": "the code beside the released weights (transformers)", "mlx": "mlx-lm"}
+    others = "; ".join(f"{told} reads as {name!r}" for name, told in readers.items() if name != config.slope_convention)
+    return [
+        f"Decay of linear attention: this model's is {config.slope_convention!r}, that of "
+        f"{readers[config.slope_convention]}. No field of config.json that other programs know says so: {others}, "
+        "where its answers differ (docs/to_pytorch.md).",
+        "",
+    ]

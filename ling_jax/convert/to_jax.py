@@ -58,7 +58,7 @@ def to_jax(source: str, target: str, dtype: Literal["keep", "bfloat16", "float32
     ]
     found.sort(key=lambda piece: -len(piece.parts))  # or one thread would copy the head while the others have ended
     todo = {piece.key: piece for piece in found}
-    source_stamps = stamps([*weights.files(), weights.folder / "config.json"])
+    source_stamps = stamps(weights.told_by())
     sizes = {key: piece.nbytes(arrays[piece.path].dtype.itemsize) for key, piece in todo.items()}
     with Conversion(place, [str(weights.folder.resolve()), dtype, PIECE_BYTES, source_stamps], sizes) as work:
         targets = make_checkpoint(work.folder, arrays)

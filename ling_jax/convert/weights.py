@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from ling_jax.checkpoint import META, find_checkpoint, open_arrays, read_meta
+from ling_jax.checkpoint import META, META_FILE, find_checkpoint, open_arrays, read_meta
 from ling_jax.config import ModelConfig, RunConfig
 from ling_jax.convert.beyond import left_out, one_reading
 from ling_jax.convert.fp8 import BLOCK, FP8, dequantise
@@ -54,6 +54,7 @@ class Weights(ABC):
       dtypes: of each HF tensor that the folder has or an export of it would have.
       block: sides of an FP8 block, if any array is quantised.
       beyond: tensors of the folder that are no part of the model, each with the reason why it is left out.
+      kept: whether every tensor is as it came in a HF folder.
       trained_with: the fingerprint of the tokenizer that the weights were trained with, where it is known.
     """
 
@@ -63,6 +64,7 @@ class Weights(ABC):
     dtypes: dict[str, np.dtype]
     block: tuple[int, int] = BLOCK
     beyond: Mapping[str, str] = {}
+    kept: bool = False
     trained_with: str | None = None
 
     def dtype(self, path: ArrayPath) -> np.dtype:
@@ -74,6 +76,10 @@ class Weights(ABC):
         return {
             path: common({self.dtypes.get(n, F32) for n in stack.names.flat}) for path, stack in self.stacks.items()
         }
+
+    @abstractmethod
+    def told_by(self) -> list[epath.Path]:
+        """The files whose change tells that these are other weights."""
 
     @abstractmethod
     def companions(self) -> list[epath.Path]:
@@ -162,6 +168,8 @@ class HFFolder(Weights):
         config.json; see `beyond.one_reading` for the few that may be there besides.
     """
 
+    kept = True
+
     def __init__(self, folder: epath.Path, mtp: bool = True):
         self.folder = folder
         json_config = read_json(folder / "config.json")
@@ -187,6 +195,9 @@ class HFFolder(Weights):
 
     def _spelled(self, name: str) -> str | None:
         return self._file_of[name].tensors[name].dtype if name in self._file_of else None
+
+    def told_by(self) -> list[epath.Path]:
+        return [*self.files(), self.folder / "config.json"]
 
     def companions(self) -> list[epath.Path]:
         return [self.folder]
@@ -347,7 +358,7 @@ class StoredWeights(Weights):
         self.config = _with_mtp(self.run.model, mtp)
         self.trained_with = meta.get("tokenizer") or None
         hf = meta.get(HF, {})
-        self.kept = hf.get("kept", False)  # whether every tensor is as it came from a HF folder
+        self.kept = hf.get("kept", False)
         self.block = tuple(hf.get("block", BLOCK))
         self.arrays = open_arrays(self.folder, lambda path: path[0] in WEIGHTS)
         saved = self.arrays.layouts
@@ -369,6 +380,9 @@ class StoredWeights(Weights):
 
     def dtype(self, path: ArrayPath) -> np.dtype:
         return self._stored[path]
+
+    def told_by(self) -> list[epath.Path]:
+        return [self.folder / META / META_FILE]
 
     def companions(self) -> list[epath.Path]:
         """The files that came with a converted checkpoint; for a run, its own and those of the weights it began

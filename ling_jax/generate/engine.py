@@ -169,7 +169,7 @@ class Engine:
         self.queue: deque[_Waiting] = deque()
         self.running: list[_Waiting | None] = [None] * rows
         self.held = [np.zeros(0, np.int32)] * rows  # tokens whose states are in each row
-        self.prompts = [0] * rows  # how many of them were there when a large piece had last been run
+        self.prompts = [0] * rows  # how many of them are the prompt, where a state of it is kept
         self.tickets = 0
 
     @under_own_switches
@@ -306,9 +306,9 @@ class Engine:
             most = _bucket(max(map(len, parts)))
             rows_R = np.array([part + [here] * (most - len(part)) for part in parts], np.int32).reshape(-1)
             self.rows = prefill(*self.weights, self.rows, rows_R, count, Kinds(True, True, True))
-            large = count > self.rows.drafts_BP.shape[1] + 1
+            kept = self.rows.drafts_BP.shape[1] + 1  # a state is kept so many tokens before the prompt's end
             for row in counts:
-                self.prompts[row] = known[row] if large else 0
+                self.prompts[row] = known[row] if min(count - 1, known[row] - len(self.held[row])) >= kept else 0
             counts = {row: left - count for row, left in counts.items() if left > count}
         for row in placed:
             if running := self.running[row]:

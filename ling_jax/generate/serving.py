@@ -92,11 +92,14 @@ _quantised = jax.jit(in_fp8, static_argnums=0)
 def _arranged(graph: nnx.GraphDef, mesh: Mesh, fp8: bool, params: Any, bias: Any) -> Any:
     """Parameters where and in the order in which a serving model computes with them; compiled once for all weights."""
     model = nnx.merge(graph, params, bias)
-    rows = head_rows(model.config, model.mesh.tensor).reshape(-1)
+    heads, width = model.config.num_attention_heads, model.config.head_dim
 
     def arrange(path: Any, value: jax.Array) -> jax.Array:
-        fused = jax.tree_util.keystr(path, simple=True, separator=".").endswith("query_key_value.weight")
-        return value[..., rows, :] if fused else value
+        if not jax.tree_util.keystr(path, simple=True, separator=".").endswith("query_key_value.weight"):
+            return value
+        groups = (value.shape[-2] // width - heads) // 2  # of softmax or of linear attention
+        multi = dataclasses.replace(model.config, num_key_value_heads=groups)
+        return value[..., head_rows(multi, model.mesh.tensor).reshape(-1), :]
 
     params = jax.tree_util.tree_map_with_path(arrange, params)
     shardings = jax.tree.map(partial(NamedSharding, mesh), param_specs(model))

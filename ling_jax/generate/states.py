@@ -54,11 +54,11 @@ class LayerStates:
         raise NotImplementedError
 
     def usable(self, common: int, held: int, prompt: int) -> int:
-        """How many tokens of a row can serve a request that begins with `common` of its `held` ones. Called on the host.
+        """How many tokens of a row can serve a request that begins with `common` of its `held` ones; on the host.
 
         Args:
-          prompt: how many it had when a piece of more than `Room.drafts` + 1 tokens had last been run, 0 if another
-            piece came after it.
+          prompt: how many it had when its prompt's last piece had been run; 0 if that was of `Room.drafts` + 1 tokens
+            or less, or if fewer than those were new to the row.
         """
         raise NotImplementedError
 
@@ -181,9 +181,9 @@ class LinearStates(LayerStates):
         return LinearStates(state, rows, pending, pending, state, rows, nowhere)
 
     def usable(self, common: int, held: int, prompt: int) -> int:
-        """All tokens, or those before the end of the prompt that the kept state stands for."""
+        """All tokens but the last, which no step folds in, or those that the prompt's kept state stands for."""
         kept = prompt - self.pending
-        return common if common == held else kept if 0 < kept <= common else 0
+        return common if held - common <= 1 else kept if 0 < kept <= common else 0
 
     def taken(self, source: jax.Array, length: int | jax.Array) -> Self:
         """Where the row's own state has more tokens, it is the kept one that has so many."""

@@ -5,7 +5,7 @@
 Tokens are taken in chunks: inside one as attention whose weights decay with distance, between chunks through the state.
 All chunks of a block are done at once, since a loop over single chunks has too little work in each turn; a loop over
 blocks carries the state. Its gradients are the same computation with its operands in other places, so that nothing of
-the states between chunks is kept.
+the states between chunks is kept. On CPU both ways are C++ (native_lightning.h).
 
 A state belongs to one document: it is zero before a document's first token. Padding adds nothing and does not decay, so
 it may lie anywhere.
@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ling_jax.kernels import native
 from ling_jax.kernels.attention import keep
-from ling_jax.kernels.choose import Kernel
+from ling_jax.kernels.choose import Implementation, Kernel
 from ling_jax.kernels.precision import precision_of
 
 Slopes = Literal["sglang", "hf", "mlx"]
@@ -157,11 +158,66 @@ def _forward(
     return out.reshape(batch, room, heads, -1)[:, :length], state
 
 
-def _on_cpu(q_BTHC: jax.Array, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _forward(q_BTHC, *args, chunk=32 if q_BTHC.shape[1] < 1024 else 64)
+def _in_chunks(
+    q_BTHC: jax.Array, k_BTHC: jax.Array, v_BTHD: jax.Array, *args: jax.Array, scale: float, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`lightning` of XLA's operations; for CPU without a `chunk`, where a small one takes half the time."""
+    chunk = chunk or (32 if q_BTHC.shape[1] < 1024 else 64)
+    return _forward(q_BTHC * scale, k_BTHC, v_BTHD, *args, chunk=chunk)
 
 
-_LIGHTNING = Kernel(cpu=_on_cpu, rest=partial(_forward, chunk=128), named={"xla": partial(_forward, chunk=128)})
+def _in_chunks_bwd(
+    q_BTHC: jax.Array,
+    k_BTHC: jax.Array,
+    v_BTHD: jax.Array,
+    slopes_H: jax.Array,
+    segments_BT: jax.Array,
+    state_BHCD: jax.Array,
+    g_BTHD: jax.Array,
+    dstate_BHCD: jax.Array,
+    *,
+    scale: float,
+    chunk: int | None = None,
+) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, v and the state, from the cotangents of both results. dq is attention of the cotangents over
+    values whose values are keys; dk and dv go through the row from its end, their states beginning with that of the
+    cotangent."""
+    run = partial(_in_chunks, scale=1, chunk=chunk)
+    g = jnp.where((segments_BT > 0)[..., None, None], g_BTHD, 0).astype(q_BTHC.dtype)
+    dq, _ = run(g, v_BTHD, k_BTHC, slopes_H, segments_BT, state_BHCD.swapaxes(2, 3))
+    turned_q, turned_k, turned_v, turned_g = (x[:, ::-1] for x in (q_BTHC * scale, k_BTHC, v_BTHD, g))
+    backwards = segments_BT[:, ::-1]
+    once = jnp.exp(slopes_H)[:, None, None]  # the last token's part of a state has not decayed
+    first = dstate_BHCD * once
+    dv, before = run(turned_k, turned_q, turned_g, slopes_H, backwards, first)
+    dk, _ = run(turned_v, turned_g, turned_q, slopes_H, backwards, first.swapaxes(2, 3))
+    dk, dv = (x[:, ::-1] for x in (dk, dv))
+    return (dq * scale).astype(q_BTHC.dtype), dk.astype(k_BTHC.dtype), dv.astype(v_BTHD.dtype), before / once
+
+
+_native = native.or_else("lightning", native.lightning, _in_chunks)
+_native_bwd = native.or_else("lightning_gradients", native.lightning_gradients, _in_chunks_bwd)
+
+
+def _in_cpp(*args: jax.Array, **static: Any) -> tuple[jax.Array, jax.Array]:
+    return (_native if _known(*args) else _in_chunks)(*args, **static)
+
+
+def _in_cpp_bwd(*args: jax.Array, **static: Any) -> tuple[jax.Array, ...]:
+    return (_native_bwd if _known(*args) else _in_chunks_bwd)(*args, **static)
+
+
+def _known(q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array) -> bool:
+    return all(x.dtype in native.DTYPES for x in (q, k, v))
+
+
+def _kernel(cpp: Implementation, xla: Implementation) -> Kernel:
+    rest = partial(xla, chunk=128)
+    return Kernel(cpu=cpp, rest=rest, named={"native": Kernel(cpu=cpp, rest=rest), "xla": Kernel(cpu=xla, rest=rest)})
+
+
+_FORWARD = _kernel(_in_cpp, _in_chunks)
+_BACKWARD = _kernel(_in_cpp_bwd, _in_chunks_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -181,11 +237,12 @@ def lightning(
       slopes_H: float32, at which each head's states decay, see `slopes_of`.
       segments_BT: int32 document of each token, 0 for padding.
       state_BHCD: float32 before the first token, of that token's document.
-      implementation: "xla" (chunks of 128) or "auto".
+      implementation: "native" (C++, for CPU; "xla" where it cannot be built), "xla" (for the rest) or "auto".
     Returns:
       float32 (out [B, T, H, D], 0 at padding; the state after the last token, of its document).
     """
-    return _LIGHTNING(q_BTHC * scale, k_BTHC, v_BTHD, slopes_H, segments_BT, state_BHCD, implementation=implementation)
+    args = q_BTHC, k_BTHC, v_BTHD, slopes_H, segments_BT, state_BHCD
+    return _FORWARD(*args, implementation=implementation, scale=scale)
 
 
 def _fwd(
@@ -197,21 +254,17 @@ def _fwd(
 
 
 def _bwd(scale: float, implementation: str, saved: Any, cotangents: tuple[jax.Array, jax.Array]):
-    """dq is attention of the cotangents over values whose values are keys; dk and dv go through the row from its end,
-    their states beginning with that of the cotangent."""
-    q, k, v, slopes_H, segments_BT, state_BHCD = saved
-    g, dstate_BHCD = cotangents
-    run = partial(_LIGHTNING, implementation=implementation)
-    g, scaled = jnp.where((segments_BT > 0)[..., None, None], g, 0).astype(q.dtype), q * scale
-    dq, _ = run(g, v, k, slopes_H, segments_BT, state_BHCD.swapaxes(2, 3))
-    turned_q, turned_k, turned_v, turned_g = (x[:, ::-1] for x in (scaled, k, v, g))
-    backwards = segments_BT[:, ::-1]
-    once = jnp.exp(slopes_H)[:, None, None]  # the last token's part of a state has not decayed
-    first = dstate_BHCD * once
-    dv, before = run(turned_k, turned_q, turned_g, slopes_H, backwards, first)
-    dk, _ = run(turned_v, turned_g, turned_q, slopes_H, backwards, first.swapaxes(2, 3))
-    dk, dv = (x[:, ::-1] for x in (dk, dv))
-    return (dq * scale).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, before / once
+    dq, dk, dv, dstate = _BACKWARD(*saved, *cotangents, implementation=implementation, scale=scale)
+    return dq, dk, dv, None, None, dstate
 
 
 lightning.defvjp(_fwd, _bwd)
+
+
+def added_state(k_BTHC: jax.Array, v_BTHD: jax.Array, slopes_H: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """float32 [B, H, C, D]: the state after a piece of a row, of the document that its last token belongs to, when it
+    was zero before the piece. Differentiable but for the slopes."""
+    at = jax.tree.map(lambda a: a[:, 0], Places.of(segments_BT, segments_BT.shape[1]))
+    mine = (at.segments == at.state_end[:, None]) & (at.segments > 0)
+    left_BTH = _decayed(slopes_H, at.end[:, None] - at.ranks, mine)
+    return _product("bthc,bthd->bhcd", (k_BTHC * left_BTH[..., None]).astype(k_BTHC.dtype), v_BTHD)

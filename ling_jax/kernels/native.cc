@@ -524,6 +524,7 @@ auto arrays() {
 #include "native_attention.h"  // made of the tiles above
 #include "native_cached.h"     // made of parts of attention
 #include "native_experts.h"    // made of the items above, and an exponential of attention's
+#include "native_lightning.h"  // made of the tiles above, and attention's memory and exponential
 
 // All else is hidden: another library may hold another version of XLA's headers.
 extern "C" {
@@ -531,6 +532,8 @@ __attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedProduct(XLA_FFI
 __attribute__((visibility("default"))) XLA_FFI_Error* LingGroupedWeightGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAttention(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAttentionGradient(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingLightning(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingLightningGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingCachedAttention(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingExperts(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingExpertsGradient(XLA_FFI_CallFrame*);
@@ -544,6 +547,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttention, attention_handler,
                               (arrays<5, 2>().Attr<float>("scale").Attr<bool>("causal")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttentionGradient, attention_gradient_handler,
                               (arrays<8, 3>().Attr<float>("scale").Attr<bool>("causal")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingLightning, lightning_handler, (arrays<6, 2>().Attr<float>("scale")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingLightningGradient, lightning_gradient_handler, (arrays<8, 4>().Attr<float>("scale")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingCachedAttention, cached_handler, (arrays<5, 1>().Attr<float>("scale")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler, (arrays<7, 4>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExpertsGradient, experts_gradient_handler, (arrays<13, 9>()));

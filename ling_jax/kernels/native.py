@@ -1,5 +1,5 @@
-"""Experts, grouped products, attention and AdamW in C++ for CPU: builds native.cc at first use with the system's
-compiler, loads and registers it.
+"""Experts, grouped products, attention of both kinds and AdamW in C++ for CPU: builds native.cc at first use with the
+system's compiler, loads and registers it.
 
 XLA:CPU has no grouped product, and a loop over groups pays for a copy and a library call each; native.cc reads rows
 and weights where they lie. XLA's attention writes all scores to memory. Without a compiler, or with LING_JAX_NATIVE=0,
@@ -38,15 +38,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cc")
 HEADERS = tuple(
-    SOURCE.with_name(name)
-    for name in (
-        "native_vectors.h",
-        "native_adamw.h",
-        "native_amx.h",
-        "native_attention.h",
-        "native_experts.h",
-        "native_cached.h",
-    )
+    SOURCE.with_name(f"native_{name}.h")
+    for name in ("vectors", "adamw", "amx", "attention", "cached", "experts", "lightning")
 )
 # Sums of products may fuse: -std=c++17 alone forbids it.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -56,6 +49,8 @@ TARGETS = {
     "ling_grouped_weight_gradient": "LingGroupedWeightGradient",
     "ling_attention": "LingAttention",
     "ling_attention_gradient": "LingAttentionGradient",
+    "ling_lightning": "LingLightning",
+    "ling_lightning_gradient": "LingLightningGradient",
     "ling_cached_attention": "LingCachedAttention",
     "ling_experts": "LingExperts",
     "ling_experts_gradient": "LingExpertsGradient",
@@ -249,6 +244,44 @@ def attention_gradients(
     args = q_BTHC, k_BSGC, v_BSGC, q_segments_BT, kv_segments_BS, out_BTHC, lse_BTH, g_BTHC
     dq, dk, dv = jax.ffi.ffi_call("ling_attention_gradient", outs)(*args, scale=np.float32(scale), causal=causal)
     return dq, dk, dv
+
+
+def lightning(
+    q_BTHC: jax.Array,
+    k_BTHC: jax.Array,
+    v_BTHD: jax.Array,
+    slopes_H: jax.Array,
+    segments_BT: jax.Array,
+    state_BHCD: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """`kernels.lightning.lightning`; q, k and v each float32 or bfloat16, slopes and state float32."""
+    outs = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (v_BTHD, state_BHCD)]
+    call = jax.ffi.ffi_call("ling_lightning", outs)
+    out, after = call(q_BTHC, k_BTHC, v_BTHD, slopes_H, segments_BT, state_BHCD, scale=np.float32(scale))
+    return out, after
+
+
+def lightning_gradients(
+    q_BTHC: jax.Array,
+    k_BTHC: jax.Array,
+    v_BTHD: jax.Array,
+    slopes_H: jax.Array,
+    segments_BT: jax.Array,
+    state_BHCD: jax.Array,
+    g_BTHD: jax.Array,
+    dstate_BHCD: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v, in their dtypes, and of the state before `native.lightning`, from the cotangents of its
+    two results, float32."""
+    like = q_BTHC, k_BTHC, v_BTHD, state_BHCD
+    call = jax.ffi.ffi_call("ling_lightning_gradient", [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like])
+    args = q_BTHC, k_BTHC, v_BTHD, slopes_H, segments_BT, state_BHCD, g_BTHD, dstate_BHCD
+    dq, dk, dv, dstate = call(*args, scale=np.float32(scale))
+    return dq, dk, dv, dstate
 
 
 def cached_attention(

@@ -96,8 +96,8 @@ class Attention(nnx.Module):
         self.key_layernorm = head_norm() if c.use_qk_norm else None
 
     def heads(self, rows: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Cuts the fused projection's rows [B, T, ...] into q [B, T, H, C], k and v [B, T, G, C] of this device, queries
-        and keys normed and turned."""
+        """Cuts the fused projection's rows [B, T, ...] into this device's q [B, T, H, C], k and v [B, T, G, C]; queries
+        and keys are normed and turned."""
         c = self.config
         heads, groups = local_heads(c)
         qkv = rows.reshape(*rows.shape[:2], heads + 2 * groups, c.head_dim)

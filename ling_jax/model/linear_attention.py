@@ -10,20 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.lightning import lightning, slopes_of
 from ling_jax.model.attention import Attention, Context, MixerOutput
 from ling_jax.model.linear import Init, Linear
 from ling_jax.model.norm import RMSNorm
+from ling_jax.parallel.context import context_lightning
 from ling_jax.parallel.mesh import axis_index, axis_size
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))  # the backward pass keeps the arguments alone
 def gated_norm(x: jax.Array, gate: jax.Array, weight: jax.Array, groups: int, eps: float) -> jax.Array:
-    """RMS norm of each of `groups` parts of the last dim, times weight and sigmoid(gate): in float32 up to the end, when
-    it is cast to x's dtype."""
+    """RMS norm of each of `groups` parts of the last dim, times weight and sigmoid(gate): in float32 up to the end,
+    when it is cast to x's dtype."""
     parts = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
     scale = jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + eps)
     normed = (parts * scale).reshape(x.shape) * weight.astype(jnp.float32)
@@ -53,7 +53,9 @@ class LinearAttention(Attention):
         q, k, v = self.heads(jax.nn.silu(rows) if c.linear_silu else rows, context)
         slopes_H = jnp.asarray(slopes_by_device(c, shards))[context.layer, rank]
         scale, captured = c.head_dim**-0.5, {}
-        if cache is None:
+        if cache is None and axis_size("context") > 1:
+            out_BTHC = context_lightning(q, k, v, slopes_H, context.segments_BT, scale)
+        elif cache is None:
             nothing = jnp.zeros((q.shape[0], *q.shape[2:], c.head_dim), jnp.float32)
             out_BTHC, state = lightning(q, k, v, slopes_H, context.segments_BT, nothing, scale)
             captured = {"linear_raw": out_BTHC, "linear_state": state}

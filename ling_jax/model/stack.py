@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -90,7 +89,7 @@ def run_layers(
 
 
 class _Layers(NamedTuple):
-    """What a scan over the layers of a run takes, stacked: [L, ...], or [repeats, L, ...] where they come again."""
+    """The layers of a run as a scan takes them, stacked: [L, ...], or [repeats, L, ...] where they come again."""
 
     params: Any
     ids_BTK: jax.Array | None
@@ -139,7 +138,7 @@ def _run_group(
 
 
 def _layer_body(run: LayerRun, graph: Any, whole: Any, context: Context, how: How) -> Callable:
-    """What one step of a run's scan does; `whole` is the kind's stack if its experts' weights stay there."""
+    """Makes one step of a run's scan; `whole` is the kind's stack if its experts' weights stay there."""
     key = run.kind.key
 
     def layer(params, x_BTD, ids_BTK, number, layer_cache, carriers):

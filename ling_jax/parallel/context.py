@@ -1,20 +1,22 @@
-"""Rows cut over the context axis: which tokens a rank holds, what follows them, and attention across ranks.
+"""Rows cut over the context axis: which tokens a rank holds, what follows them, and attention across ranks, softmax and
+linear.
 
 A row's T tokens are cut in 2c pieces for c ranks; rank i holds pieces i and 2c-1-i (zig-zag). Causality then leaves
 every rank the same work: against another rank's two pieces a rank computes two products of pieces, never four.
 
-Legend: B rows, T tokens of a row, t of them here, H query heads, G kv heads, C head_dim, c ranks.
+Legend: B rows, T tokens of a row, t of them here, H query heads, G kv heads, C head_dim, c ranks, P = 2c pieces.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ling_jax.kernels.attention import MASKED, PartialAttention, attend, attend_bwd, keep
+from ling_jax.kernels.lightning import added_state, lightning
 from ling_jax.parallel.mesh import axis_index, axis_size
 
 AXIS = "context"
@@ -36,6 +38,11 @@ def zigzag_order(tokens: int, shards: int) -> np.ndarray:
     return np.concatenate([pieces[[i, 2 * shards - 1 - i]].reshape(-1) for i in range(shards)])
 
 
+def _natural_order(ranks: int) -> np.ndarray:
+    """int [P]: where each piece of a row is among all ranks' two, rank by rank."""
+    return np.concatenate([np.arange(ranks) * 2, np.arange(ranks)[::-1] * 2 + 1])
+
+
 def _pieces_of(rank: Any) -> tuple[Any, Any]:
     return rank, 2 * axis_size(AXIS) - 1 - rank
 
@@ -45,9 +52,7 @@ def shift_left(x_BT: jax.Array, fill: int) -> jax.Array:
     ranks, half = axis_size(AXIS), x_BT.shape[1] // 2
     if ranks == 1:
         return jnp.roll(x_BT, -1, axis=1).at[:, -1].set(fill)
-    first_cB2 = jax.lax.all_gather(x_BT[:, jnp.array([0, half])], AXIS)
-    order = np.concatenate([first for first in (np.arange(ranks) * 2, np.arange(ranks)[::-1] * 2 + 1)])
-    first_PB = first_cB2.transpose(0, 2, 1).reshape(2 * ranks, -1)[order]  # of every piece, in natural order
+    first_PB = jax.lax.all_gather(x_BT[:, jnp.array([0, half])].T, AXIS, tiled=True)[_natural_order(ranks)]
     first_PB = jnp.concatenate([first_PB, jnp.full_like(first_PB[:1], fill)])
     moved_BT = jnp.roll(x_BT, -1, axis=1)
     early, late = _pieces_of(axis_index(AXIS))
@@ -187,3 +192,61 @@ def _attention_bwd(scale, method, implementation, saved, g_BtHC):
 
 
 context_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+# Linear attention.
+
+
+class _Ends(NamedTuple):
+    """The facts about pieces that are needed to carry states over them, int32 [P, B]."""
+
+    first: jax.Array  # the document of the first token that is no padding, 0 if there is none
+    last: jax.Array  # and of the last
+    tokens: jax.Array  # that are no padding
+
+    @classmethod
+    def of(cls, segments_PBt: jax.Array) -> "_Ends":
+        valid = segments_PBt > 0
+        places = jnp.arange(valid.shape[-1])
+        ends = jnp.argmax(valid, -1), jnp.argmax(jnp.where(valid, places, -1), -1)
+        first, last = (jnp.take_along_axis(segments_PBt, at[..., None], -1)[..., 0] for at in ends)
+        return cls(first, last, valid.sum(-1, dtype=jnp.int32))
+
+
+def _states_before(added_PBHCC: jax.Array, ends: _Ends, slopes_H: jax.Array) -> jax.Array:
+    """float32 [P, B, H, C, C]: the state before each piece of its first document, of what every piece adds to the state
+    of its last one."""
+    after_PB = jnp.cumsum(ends.tokens, axis=0)
+    steps_PPB = (after_PB - ends.tokens)[:, None] - after_PB[None]
+    order = np.arange(len(added_PBHCC))
+    earlier_PP1 = jnp.asarray(order[:, None] > order[None])[..., None]
+    same_PPB = earlier_PP1 & (ends.first[:, None] == ends.last[None]) & (ends.first[:, None] > 0)
+    weights_PPBH = jnp.exp(-slopes_H * jnp.maximum(steps_PPB, 0)[..., None]) * same_PPB[..., None]
+    return jnp.einsum("nmbh,mbhcd->nbhcd", weights_PPBH, added_PBHCC, precision=jax.lax.Precision.HIGHEST)
+
+
+def context_lightning(
+    q_BtHC: jax.Array, k_BtHC: jax.Array, v_BtHC: jax.Array, slopes_H: jax.Array, segments_Bt: jax.Array, scale: float
+) -> jax.Array:
+    """`kernels.lightning.lightning` over whole rows, from a manual region over `context` with zig-zag shards.
+
+    What each piece adds to its state goes to the rank that has its heads, of all pieces; there the states before the
+    pieces are summed up, and go back. H must be a multiple of the ranks.
+
+    Returns:
+      float32 [B, t, H, C], 0 at padding.
+    """
+    ranks, rows = axis_size(AXIS), q_BtHC.shape[0]
+    order = _natural_order(ranks)
+    q, k, v, segments = (jnp.concatenate(jnp.split(x, 2, axis=1)) for x in (q_BtHC, k_BtHC, v_BtHC, segments_Bt))
+    added = added_state(k, v, slopes_H, segments)
+    added_2BHCC = added.reshape(2, rows, *added.shape[1:])
+    ends = _Ends.of(segments.reshape(2, rows, -1))
+    ends = jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True)[order], ends)
+    with jax.named_scope("exchange_states"):
+        all_PBHCC = jax.lax.all_to_all(added_2BHCC, AXIS, split_axis=2, concat_axis=0, tiled=True)[order]
+        mine_H = slopes_H.reshape(ranks, -1)[axis_index(AXIS)]
+        before = _states_before(all_PBHCC, ends, mine_H)[np.argsort(order)]
+        before = jax.lax.all_to_all(before, AXIS, split_axis=0, concat_axis=2, tiled=True)
+    out, _ = lightning(q, k, v, slopes_H, segments, before.reshape(added.shape), scale)
+    return jnp.concatenate(jnp.split(out, 2), axis=1)

@@ -497,3 +497,23 @@ def bars_figure(parts: Mapping[str, Mapping[str, float]], ylabel: str, path: epa
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     epath.Path(path).write_bytes(png(figure))
+
+
+def lengths_figure(parts: Mapping[str, Mapping[str, Mapping[int, float]]], ylabel: str, path: epath.PathLike) -> None:
+    """Draws named lines over lengths of rows, both axes logarithmic, one panel for each part, as a PNG."""
+    figure = new_figure(3.4)
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
+    for axes, (part, lines) in zip(panels, parts.items(), strict=True):
+        for color, (name, values) in zip(CYCLE, lines.items(), strict=False):
+            axes.plot(list(values), list(values.values()), color=color, label=name, marker="o", markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        lengths = sorted({length for values in lines.values() for length in values})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_xlabel(f"tokens of a row, {part}", color=INK, fontsize=10)
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.grid(color=GRID)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(ylabel, color=INK, fontsize=10)
+    _legend(panels[0], loc="best")
+    epath.Path(path).write_bytes(png(figure))

@@ -39,7 +39,8 @@ class Trained(NamedTuple):
 
 
 def module_of(path: ParamPath) -> str:
-    """The name that patterns of `train.fp8_except` are matched with: "layers.softmax_moe.mlp.experts.up_proj"."""
+    """The name that patterns of `train.fp8_except` and `train.only` are matched with, such as
+    "layers.softmax_moe.mlp.experts.up_proj"."""
     return ".".join(path[:-1])
 
 

@@ -1,18 +1,22 @@
 """AdamW and the learning-rate schedule, from optax; and how an update is applied, on CPU in one pass over memory."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ling_jax.config import OptimizerConfig, ScheduleConfig
 from ling_jax.kernels import native
 from ling_jax.kernels.choose import by_platform
-from ling_jax.train.adam8 import scale_by_adam_8bit
+from ling_jax.train.adam8 import Coded, scale_by_adam_8bit
+from ling_jax.train.fp8 import module_of
 from ling_jax.train.rounding import apply_updates
 
 
@@ -45,6 +49,21 @@ def decays(params: dict, axes: dict) -> dict:
     """Which parameters weight decay touches: matrices only (spec 4.2). A parameter's own dims are the axes
     it was made with, so a stack of norm vectors is no matrix."""
     return jax.tree.map(lambda _, names: len(names) >= 2, params, axes)
+
+
+def trained_modules(shapes: dict, patterns: Sequence[str]) -> dict | None:
+    """Which parameters `train.only` leaves to be trained, a bool for each; None for all of them.
+
+    Raises:
+      ValueError: for a pattern that matches no module, with the modules' names.
+    """
+    if not patterns:
+        return None
+    names = {path: module_of(path) for path in flatten_dict(shapes)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names.values()):
+            raise ValueError(f"train.only: {pattern!r} matches none of {', '.join(dict.fromkeys(names.values()))}")
+    return unflatten_dict({path: any(fnmatchcase(n, pattern) for pattern in patterns) for path, n in names.items()})
 
 
 def make_optimizer(
@@ -89,6 +108,7 @@ class OptimizerUpdate:
     mask: dict  # as `make_optimizer` has it
     one_device: bool
     seed: int  # of the rounding of bfloat16 parameters
+    trained: dict | None = None  # as `trained_modules` has it: the others stay as they are, their moments too
 
     def __call__(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:
         """Parameters and the optimizer's state after a step with `grads`, whose global norm is `norm`."""
@@ -105,7 +125,12 @@ class OptimizerUpdate:
     def in_optax(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:
         updates, new_state = self.optimizer.update(grads, state, params)
         new = apply_updates(params, updates, self.seed, state[-1].count), new_state
-        return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, (params, state))
+        new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, (params, state))
+        if self.trained is None:
+            return new
+        is_coded = dict(transform_non_params=lambda _: True, is_leaf=lambda x: isinstance(x, Coded))
+        of_state = optax.tree_utils.tree_map_params(self.optimizer, lambda _, t: t, state, self.trained, **is_coded)
+        return jax.tree.map(lambda t, new, old: new if t else old, (self.trained, of_state), new, (params, state))
 
     def in_cpp(self, params: dict, state: Any, grads: dict, norm: jax.Array, ok: jax.Array) -> tuple[dict, Any]:
         """Kingma and Ba's Adam, algorithm 1 (arXiv 1412.6980), with decoupled weight decay (arXiv 1711.05101)."""
@@ -120,12 +145,15 @@ class OptimizerUpdate:
         )
         scalars = jnp.stack([jnp.asarray(s, jnp.float32) for s in scalars])
 
-        def leaf(weight, gradient, mean, square, decays):
+        def leaf(weight, gradient, mean, square, decays, trained):
+            if not trained:
+                return weight, mean, square
             gradient, strength = gradient.astype(jnp.float32), config.weight_decay if decays else 0.0
             rule = dict(b1=config.b1, b2=config.b2, eps=config.eps, decay=strength)
             return native.adamw(weight, gradient, mean, square, scalars, **rule)
 
-        done = jax.tree.map(leaf, params, grads, adam.mu, adam.nu, self.mask)
+        trained = jax.tree.map(lambda _: True, self.mask) if self.trained is None else self.trained
+        done = jax.tree.map(leaf, params, grads, adam.mu, adam.nu, self.mask, trained)
         params, mu, nu = (jax.tree.map(lambda _, new, i=i: new[i], params, done) for i in range(3))
         one = ok.astype(jnp.int32)
         state = (

@@ -16,7 +16,7 @@ from ling_jax.train.compute import Compute, make_compute
 from ling_jax.train.fp8 import module_of
 from ling_jax.train.loss import NextToken
 from ling_jax.train.objective import Objective, check_fields
-from ling_jax.train.optimizer import OptimizerUpdate, decays, learning_rate, make_optimizer
+from ling_jax.train.optimizer import OptimizerUpdate, decays, learning_rate, make_optimizer, trained_modules
 
 
 class TrainState(NamedTuple):
@@ -41,6 +41,12 @@ class Trainer(NamedTuple):
     @property
     def optimizer(self) -> optax.GradientTransformation:
         return self.update.optimizer
+
+    def without_frozen(self, params: dict) -> dict:
+        """`params`, of which no gradient is taken but of those that `train.only` leaves to be trained."""
+        if self.update.trained is None:
+            return params
+        return jax.tree.map(lambda t, p: p if t else jax.lax.stop_gradient(p), self.update.trained, params)
 
     def new_state(self) -> TrainState:
         """`init`, each device making only its own shards."""
@@ -108,12 +114,14 @@ def make_trainer(
     Args:
       objective: what it optimises; by default `NextToken`.
     Raises:
-      ValueError: if the mesh does not fit the devices, or an array of the objective has no rows.
+      ValueError: if the mesh does not fit the devices, an array of the objective has no rows, or a pattern of
+        `train.only` matches nothing.
     """
     objective = NextToken(config.model) if objective is None else objective
     check_fields(objective.fields)
     train, compute = config.train, make_compute(config.model, config.train, config.mesh, devices)
     schedule, mask = learning_rate(config.schedule, train.steps), decays(compute.shapes, compute.dims)
     optimizer = make_optimizer(config.optimizer, schedule, mask, block_dims(compute.shapes, compute.dims))
-    update = OptimizerUpdate(optimizer, config.optimizer, schedule, mask, compute.mesh.size == 1, train.seed)
+    trained = trained_modules(compute.shapes, train.only)
+    update = OptimizerUpdate(optimizer, config.optimizer, schedule, mask, compute.mesh.size == 1, train.seed, trained)
     return Trainer(config, compute, objective, update, schedule)

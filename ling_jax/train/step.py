@@ -41,7 +41,7 @@ def _local_gradients(
     quantised = compute.quantise(trained.params)
 
     def loss(trained, rows):
-        params = with_codes(trained.params, quantised, trained.watch)
+        params = with_codes(trainer.without_frozen(trained.params), quantised, trained.watch)
         sums = step_sums(objective, compute.model(params, bias), rows)
         # Devices along `tensor` compute the same loss: the objective is the sum over all devices.
         return total_loss(objective, sums, counts, trainer.config.train.z_loss_coefficient) / axis_size("tensor"), sums
@@ -156,7 +156,7 @@ def apply_gradients(
     with jax.named_scope("optimizer"):
         params, optimizer = trainer.update(state.params, state.optimizer, grads, norm, ok)
     bias = state.bias
-    if config.model.moe_router_enable_expert_bias and config.train.bias_update_rate > 0:
+    if config.model.moe_router_enable_expert_bias and config.train.bias_update_rate > 0 and not config.train.only:
         bias = balance_biases(bias, sums.router.expert_counts_LE, config.train.bias_update_rate, config.model)
     bias = jax.tree.map(lambda new, old: jnp.where(ok, new, old), bias, state.bias)
     failed = 1 - ok.astype(jnp.int32)

@@ -22,7 +22,7 @@ from ling_jax.config import (
     routed_layers,
     train_flops_per_token,
 )
-from ling_jax.config.layers import layers_of, routers_of
+from ling_jax.config.layers import layer_groups, layers_of, routers_of
 from tests.support.hf_config import HF_MINI, SMALL, small, without
 
 # config.json, in and out
@@ -267,6 +267,30 @@ def test_a_hybrids_layers_run_where_its_kinds_change_and_any_part_of_them_can():
             assert all(run.routed_before == sum(routed[: some[0]]) for run, some in zip(part, layers, strict=True))
     assert routers_of(config, "softmax_moe") == [1, 4, 5, 6] and routers_of(config, "linear_moe") == [0, 2, 3]
     assert routed_layers(config, mtp=False) == 7
+
+
+@pytest.mark.parametrize("layers", [8, 9, 20, 32, 80])
+@pytest.mark.parametrize("size", [2, 4, 5, 8])
+@pytest.mark.parametrize("dense", [0, 1, 4])
+def test_a_hybrid_of_any_depth_is_compiled_as_a_few_layers(layers, size, dense):
+    config = small(num_hidden_layers=layers, layer_group_size=size, first_k_dense_replace=dense)
+    kinds, runs = layer_kinds(config), layer_runs(config)
+    groups = layer_groups(runs)
+    assert sum(len(group.runs) for group in groups) <= (7 if dense > 1 else 5)
+    again, at = [], 0
+    for group in groups:
+        for repeat in range(group.repeats):
+            for run in group.runs:
+                first = run.layer + repeat * group.layers
+                assert first == at and run.kind == kinds[at]
+                stacked = layers_of(config, run.kind.key).index(first)
+                assert stacked == run.first + repeat * run.count
+                if run.kind.routed:
+                    before = sum(kind.routed for kind in kinds[:first])
+                    assert before == run.routed_before + repeat * group.routed
+                again += kinds[first : first + run.count]
+                at += run.count
+    assert tuple(again) == kinds
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,16 @@ GOLDEN = Path(__file__).with_name("golden_configs")
 NAMES = sorted(path.stem for path in (REPO / "configs").glob("*.py") if path.stem != "__init__")
 CONTRACT = {
     "ling_tiny", "bench_moe", "ling_mini_2_0", "ling_mini_base_2_0", "ling_flash_2_0", "ling_flash_base_2_0",
-    "ling_1t", "ling_1t_base", "ring_mini_2_0", "ring_flash_2_0", "ring_1t",
+    "ling_1t", "ling_1t_base", "ring_mini_2_0", "ring_flash_2_0", "ring_1t", "ring_mini_linear_2_0",
+    "ring_flash_linear_2_0",
 }  # fmt: skip
 
 # Spec 1.3: total, active with embedding and head, active without, MTP layer.
 MINI = (16_255_643_392, 1_432_968_192, 789_142_528, 827_861_504)
 FLASH = (102_889_705_216, 6_152_269_824, 4_864_618_496, 3_306_181_120)
 ONE_T = (999_705_328_640, 51_054_407_680, 48_479_105_024, 13_222_584_832)
+MINI_LINEAR = (16_423_448_320, 1_600_773_120, 956_947_456, 0)
+FLASH_LINEAR = (104_181_665_536, 7_444_230_144, 6_156_578_816, 0)
 
 
 def load(name: str) -> RunConfig:
@@ -74,6 +77,8 @@ def test_docstring_says_command_and_hardware_and_promise(name: str):
         ("ring_flash_2_0", FLASH),
         ("ling_1t", ONE_T),
         ("ring_1t", ONE_T),
+        ("ring_mini_linear_2_0", MINI_LINEAR),
+        ("ring_flash_linear_2_0", FLASH_LINEAR),
     ],
 )
 def test_parameter_counts_equal_the_release(name: str, expected: tuple[int, ...]):

@@ -263,10 +263,11 @@ WIDTHS = {
     "16 lanes and AMX": ("-DLING_LANES=16",),
 }
 CHECKS = """
-from tests.kernels import test_native, test_native_attention, test_native_cached, test_native_experts
+from tests.kernels import test_lightning, test_native, test_native_attention, test_native_cached, test_native_experts
 test_native.check_all(test_native.SHAPES[2::3])
 test_native_attention.check_few()
 test_native_cached.check_few()
+test_lightning.check_few()
 test_native_experts.check_all(test_native_experts.SHAPES[1:2], test_native_experts.DTYPES[:2])
 test_native_experts.check_adamw()
 """

@@ -88,6 +88,19 @@ def attention_cases(rng: np.random.Generator, dtype: str) -> Iterator[Case]:
             yield Case(f"attention's gradients, {kind}, out {out_dtype}", gradients, (*args, out, lse, g), 1, parts)
 
 
+def lightning_cases(rng: np.random.Generator, dtype: str) -> Iterator[Case]:
+    """Parts are heads, and with gradients passes: pieces of documents with padding, columns that no vector divides."""
+    rows, tokens, heads, widths = 2, 300, 3, (40, 72)
+    q, k = normal(rng, 2, rows, tokens, heads, widths[0], dtype=dtype)
+    v, g = normal(rng, rows, tokens, heads, widths[1], dtype=dtype), normal(rng, rows, tokens, heads, widths[1])
+    state, dstate = normal(rng, 2, rows, heads, *widths)
+    segments = np.sort(rng.integers(0, 4, (rows, tokens))).astype(np.int32)
+    args = q, k, v, np.array([0.8, 0.1, 0.004], np.float32), segments, state
+    yield Case("lightning", partial(native.lightning, scale=0.2), args, 1, rows * heads)
+    gradients = partial(native.lightning_gradients, scale=0.2)
+    yield Case("lightning's gradients", gradients, (*args, g, dstate), 1, 3 * rows * heads)
+
+
 def cached_cases(rng: np.random.Generator, dtype: str) -> Iterator[Case]:
     """A step of decoding, one with drafts, and a piece of a prompt; rows end in different pieces of the cache. The
     pieces' answers are then put together."""
@@ -107,8 +120,9 @@ def cases() -> Iterator[Case]:
             for case in (*product_cases(rng, dtype, weight_dtype), *experts_cases(rng, dtype, weight_dtype)):
                 yield case._replace(name=f"{case.name}, {dtype} with {weight_dtype}")
         rows = normal(rng, 400, 128, dtype=dtype), normal(rng, 400, 100, dtype=dtype), np.array([190, 0, 7, 200])
-        weight_gradient = Case("weight gradient", native.weight_gradient, rows, 1)
-        for case in (weight_gradient, *attention_cases(rng, dtype), *cached_cases(rng, dtype)):
+        weights = Case("weight gradient", native.weight_gradient, rows, 1)
+        of_attention = *attention_cases(rng, dtype), *cached_cases(rng, dtype), *lightning_cases(rng, dtype)
+        for case in (weights, *of_attention):
             yield case._replace(name=f"{case.name}, {dtype}")
     yield Case("adamw", partial(native.adamw, **RULE), (*adamw_arrays(rng, 150_001), SCALARS), 1)
 

@@ -44,9 +44,13 @@ def run(code: list[str], preload: dict[str, str]) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *code], cwd=REPO, env=env, capture_output=True, text=True, timeout=1800)
 
 
-@pytest.mark.parametrize("part", ["read_in_their_stack or sums_in_float64", nightly("")])
-def test_experts_their_gradients_and_cached_attention_stay_inside_their_arrays(sanitized, part):
-    files = [f"tests/kernels/test_native_{name}.py" for name in ("experts", "cached")]
+# Some tests of the kernels: experts', attention's over a cache, lightning attention's.
+SOME = "read_in_their_stack or sums_in_float64 or lengths_beyond or changes_no_bit or row_may_be_cut"
+
+
+@pytest.mark.parametrize("part", [SOME, nightly("")])
+def test_kernels_and_their_gradients_stay_inside_their_arrays(sanitized, part):
+    files = [f"tests/kernels/test_{name}.py" for name in ("native_experts", "native_cached", "lightning")]
     only = ["-k", part] if part else []
     done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *only], sanitized)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]

@@ -3,6 +3,7 @@
 The compiler comes with libtpu, an ordinary wheel.
 """
 
+import dataclasses
 import json
 import re
 from collections import defaultdict
@@ -13,7 +14,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from ling_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ling_jax.kernels.attention import attention
 from ling_jax.kernels.grouped import grouped_product, grouped_weight_gradient
 from ling_jax.parallel.mesh import BATCH_AXES, make_mesh
@@ -53,9 +54,9 @@ def devices(tpu):
     return tpu("v5p:2x2x2")
 
 
-def run_config(mesh: MeshConfig, fp8: bool = False, rows: int = ROWS) -> RunConfig:
+def run_config(mesh: MeshConfig, fp8: bool = False, rows: int = ROWS, model: ModelConfig = MODEL) -> RunConfig:
     return RunConfig(
-        model=MODEL,
+        model=model,
         mesh=mesh,
         data=DataConfig(sequence_length=LENGTH, global_batch_size=rows),
         train=TrainConfig(dtype="bfloat16", fp8=fp8),
@@ -73,9 +74,9 @@ def step_arguments(trainer) -> tuple:
     return state, {name: jax.ShapeDtypeStruct((ROWS, LENGTH), "int32", sharding=rows) for name in names}
 
 
-def compiled_step(devices, mesh: MeshConfig, fp8: bool = False) -> str:
+def compiled_step(devices, mesh: MeshConfig, fp8: bool = False, model: ModelConfig = MODEL) -> str:
     """The train step's optimized program."""
-    trainer = make_trainer(run_config(mesh, fp8), devices)
+    trainer = make_trainer(run_config(mesh, fp8, model=model), devices)
     return make_train_step(trainer).lower(*step_arguments(trainer)).compile().as_text()
 
 
@@ -126,6 +127,15 @@ def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_ke
     text = compiled_step(devices, MeshConfig(context=2, expert=2, tensor=2))
     assert {"collective-permute", "ragged-all-to-all", "all-to-all", "all-reduce"} <= collectives(text).keys()
     assert kernels(text) == KERNELS
+
+
+def test_two_groups_of_a_hybrid_compile_with_rows_cut_over_devices(devices):
+    """Of the two repeats there is one program, whose states go to the devices that have their heads and back."""
+    hybrid = dataclasses.replace(MODEL, num_hidden_layers=4, layer_group_size=2, group_norm_size=2)
+    text = compiled_step(devices, MeshConfig(expert=4, context=2), model=hybrid)
+    states = [shape for kind, shapes in collectives(text).items() if kind == "all-to-all" for shape in shapes]
+    assert states, collectives(text).keys()
+    assert any("exchange_states" in line and "all-to-all" in line for line in text.splitlines())
 
 
 @pytest.mark.nightly
