@@ -49,6 +49,7 @@ from tests.support.hf_folders import (
     write_folder,
 )
 from tests.test_golden import kind_of
+from tests.support.marks import nightly
 from tests.tiny_run import REPO
 
 
@@ -422,7 +423,7 @@ def test_another_process_at_the_same_target_is_refused(source, tmp_path):
 # Kills and full disks.
 
 
-@pytest.mark.parametrize("direction", ["to_jax", "to_hf"])
+@pytest.mark.parametrize("direction", ["to_jax", nightly("to_hf")])
 def test_a_conversion_killed_twice_goes_on_and_ends_with_every_byte(source, tmp_path, direction):
     target = tmp_path / "target"
     journal = tmp_path / "target.partial" / transfer.JOURNAL

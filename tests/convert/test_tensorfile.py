@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ling_jax.convert.tensorfile import DTYPES, NAMES, TensorFile, write_tensors
+from tests.support.marks import nightly
 
 TENSORS = {
     "b.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -119,11 +120,12 @@ def mutated(draw: random.Random, header: bytes, body: bytes) -> bytes:
     return length.to_bytes(8, "little") + bytes(data) + body[: draw.choice([len(body)] * 4 + [0, len(body) - 1])]
 
 
-def test_ten_thousand_mutated_headers_give_an_error_or_tensors_within_the_file(tmp_path):
+@pytest.mark.parametrize("count", [2_000, nightly(10_000)])
+def test_mutated_headers_give_an_error_or_tensors_within_the_file(tmp_path, count):
     save_file(TENSORS, tmp_path / "good")
     header, body = split((tmp_path / "good").read_bytes())
     draw, path, opened = random.Random(0), tmp_path / "bad", 0
-    for _ in range(10_000):
+    for _ in range(count):
         data = mutated(draw, header, body)
         path.write_bytes(data)
         try:
@@ -136,7 +138,7 @@ def test_ten_thousand_mutated_headers_give_an_error_or_tensors_within_the_file(t
         for name, tensor in file.tensors.items():
             if tensor.dtype in DTYPES:
                 assert file.read(name).nbytes == tensor.nbytes
-    assert 50 < opened < 5_000  # renamed tensors and the like
+    assert count / 200 < opened < count / 2  # renamed tensors and the like
 
 
 def test_a_disk_without_room_is_an_error_when_the_file_is_made(tmp_path):

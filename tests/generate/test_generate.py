@@ -415,7 +415,7 @@ def test_what_the_mtp_layer_drafts_is_what_it_predicts_without_a_cache(drafter):
         assert int(engine.rows.drafts_BP[0, 0]) == int(drafter(tokens).mtp_logits_BTV[0, known - 2].argmax())
 
 
-@pytest.mark.parametrize("drafts", [nightly(0), 2])
+@pytest.mark.parametrize("drafts", [nightly(0), nightly(2)])
 def test_three_tokens_are_drawn_with_the_models_probabilities(drafter, drafts):
     """Chi-square over the 27 answers that top_k 3 leaves."""
     new, wanted, batch = 3, 2400, 50

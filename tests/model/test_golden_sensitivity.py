@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from ling_jax import Ling, load_pretrained
@@ -40,6 +41,7 @@ def failing_scenarios(model: Ling) -> Iterator[str]:
             yield name
 
 
+@pytest.mark.nightly
 def test_a_change_of_one_percent_in_any_weight_or_a_permuted_expert_bias_fails_the_golden_test():
     model = load_pretrained(CASE)
     assert not list(failing_scenarios(model)), "the unchanged model must pass"

@@ -160,7 +160,7 @@ def test_parameters_add_up_to_the_count_and_have_one_name_each_in_hf_files(confi
 
 @pytest.mark.parametrize(
     "options",
-    [{"unroll": True}, {"remat": "save_attention"}, *(nightly({"remat": p}) for p in ("full", "minimal", "offload"))],
+    [{"unroll": True}, *(nightly({"remat": p}) for p in ("save_attention", "full", "minimal", "offload"))],
     ids=str,
 )
 def test_layers_unrolled_or_recomputed_give_the_scanned_loss_and_gradients(packed, options):

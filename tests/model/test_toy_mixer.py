@@ -122,6 +122,7 @@ def test_its_layers_run_in_their_places():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_on_a_mesh_it_has_one_devices_numbers():
     mesh = MeshConfig(fsdp=2, expert=2, tensor=2)
     compare(Run(CONFIG, mesh, remat="none"), Run(CONFIG, MeshConfig(), remat="none").outcome())
@@ -162,7 +163,7 @@ def recomputed() -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("drafts", [nightly(0), nightly(1), 3])
+@pytest.mark.parametrize("drafts", [nightly(0), nightly(1), nightly(3)])
 def test_answers_are_those_of_full_recomputation(drafts):
     """Rows that end and are given away, prompts in chunks, drafts that stand and fall, an answer taken up again."""
     engine = Engine(make_model(CONFIG), rows=2, slots=24, chunk=4, drafts=drafts)

@@ -20,10 +20,10 @@ HYBRID = tiny(vocab_size=64, num_hidden_layers=4, layer_group_size=3, group_norm
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(context=4),
+        nightly(MeshConfig(context=4)),
         MeshConfig(context=2, tensor=2, expert=2),
         nightly(MeshConfig(context=2, tensor=2, expert=2, context_method="all_gather")),
-        MeshConfig(fsdp=2, expert=2, tensor=2),
+        nightly(MeshConfig(fsdp=2, expert=2, tensor=2)),
         nightly(MeshConfig(data=2, fsdp=4)),
     ],
     ids=lambda mesh: str(mesh.shape),

@@ -21,7 +21,7 @@ MESHES = {
 GATHERED = {"dispatcher": "all_gather", "context_method": "all_gather"}
 
 
-@pytest.mark.parametrize("name", [nightly("fsdp8"), "fsdp2-expert2-tensor2", "context4-expert2"])
+@pytest.mark.parametrize("name", [nightly("fsdp8"), "fsdp2-expert2-tensor2", nightly("context4-expert2")])
 def test_a_mesh_gives_one_devices_numbers(name):
     compare(Run(WHOLE, MeshConfig(**MESHES[name])), one_device(WHOLE))
 

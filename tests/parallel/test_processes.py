@@ -197,6 +197,7 @@ def test_slurm_starts_several_processes_with_a_device_each(monkeypatch):
     assert find_cluster() is None
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_on_four(tmp_path):
     def train(name: str, devices: int, **mesh: int) -> Path:
         saves = dict(checkpoint__every=4, checkpoint__keep_last=3)

@@ -115,6 +115,7 @@ def test_a_case_that_fails_is_a_record_and_the_others_go_on(monkeypatch):
     assert "FAILED" in broken_run.table
 
 
+@pytest.mark.nightly
 def test_whole_steps_are_told_with_what_their_commands_said():
     steps = report("--parts", "steps").cases
     train, decode = steps["train_step, tiny"], steps["decode, tiny"]

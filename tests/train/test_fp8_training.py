@@ -146,6 +146,7 @@ def test_what_is_measured_does_not_depend_on_the_mesh():
         assert (loss.cosine > 0.99).all() and (loss.cosine < 1).all(), key
 
 
+@pytest.mark.nightly
 def test_a_planted_outlier_channel_shows_up_where_it_is_and_only_there():
     trainer = trainer_of()
     clean, planted = measured(trainer), measured(trainer, outlier=1e6)
