@@ -48,8 +48,8 @@ from tests.support.hf_folders import (
     tensors_of,
     write_folder,
 )
-from tests.test_golden import kind_of
 from tests.support.marks import nightly
+from tests.test_golden import kind_of
 from tests.tiny_run import REPO
 
 

@@ -16,7 +16,8 @@ from ling_jax.convert.origin import check_origin, origin_tokenizer
 from ling_jax.convert.to_hf import to_hf
 from ling_jax.convert.weights import open_weights
 from ling_jax.data.tokenizer import Tokenizer
-from ling_jax.runner import _check_special_ids, _first_state, run_training
+from ling_jax.files.paths import at
+from ling_jax.runner import _check_special_ids, _first_state, _with_origin, run_training
 from ling_jax.train.state import make_trainer
 from tests.support.commands import call
 from tests.support.helpers import assert_trees_equal, random_weights, small
@@ -238,3 +239,19 @@ def test_a_step_that_lies_alone_knows_its_tokenizers_fingerprint(folder, tmp_pat
         origin_tokenizer(open_weights(bare), str(tmp_path / "other"))
     own = str(folder / "runs" / "short" / "tokenizer")
     assert origin_tokenizer(open_weights(bare), own) == own
+
+
+def test_assumed_settings_give_way_to_those_of_the_weights_and_flags_to_none(tmp_path, caplog):
+    """A configuration some of whose values are guesses starts from a folder that knows them, and resumes with them."""
+    guessed = small(layer_group_size=2, group_norm_size=2, rope_theta=1e6)
+    known = dataclasses.replace(guessed, group_norm_size=4, rope_theta=5e5)
+    write_folder(tmp_path / "hf", config=known)
+    config = RunConfig(model=guessed, data=DataConfig(sequence_length=32), assumed=("group_norm_size", "rope_theta"))
+    with caplog.at_level("INFO"):
+        begun = _with_origin(config, at(tmp_path / "run"), str(tmp_path / "hf"))
+    assert (begun.model.group_norm_size, begun.model.rope_theta) == (4, 5e5)
+    assert "model.group_norm_size: 2 -> 4; model.rope_theta: 1000000.0 -> 500000.0" in caplog.text
+    check_origin(str(tmp_path / "hf"), begun.model, "same")
+    _, command = parse_train(["ring_flash_linear_2_0", "--model.rope-theta", "5e5"])
+    assert command.config.assumed == ("group_norm_size",)
+    assert parse_train(["ring_flash_linear_2_0"])[1].config.assumed == ("group_norm_size", "rope_theta")
