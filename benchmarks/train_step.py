@@ -28,6 +28,8 @@ class Command:
     """A configuration in configs/."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and products."""
+    layer_group_size: int = 0
+    """Makes it a hybrid: layers of a group, all of which but the last have linear attention."""
     steps: int = 8
     """Steps to time, after two to warm up."""
 
@@ -46,7 +48,8 @@ def random_batch(config: RunConfig) -> dict[str, jax.Array]:
 def main(argv: Sequence[str]) -> None:
     command = tyro.cli(Command, args=list(argv), prog="python -m benchmarks.train_step", description=__doc__)
     config = named_config(command.config)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=command.dtype))
+    model = dataclasses.replace(config.model, layer_group_size=command.layer_group_size)
+    config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, dtype=command.dtype))
     trainer = make_trainer(config)
     state, batch = trainer.new_state(), random_batch(config)
     started = time.perf_counter()

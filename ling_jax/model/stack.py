@@ -127,8 +127,12 @@ def _run_group(
     def once(carry: Any, layers: Any) -> tuple[Any, list[LayerOutput]]:
         outs = []
         for run, body, xs in zip(group.runs, bodies, layers, strict=True):
-            carry, out = jax.lax.scan(body, carry, xs, unroll=run.count if how.unroll else 1)
-            outs.append(out)
+            if run.count == 1 and group.repeats > 1:  # a loop inside a loop takes long to compile
+                carry, out = body(carry, jax.tree.map(lambda a: a[0], xs))
+                outs.append(jax.tree.map(lambda a: a[None], out))
+            else:
+                carry, out = jax.lax.scan(body, carry, xs, unroll=run.count if how.unroll else 1)
+                outs.append(out)
         return carry, outs
 
     if group.repeats == 1:
