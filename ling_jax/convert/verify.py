@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ling_jax.config import architecture_diff, count_params, layer_kinds, model_settings_diff
+from ling_jax.config import architecture_diff, count_params, model_settings_diff
 from ling_jax.config.text import columns
 from ling_jax.convert.fp8 import FP8, quantise
 from ling_jax.convert.load import load_pretrained
@@ -141,8 +141,6 @@ def _difference(a: np.ndarray, b: np.ndarray) -> Difference:
 
 
 def _compare_logits(source: str, target: str, weights: Weights) -> str:
-    if any(kind.mixer == "linear" for kind in layer_kinds(weights.config)):
-        return "not computed: this version cannot run linear attention layers yet"
     size, memory = 4 * count_params(weights.config).total, _memory()
     if size > MEMORY_SHARE * memory:
         return f"not computed: the weights take {size / 1e9:.1f} GB in float32, this machine has {memory / 1e9:.1f} GB"
