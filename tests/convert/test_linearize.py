@@ -1,5 +1,6 @@
 """Ling made a Ring-linear: every tensor against what it was made of."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.support.adapters import arrays
 from tests.support.commands import call
 from tests.support.helpers import tiny
 from tests.support.hf_folders import assert_same_folder, write_folder
+from tests.support.tokenizers import OWN, TEXTS
 from tests.tiny_run import REPO
 
 CONFIG = tiny(num_hidden_layers=5, use_qkv_bias=True)  # groups of two: the fifth layer is of no whole group
@@ -103,3 +105,23 @@ def test_the_rates_of_decay_are_written_and_read_and_may_be_chosen_anew():
     read = ModelConfig.from_hf(released)
     assert read.slope_convention == "sglang" and read.to_hf() == released
     assert "slope_convention" not in tiny().to_hf()
+
+
+def test_a_text_is_scored_under_every_convention_and_the_best_comes_first(tmp_path):
+    """The folder says which one is its own; a model without linear attention has none to compare."""
+    config = tiny(vocab_size=400, num_hidden_layers=3, layer_group_size=3, group_norm_size=2, slope_convention="mlx")
+    write_folder(tmp_path / "linear", config=dataclasses.replace(config, num_nextn_predict_layers=0))
+    write_folder(tmp_path / "ling", config=tiny(vocab_size=400))
+    for folder in ("linear", "ling"):
+        OWN.save(str(tmp_path / folder))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[0][:1500])
+    flags = "--text", text, "--length", 64, "--compare-slopes"
+    head, *rows = call("evaluate", "--checkpoint", tmp_path / "linear", *flags)[0].splitlines()
+    assert head.split() == ["slope_convention", "nats", "per", "token", "perplexity", "bits", "per", "byte"]
+    assert sorted(row.split()[0] for row in rows) == ["hf", "mlx", "sglang"]
+    assert [row.split()[0] for row in rows if "(its setting)" in row] == ["mlx"]
+    nats = [float(row.replace("(its setting)", "").split()[1]) for row in rows]
+    assert nats == sorted(nats) and len(set(nats)) == 3
+    _, err = call("evaluate", "--checkpoint", tmp_path / "ling", *flags, code=2)
+    assert "has no layers with linear attention" in err
