@@ -54,7 +54,8 @@ SLOW = (
     "sanitizers", "toy_mixer", "session", "dispatch", "bf16_params", "damage", "origin", "replay", "installed", "adam8",
     "fp8_training", "same_bits", "earlier_run", "hub", "balance_run", "fp8_tpu", "context", "going_on", "errors",
     "clusters_docs", "checkpoint_buckets", "bucket_servers", "speculation_benchmark", "needle", "store", "adapter",
-    "extending", "native_experts", "fp8", "score", "gpu_kernels", "h100",
+    "extending", "native_experts", "fp8", "score", "gpu_kernels", "h100", "linear_mesh", "linear_decoding",
+    "native_cached", "long_cache", "lightning_benchmark",
 )  # fmt: skip
 
 
