@@ -16,6 +16,7 @@ from ling_jax.generate.requests import Request
 from ling_jax.generate.sampling import Sampling
 from ling_jax.generate.states import LinearStates, Room
 from ling_jax.kernels.lightning import lightning
+from tests.support.answers import recomputed
 from tests.support.helpers import assert_close, make_model, tiny
 from tests.support.marks import nightly
 
@@ -30,22 +31,8 @@ REQUESTS = [
 
 
 @cache
-def recomputed() -> list[list[int]]:
-    """Greedy answers, every token from the whole row."""
-    model, answers = make_model(HYBRID), []
-    for request in REQUESTS:
-        tokens = np.zeros((1, 32), np.int32)
-        known = len(request.prompt)
-        tokens[0, :known] = request.prompt
-        bias = np.zeros(HYBRID.vocab_size)
-        for token, value in request.sampling.logit_bias.items():
-            bias[token] = value
-        for place in range(known, known + request.max_new_tokens):
-            inside = (np.arange(32) < place).astype(np.int32)[None]
-            logits = model(tokens, segment_ids_BT=inside, mtp=False).logits_BTV
-            tokens[0, place] = int((np.asarray(logits)[0, place - 1] + bias).argmax())
-        answers.append(tokens[0, known : known + request.max_new_tokens].tolist())
-    return answers
+def expected() -> list[list[int]]:
+    return recomputed(make_model(HYBRID), REQUESTS, 32)
 
 
 @pytest.mark.parametrize(("drafts", "chunk"), [(0, 4), (3, 16), nightly(1, 4), nightly(0, 1), nightly(8, 8)])
@@ -53,7 +40,7 @@ def test_answers_are_those_of_full_recomputation(drafts, chunk):
     """Rows that end and are given away, prompts in pieces, drafts that stand and fall, an answer taken up again."""
     engine = Engine(make_model(HYBRID), rows=2, slots=32, chunk=chunk, drafts=drafts)
     answers = dict(engine.run(REQUESTS, 3))
-    assert [answers[i].ids for i in range(len(REQUESTS))] == recomputed()
+    assert [answers[i].ids for i in range(len(REQUESTS))] == expected()
     if drafts:
         drafted, accepted = (sum(getattr(a, name) for a in answers.values()) for name in ("drafted", "accepted"))
         assert 0 < accepted < drafted
@@ -65,7 +52,7 @@ def test_answers_are_those_of_full_recomputation(drafts, chunk):
     engine.submit(REQUESTS[0])
     engine.submit(REQUESTS[place], half)
     ends = [update.answer for _ in range(20) for update in engine.step(3) if update.answer.end is not None]
-    assert sorted(a.ids for a in ends) == sorted([recomputed()[0], recomputed()[place]])
+    assert sorted(a.ids for a in ends) == sorted([expected()[0], expected()[place]])
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
@@ -151,4 +138,4 @@ def test_a_rows_states_are_as_large_as_their_formula_says():
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, expert=2, tensor=2), nightly(MeshConfig(data=4, tensor=2))])
 def test_a_mesh_answers_as_one_device(mesh):
     answers = dict(Engine(make_model(HYBRID, mesh=mesh), rows=8, slots=32, chunk=8, drafts=2).run(REQUESTS, 4))
-    assert [answers[i].ids for i in range(len(REQUESTS))] == recomputed()
+    assert [answers[i].ids for i in range(len(REQUESTS))] == expected()

@@ -29,6 +29,7 @@ from ling_jax.model.attention import MixerOutput
 from ling_jax.model.linear import Linear
 from ling_jax.model.model import split_model
 from ling_jax.parallel.mesh import BATCH_AXES
+from tests.support.answers import recomputed
 from tests.support.helpers import assert_trees_equal, make_model, tiny
 from tests.support.hf_folders import write_folder
 from tests.support.marks import nightly
@@ -145,22 +146,8 @@ REQUESTS = [
 
 
 @cache
-def recomputed() -> list[list[int]]:
-    """Greedy answers, every token from the whole row."""
-    model, answers = make_model(CONFIG), []
-    for request in REQUESTS:
-        tokens = np.zeros((1, 24), np.int32)
-        known = len(request.prompt)
-        tokens[0, :known] = request.prompt
-        bias = np.zeros(CONFIG.vocab_size)
-        for token, value in request.sampling.logit_bias.items():
-            bias[token] = value
-        for place in range(known, known + request.max_new_tokens):
-            inside = (np.arange(24) < place).astype(np.int32)[None]
-            logits = model(tokens, segment_ids_BT=inside, mtp=False).logits_BTV
-            tokens[0, place] = int((np.asarray(logits)[0, place - 1] + bias).argmax())
-        answers.append(tokens[0, known : known + request.max_new_tokens].tolist())
-    return answers
+def expected() -> list[list[int]]:
+    return recomputed(make_model(CONFIG), REQUESTS, 24)
 
 
 @pytest.mark.parametrize("drafts", [nightly(0), nightly(1), nightly(3)])
@@ -168,7 +155,7 @@ def test_answers_are_those_of_full_recomputation(drafts):
     """Rows that end and are given away, prompts in chunks, drafts that stand and fall, an answer taken up again."""
     engine = Engine(make_model(CONFIG), rows=2, slots=24, chunk=4, drafts=drafts)
     answers = dict(engine.run(REQUESTS, 3))
-    assert [answers[i].ids for i in range(len(REQUESTS))] == recomputed()
+    assert [answers[i].ids for i in range(len(REQUESTS))] == expected()
     if drafts:
         drafted, accepted = (sum(getattr(a, name) for a in answers.values()) for name in ("drafted", "accepted"))
         assert 0 < accepted < drafted
@@ -179,14 +166,14 @@ def test_answers_are_those_of_full_recomputation(drafts):
     engine.submit(REQUESTS[8], half)
     while engine.busy:
         (update,) = engine.step(4)
-    assert update.answer.ids == recomputed()[8]
+    assert update.answer.ids == expected()[8]
 
 
 @pytest.mark.nightly
 def test_answers_on_a_mesh_are_those_of_full_recomputation():
     model = make_model(CONFIG, mesh=MeshConfig(data=2, expert=2, tensor=2))
     answers = dict(Engine(model, rows=4, slots=24, chunk=4, drafts=2).run(REQUESTS, 3))
-    assert [answers[i].ids for i in range(len(REQUESTS))] == recomputed()
+    assert [answers[i].ids for i in range(len(REQUESTS))] == expected()
 
 
 def test_only_whole_rows_are_taken_over_and_they_are(monkeypatch):
