@@ -55,8 +55,8 @@ class LayerRun(NamedTuple):
 
 
 class LayerGroup(NamedTuple):
-    """Runs of layers that follow one another, and that come again and again: one scan at run time, so that a model is
-    compiled in the same time at every depth."""
+    """Runs of layers that follow one another and may come again: one scan at run time over the repeats, which are
+    compiled once however many there are."""
 
     runs: tuple[LayerRun, ...]  # of the first time
     repeats: int
