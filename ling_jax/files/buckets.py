@@ -174,20 +174,14 @@ def log_retries() -> None:
         log.info("%s", told)
 
 
-async def _retried(path: str, call: Callable[[], Awaitable[Any]], deleted: Any = None) -> Any:
+async def _retried(path: str, call: Callable[[], Awaitable[Any]]) -> Any:
     """Returns what `call` gives; raises `failure` where it is refused or out of reach, the library's own error for
-    other answers.
-
-    Args:
-      deleted: what a call gives that deletes; where it is repeated, and finds nothing, the one before has done it.
-    """
+    other answers."""
     attempts = retries.attempts()
     for attempt in range(1, attempts + 1):
         try:
             return await call()
         except Exception as error:
-            if attempt > 1 and deleted is not None and isinstance(error, FileNotFoundError):
-                return deleted
             why = _passing(error)
             if why is None and not _is_refusal(error):
                 raise
@@ -263,6 +257,7 @@ def _small(path: str, mode: str) -> io.BytesIO:
 
 @functools.cache
 def _google() -> type:
+    from fsspec.asyn import sync_wrapper
     from gcsfs.core import GCSFileSystem
 
     once = getattr(GCSFileSystem._request, "__wrapped__", GCSFileSystem._request)  # without the library's own retries
@@ -276,8 +271,17 @@ def _google() -> type:
         async def _request(self, *args: Any, **settings: Any) -> Any:
             where = re.search(r"/b/([^/?]+)(?:/o/([^/?]+))?", self._format_path(args[1], args[2:]))
             path = f"gs://{where[1]}/{unquote(where[2] or '')}" if where else "gs://"
-            deleted = (204, {}, None, b"") if args[0] == "DELETE" else None
-            return await _retried(path, lambda: once(self, *args, **settings), deleted)
+            return await _retried(path, lambda: once(self, *args, **settings))
+
+        async def _rm(self, path: Any, *args: Any, **settings: Any) -> Any:
+            """Deletes, like Amazon's, also what is not there: a request repeated by us, or by aiohttp unseen, finds
+            nothing where the one before it has deleted."""
+            try:
+                return await super()._rm(path, *args, **settings)
+            except FileNotFoundError:
+                return [path]
+
+        rm = sync_wrapper(_rm)  # the library's own would call the library's own
 
         def open(self, path: str, mode: str = "rb", block_size: int | None = None, **settings: Any) -> Any:
             if mode in ("rb", "wb") and block_size is None:

@@ -11,8 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from ling_jax.files import paths
 from ling_jax.files.one_writer import HOLDER
-from tests.support.buckets import complete_steps, download, every_day, names, server_of, upload, wait_for_step
+from tests.support.buckets import (
+    complete_steps,
+    download,
+    every_day,
+    names,
+    put,
+    server_of,
+    upload,
+    wait_for_step,
+)  # fmt: skip
 from tests.support.commands import call
 from tests.support.fault_proxy import Faults, read_counts, set_faults
 from tests.support.hf_folders import assert_same_folder, write_folder
@@ -70,6 +80,18 @@ def test_a_conversion_there_and_back_gives_the_same_bytes_where_some_requests_fa
     set_faults(server_of(bucket), Faults())
     assert_same_folder(download(f"{bucket}/back", tmp_path / "back"), tmp_path / "source")
     assert not [name for name in names(bucket) if ".partial" in name]
+
+
+@every_day("gs", "s3")
+def test_objects_whose_deletion_loses_its_answer_are_deleted(bucket):
+    for number in range(12):
+        put(f"{bucket}/{number}", b"x")
+    set_faults(server_of(bucket), Faults(cut=0.3, seed=1))  # mostly done, then repeated: nothing is found
+    for number in range(12):
+        paths.at(f"{bucket}/{number}").unlink()
+    assert read_counts(server_of(bucket))["cut"] > 2
+    set_faults(server_of(bucket), Faults())
+    assert names(bucket) == []
 
 
 def assert_one_sentence(log: str) -> None:
