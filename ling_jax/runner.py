@@ -24,7 +24,8 @@ from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
 from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of, open_weights
 from ling_jax.data.baselines import baselines
-from ling_jax.data.pipeline import Data, Earlier, open_data, train_batches
+from ling_jax.data.mixture import DataState, mixture_of
+from ling_jax.data.pipeline import Data, DataBatch, Earlier, open_data, train_batches
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.buckets import bucket_of, is_bucket
@@ -53,25 +54,26 @@ TEMPERATURE, TOP_P = 0.7, 0.8  # what the releases recommend (spec 9)
 class RunSaver:
     """Saves whole training states: weights, biases, moments and counters as arrays, the rest as JSON.
 
-    The data's state is how many rows have been read; every random draw follows from `train.seed` and `data.seed`, both
-    in the config.
+    Every random draw follows from `train.seed` and `data.seed`, both in the config.
     """
 
     checkpointer: Checkpointer
     config: RunConfig
     tokenizer: str = ""  # its fingerprint
     text: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `Data.facts`
-    start: tuple[int, int] = (0, 0)  # step and row at which this session begins
+    read: DataState = DataState(0, 0, {}, {}, {})  # up to the batch that was handed out last
 
-    def rows_read(self, step: int) -> int:
-        first, row = self.start
-        return row + (step - first) * self.config.data.global_batch_size
+    def watching(self, batches: Iterator[DataBatch]) -> Iterator[DataBatch]:
+        """The batches; each is what has been read when its step is saved."""
+        for batch in batches:
+            self.read = batch.state
+            yield batch
 
     def save(self, state: TrainState, fallen: Sequence[str] = ()) -> None:
-        step = int(state.step)
+        step, read = int(state.step), self.read
         meta = {
             "config": dataclasses.asdict(self.config),
-            "data": {"next_step": step, "next_row": self.rows_read(step), "text": self.text},
+            "data": {"next_step": step, "next_row": read.rows, "text": self.text, "read": read.to_json()},
             "fp8_fallen": list(fallen),
             "tokenizer": self.tokenizer,
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
@@ -335,7 +337,7 @@ def _report(saver: RunSaver, step: int, data: Data, run_dir: epath.Path, seconds
     counts = count_params(config.model)
     summary = {
         "steps": f"{step} of {config.train.steps}",
-        "tokens seen": f"{saver.rows_read(step) * config.data.sequence_length:,}",
+        "tokens seen": f"{sum(saver.read.places.values()):,}",
         "parameters": f"{counts.total:,} in all, {counts.active:,} active per token",
         "wall time of this session": f"{seconds:.0f} s",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, {jax.device_count()} {jax.devices()[0].platform}",
@@ -384,9 +386,9 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
         trainer = trainer.without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, origin)
         step = int(state.step)
-        saver.text, saver.start = data.facts, (step, data.start_row)
+        saver.text = data.facts
         _log_start(config, step)
-        batches, held_out = _texts(trainer, data, step)
+        batches, held_out = _texts(trainer, data, saver, step)
         with MetricsWriter(run_dir, step or None) if lead else contextlib.nullcontext() as writer:
             try:
                 with Session(trainer, state, held_out, saver, writer, str(run_dir), stop) as session:
@@ -405,15 +407,17 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
     return 0
 
 
-def _texts(trainer: Trainer, data: Data, step: int) -> tuple[Iterator[dict[str, Any]], dict[str, HeldOut]]:
+def _texts(trainer: Trainer, data: Data, saver: RunSaver, step: int) -> tuple[Iterator[DataBatch], dict[str, HeldOut]]:
     """The batches from the step after `step` on, and the held-out text of each source."""
-    config = trainer.config.data
+    config, steps = trainer.config.data, trainer.config.train.steps
+    mixture, saver.read = mixture_of(data.rows, config, data.state)
+    mixture.announce(saver.read, max(steps - step, 0) * config.global_batch_size)
     held_out = {
         source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length)
         for source, documents in data.heldout.items()
     }
     here = rows_here(trainer.compute.mesh, config.global_batch_size).tolist()
-    return train_batches(data.rows, config, step, here, data.start_row), held_out
+    return saver.watching(train_batches(data.rows, config, step, here, saver.read)), held_out
 
 
 def _log_start(config: RunConfig, step: int) -> None:

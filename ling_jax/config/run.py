@@ -27,9 +27,12 @@ class DataSource:
     weight: float = 1.0  # share of training tokens, relative to the other sources
     licence: str = "unknown"  # used where a document does not state its own
     text_field: str = "text"  # of a JSON object or parquet row
+    max_epochs: float | None = None  # how often it is read at most; its share then goes to the others in proportion
 
     def __post_init__(self):
         check(self.weight > 0, f"weight = {self.weight} of data source {self.path!r} must be positive")
+        often = self.max_epochs
+        check(often is None or often > 0, f"max_epochs = {often} of data source {self.path!r} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

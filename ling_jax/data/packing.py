@@ -94,8 +94,11 @@ class Rows:
         """Begins to read a row, from a bucket perhaps; the call gives it."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        begin = index * self.sequence_length
-        reading = self.stream.start(begin, begin + self.sequence_length + 1)
+        return self.start_at(index * self.sequence_length, self.sequence_length)
+
+    def start_at(self, begin: int, count: int) -> Callable[[], dict[str, np.ndarray]]:
+        """The same of `count` tokens from any place of the stream on."""
+        reading = self.stream.start(begin, begin + count + 1)
         return lambda: self._row(*reading())
 
     def _row(self, ids: np.ndarray, cuts: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,17 +1,16 @@
 """From a data configuration to training batches and scoring windows.
 
-The state of the data is one number, how many rows have been read: the rows of all sources form one endless sequence
-that the seed fixes, and a batch is the next B of them, so a run resumes by going on there, on any number of hosts and
-with any B.
+The rows of all sources form one endless sequence (`data.mixture`), and a batch is the next B of them. How far it has
+been read is a few numbers for each source, so a run resumes by going on there, on any number of hosts and with any B.
 
 Legend: B rows of a global batch, T tokens per row, N windows.
 """
 
-import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import grain
 import numpy as np
 
 from ling_jax.config import DataConfig
+from ling_jax.data.mixture import DataState, Draws, mixture_of
 from ling_jax.data.packing import IGNORE, Rows, build_stream, pad
 from ling_jax.data.reading import Document
 from ling_jax.data.sources import Corpus, read_corpus, size, source_names, training_sample
@@ -39,8 +39,8 @@ class Data:
     """The data of a run: rows to train on and whole documents to score, each by source name.
 
     Attributes:
-      facts: see `Corpus.facts`; a run's checkpoints have them.
-      start_row: how many rows the run has read when it goes on.
+      facts: see `Corpus.facts`; a run's checkpoints have them, also of sources that it reads no more.
+      state: how far an earlier session has read, if there was one.
       chosen: where the sample of the training text is.
     """
 
@@ -48,7 +48,7 @@ class Data:
     rows: dict[str, Rows]
     heldout: dict[str, list[Document]]
     facts: dict[str, dict[str, Any]]
-    start_row: int
+    state: DataState | None
     chosen: Kept
 
     def fingerprint(self) -> int:
@@ -66,7 +66,8 @@ class Earlier(NamedTuple):
     """The data of a run as its checkpoint has them.
 
     Attributes:
-      state: `next_step`, and since there are fingerprints `next_row`, and as `text` the facts of `Data`.
+      state: `next_step`; since there are fingerprints also `next_row`, and as `text` the facts of `Data`; and since
+        sources have places, as `read` the `DataState`.
     """
 
     config: DataConfig
@@ -93,14 +94,14 @@ def open_data(
     """
     cache = cache_dir(config.cache_dir, paths.at(tokenizer_dir).parent)
     if earlier is not None:
-        _check_sequence(earlier.config, config)
+        _check_sequence(earlier, config)
     corpus = read_corpus(config, cache)
     for name, train in corpus.train.items():
         heldout = corpus.heldout[name]
         log.info("%s: %d documents, %.2f MB to train on; %d documents, %.3f MB held out",
                  name, len(train), train.bytes / 1e6, len(heldout), size(heldout) / 1e6)  # fmt: skip
     facts = corpus.facts()
-    start_row = 0 if earlier is None else _next_row(earlier, config, facts)
+    state = None if earlier is None else _state_of(earlier, config, facts)
     tokenizer = _open_tokenizer(config, corpus, vocab_size, tokenizer_dir, trained_with)
     rows = {}
     for name, train in corpus.train.items():
@@ -109,7 +110,8 @@ def open_data(
         count = len(stream.tokens_S)
         log.info("%s: %d tokens in %d rows, %.2f bytes per token",
                  name, count, len(rows[name]), train.bytes / count)  # fmt: skip
-    return Data(tokenizer, rows, corpus.heldout, facts, start_row, corpus.chosen)
+    known = {} if earlier is None else earlier.state.get("text", {})
+    return Data(tokenizer, rows, corpus.heldout, {**known, **facts}, state, corpus.chosen)
 
 
 def _open_tokenizer(
@@ -147,26 +149,24 @@ def _check_unchanged(tokenizer: Tokenizer, trained_with: str | None, tokenizer_d
         )
 
 
-def _check_sequence(saved: DataConfig, config: DataConfig) -> None:
-    """Refuses settings under which the rows that follow would not be the next ones of the same sequence."""
-    old, new = _sequence(saved), _sequence(config)
-    if changed := [f"data.{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]:
+def _check_sequence(earlier: Earlier, config: DataConfig) -> None:
+    """Refuses settings under which a token could come twice before its source's epoch ends."""
+    saved, state = earlier
+    if saved.seed != config.seed:
         raise ValueError(
-            f"the run has read its text with other settings ({'; '.join(changed)}): rows would come twice or never; "
-            f"give the old ones (a source is called as its file or folder is; a link will do), or {ANEW}"
+            f"data.seed: {saved.seed} -> {config.seed}: the run has read its text in the order of the former, so rows "
+            f"would come twice or never; give the old one, or {ANEW}"
+        )
+    block = state["read"]["block"] if "read" in state else saved.sequence_length
+    if config.sequence_length > block:
+        raise ValueError(
+            f"data.sequence_length: {saved.sequence_length} -> {config.sequence_length}: the run reads its text in "
+            f"blocks of {block} tokens, and of longer rows a part would come twice; give at most {block}, or {ANEW}"
         )
 
 
-def _sequence(config: DataConfig) -> dict[str, Any]:
-    """The settings that decide the sequence of rows, besides the text."""
-    names = source_names(config)
-    shares = [f"{name} (weight {source.weight})" for name, source in zip(names, config.sources, strict=True)]
-    sources = ", ".join(shares if len(shares) > 1 else names)  # alone, a source has all rows
-    return {"seed": config.seed, "sequence_length": config.sequence_length, "sources": sources}
-
-
-def _next_row(earlier: Earlier, config: DataConfig, facts: Mapping[str, Mapping[str, Any]]) -> int:
-    """How many rows a run has read, whatever its batch was.
+def _state_of(earlier: Earlier, config: DataConfig, facts: Mapping[str, Mapping[str, Any]]) -> DataState:
+    """How far a run has read, whatever its batch was.
 
     Raises:
       ValueError: if the text is not the one that it read.
@@ -174,14 +174,27 @@ def _next_row(earlier: Earlier, config: DataConfig, facts: Mapping[str, Mapping[
     saved, state = earlier
     if "text" not in state:
         log.warning("the checkpoint is from before texts had fingerprints: whether this is its text is not checked")
-        return state["next_step"] * saved.global_batch_size
+        return _before_places(saved, state["next_step"] * saved.global_batch_size)
+    _check_text(saved, config, state["text"], facts)
+    if "read" not in state:
+        return _before_places(saved, state["next_row"])
+    return DataState(**state["read"])
+
+
+def _check_text(
+    saved: DataConfig, config: DataConfig, known: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuses text that is not what the run has read under its name, or what it has read under another."""
     splits = ("holdout_fraction", "max_bytes", "holdout_max_bytes")
     changed = [(name, getattr(saved, name), getattr(config, name)) for name in splits]
     told = "; ".join(f"data.{name}: {old} -> {new}" for name, old, new in changed if old != new)
     why = f" ({told})" if told else ""
     for name, new in facts.items():
-        old = state["text"][name]
-        if any(old[key] != new[key] for key in ("documents", "bytes", "checksum")):
+        if name not in known:
+            _check_new(name, new, {n: old for n, old in known.items() if n not in facts})
+            continue
+        old = known[name]
+        if _identity(old) != _identity(new):
             there, here = (f"{f['documents']} documents, {f['bytes']} bytes, {f['checksum']}" for f in (old, new))
             raise ValueError(
                 f"the text of data source {name!r} is not the one that the run has read{why}: {there} in the "
@@ -189,65 +202,79 @@ def _next_row(earlier: Earlier, config: DataConfig, facts: Mapping[str, Mapping[
             )
         if old["heldout"] != new["heldout"]:
             log.warning("%s: other text is held out than in the checkpoint%s: compare no scores", name, why)
-    return state["next_row"]
+
+
+def _check_new(name: str, new: Mapping[str, Any], left: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a source under a new name that is one of those which were `left` out."""
+    if same := [old for old, facts in left.items() if _identity(facts) == _identity(new)]:
+        raise ValueError(
+            f"data source {name!r} is the text that the run has read as {same[0]!r}: its rows would come twice; a "
+            "source is called as its file or folder is: give it the old name (a link will do)"
+        )
+    log.info("%s: new to this run, read from its beginning", name)
+
+
+def _identity(facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(facts[key] for key in ("documents", "bytes", "checksum"))
+
+
+def _before_places(config: DataConfig, rows: int) -> DataState:
+    """How far a run had read that older versions saved: grain interleaved the sources by their weights."""
+    names, weights = source_names(config), [source.weight for source in config.sources]
+    counts = [rows]
+    if len(names) > 1:
+        sources = [grain.MapDataset.range(1).map(lambda _, i=i: i).repeat() for i in range(len(names))]
+        mixed = grain.MapDataset.mix(sources, weights)
+        drawn = Counter(mixed[row] for row in range(rows))
+        counts = [drawn[i] for i in range(len(names))]
+    places = {name: count * config.sequence_length for name, count in zip(names, counts, strict=True)}
+    return DataState(rows, config.sequence_length, places, {}, {})
+
+
+class DataBatch(NamedTuple):
+    """What a step is given.
+
+    Attributes:
+      arrays: int32 [rows, T]: tokens, targets, positions, segment_ids (see `Rows`).
+      state: how far the data has been read when the step is done.
+      metrics: the same, to be logged.
+    """
+
+    arrays: dict[str, np.ndarray]
+    state: DataState
+    metrics: dict[str, float]
 
 
 def train_batches(
     rows: Mapping[str, Rows],
     config: DataConfig,
-    start_step: int,
+    start_step: int = 0,
     here: Sequence[int] | None = None,
-    start_row: int | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+    state: DataState | None = None,
+) -> Iterator[DataBatch]:
     """The batches of steps start_step, start_step + 1, ... without end; threads read ahead.
 
     Args:
       rows: by source name, as `open_data` gives them.
       here: which rows of each global batch to read, all by default; the batches are the same whoever reads them.
-      start_row: how many rows the steps before have read; by default as many as with this batch size.
-
-    Returns:
-      Dicts of int32 [len(here), T]: tokens, targets, positions, segment_ids (see `Rows`).
+      state: how far an earlier session has read; by default the steps before have read as many rows with this batch.
     """
     total = config.global_batch_size
-    examples = _examples(rows, config)
-    first = start_step * total if start_row is None else start_row
+    mixture, begin = mixture_of(rows, config, state)
+    if state is None:
+        begin = mixture.draw(begin, start_step * total)[1]
+    draws = Draws(mixture, begin, start_step, total)
     wanted = range(total) if here is None else [int(row) for row in here]
 
-    def load(step: int) -> dict[str, np.ndarray]:
-        begun: list[Any] = [examples[first + (step - start_step) * total + row] for row in wanted]
+    def load(step: int) -> DataBatch:
+        pieces, after = draws.take(step)
+        begun = [rows[pieces[row].source].start_at(*pieces[row][1:]) for row in wanted]  # all are on their way
         batch = [read() for read in begun]
-        return {name: np.stack([row[name] for row in batch]) for name in batch[0]}
+        arrays = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
+        return DataBatch(arrays, after, mixture.metrics(after))
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(load)
     return iter(steps.to_iter_dataset(grain.ReadOptions(READ_THREADS, PREFETCHED_BATCHES)))
-
-
-@dataclass(frozen=True)
-class _Starts:
-    """Begins to read rows ahead of their use: all rows of a batch are on their way before the first is waited for."""
-
-    rows: Rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Callable[[], dict[str, np.ndarray]]:
-        return self.rows.start(index)
-
-
-def _examples(rows: Mapping[str, Rows], config: DataConfig) -> grain.MapDataset:
-    """The endless sequence of rows, as what gives them: every source in a new order each epoch, interleaved by weight.
-
-    grain seeds epoch e with seed + e, so neighbouring seeds would share orders: ours are hashes. It keeps weights
-    as whole multiples of a hundredth of the smallest, which is exact enough for shares of a mixture.
-    """
-    sources, weights = [], []
-    for name, source in zip(source_names(config), config.sources, strict=True):
-        seed = int.from_bytes(hashlib.sha256(f"{config.seed}:{name}".encode()).digest()[:4])
-        sources.append(grain.MapDataset.source(_Starts(rows[name])).shuffle(seed).repeat())
-        weights.append(source.weight)
-    return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, weights)
 
 
 def scoring_windows(ids: list[int], prefix: list[int], length: int, stride: int) -> dict[str, np.ndarray]:

@@ -248,6 +248,22 @@ def _draw_learning_rate(figure: Any, run: Run) -> str | None:
     return f"Learning rate over steps: peak {rate.values.max():.3g}, last {_last(rate, '.3g')}."
 
 
+def _draw_mixture(figure: Any, run: Run) -> str | None:
+    keys = dict.fromkeys(key for r in run.records for key in r if key.startswith("data/") and key.endswith("/share"))
+    if not keys:
+        return None
+    axes, said = figure.add_subplot(), []
+    for color, key in zip(CYCLE * len(keys), keys, strict=False):
+        source, share = key.removeprefix("data/").removesuffix("/share"), series(run.records, key)
+        read = series(run.records, f"data/{source}/epochs")
+        said.append(f"{source} {_last(share, '.1%')} of the tokens, read {_last(read, '.2f')} times")
+        _plot(axes, share, color, said[-1])
+    axes.set_ylim(0, 1)
+    _style(axes, "share of the tokens", run.last_step)
+    _legend(axes, loc="upper right")
+    return "Each source's share of the tokens over steps; at the end: " + ", ".join(said) + "."
+
+
 def _draw_grad_norm(figure: Any, run: Run) -> str | None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -416,6 +432,10 @@ FIGURES = (
         "Every held-out byte is scored. Dashed: what simpler models and compressors need for the same bytes.",
     ),
     Drawing("learning_rate", "Learning rate", 3.7, _draw_learning_rate, ""),
+    Drawing(
+        "mixture", "Mixture", 3.7, _draw_mixture,
+        "Of all tokens since the shares are what they are, padding not counted.",
+    ),
     Drawing(
         "grad_norm", "Gradient norm", 3.7, _draw_grad_norm,
         "Steps whose loss or gradient is not finite are skipped.",

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ling_jax.config import train_flops_per_token
+from ling_jax.data.pipeline import DataBatch
 from ling_jax.files.paths import at, made_locally
 from ling_jax.parallel.mesh import place_batch, rows_here
 from ling_jax.parallel.processes import AnyProcess, CompiledTogether, leave_terminal, stop_signals
@@ -81,7 +82,7 @@ class _Recorder:
     trainer: Trainer
     writer: MetricsWriter | None  # of process 0
     progress: Progress
-    pending: tuple[int, Metrics, float] | None = None  # on the device
+    pending: tuple[int, Metrics, Mapping[str, float]] | None = None  # on the device, and what the host adds
     ready: tuple[int, dict[str, Any]] | None = None  # on the host, not yet written
     more: bool = False  # whether something was added to it
     skipped_in_a_row: int = 0  # up to the last step that is ready
@@ -96,15 +97,15 @@ class _Recorder:
         """Validation and saving are not training time."""
         self.last_time = time.perf_counter()
 
-    def push(self, step: int, metrics: Metrics, data_wait: float) -> None:
+    def push(self, step: int, metrics: Metrics, more: Mapping[str, float]) -> None:
         self.flush()
-        self.pending = (step, metrics, data_wait)
+        self.pending = (step, metrics, more)
 
     def fetch(self) -> None:
         """Waits for the pending step and takes its time."""
         if self.pending is None:
             return
-        step, device_metrics, data_wait = self.pending
+        step, device_metrics, more = self.pending
         values: dict[str, Any] = jax.device_get(device_metrics)
         now = time.perf_counter()
         tokens_per_second = float(values.pop("train/tokens")) / max(now - self.last_time, 1e-9)
@@ -113,7 +114,7 @@ class _Recorder:
         values["train/tokens_per_second"] = tokens_per_second
         if self.peak_flops:
             values["train/mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
-        values |= {"train/data_wait_s": data_wait, "mem/peak_bytes": peak_memory_bytes()}
+        values |= {**more, "mem/peak_bytes": peak_memory_bytes()}
         self.pending, self.ready = None, (step, values)
 
     def add(self, extra: Mapping[str, Any]) -> None:
@@ -251,20 +252,23 @@ class Session:
         """Whether there is another step to do. Every process asks, before each step."""
         return self.done < self.trainer.config.train.steps and not self.any_process(self.stop.received is not None)
 
-    def run(self, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
+    def run(self, batches: Iterator[DataBatch]) -> None:
         """Takes batches until the last step or a signal."""
         while self.goes_on():
             started = time.perf_counter()
-            rows = next(batches)
-            self.step(rows, time.perf_counter() - started)
+            batch = next(batches)
+            self.step(batch.arrays, time.perf_counter() - started, batch.metrics)
 
-    def step(self, rows: Mapping[str, np.ndarray], waited: float = 0.0) -> None:
+    def step(
+        self, rows: Mapping[str, np.ndarray], waited: float = 0.0, metrics: Mapping[str, float] | None = None
+    ) -> None:
         """One optimizer step, and what is due after it.
 
         Args:
           rows: the arrays of the objective's `fields`, of those rows of the global batch that `parallel.mesh.rows_here`
             names for this process.
           waited: seconds that the caller waited for them.
+          metrics: what the caller wants to be logged with this step.
         Raises:
           ValueError: for arrays that the objective does not take.
           DivergedError: after saving nothing more: the last checkpoint holds finite weights.
@@ -273,9 +277,9 @@ class Session:
         started = time.perf_counter()
         batch = self._placed(rows)
         waited += time.perf_counter() - started
-        self.state, metrics = self.step_fn(self.state, batch)
+        self.state, on_device = self.step_fn(self.state, batch)
         self.done += 1
-        self.recorder.push(self.done, metrics, waited)
+        self.recorder.push(self.done, on_device, {**(metrics or {}), "train/data_wait_s": waited})
         train, last = self.trainer.config.train, self.done == self.trainer.config.train.steps
         if self.trainer.compute.fp8 and train.fp8_watch_every and self.done % train.fp8_watch_every == 0:
             self._measure_fp8(batch)

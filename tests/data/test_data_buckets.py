@@ -490,8 +490,8 @@ logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
 data, config = opened(*sys.argv[1:4])
 digest = hashlib.sha256()
 for batch in itertools.islice(train_batches(data.rows, config, 3), 20):
-    for name in sorted(batch):
-        digest.update(batch[name].tobytes())
+    for name in sorted(batch.arrays):
+        digest.update(batch.arrays[name].tobytes())
 print(data.fingerprint(), digest.hexdigest())
 """
 
@@ -526,13 +526,14 @@ def test_all_rows_of_a_batch_are_on_their_way_before_the_first_is_waited_for(pro
     one = rows.start(len(rows) // 2)
     count = len(requests.ranges)
     assert count >= 1 and "wait" not in requests.events
-    assert set(one()) == set(wanted[0])
+    assert set(one()) == set(wanted[0].arrays)
     monkeypatch.setattr("ling_jax.data.pipeline.READ_THREADS", 1)
     requests.events.clear()
     found = list(itertools.islice(train_batches(data.rows, config, 0), 8))
     for a, b in zip(found, wanted, strict=True):
-        for name in b:
-            np.testing.assert_array_equal(a[name], b[name])
+        assert a.state == b.state
+        for name in b.arrays:
+            np.testing.assert_array_equal(a.arrays[name], b.arrays[name])
     assert "".join(event[0] for event in requests.events).startswith("s" * config.global_batch_size)
 
 

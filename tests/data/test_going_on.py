@@ -12,6 +12,7 @@ import pytest
 
 from ling_jax.checkpoint import read_meta
 from ling_jax.config import DataConfig, DataSource
+from ling_jax.data.mixture import DataState, mixture_of
 from ling_jax.data.packing import Rows, Stream
 from ling_jax.data.pipeline import Earlier, open_data, train_batches
 from tests.support.commands import call
@@ -22,21 +23,21 @@ ROWS = {"a": Rows(Stream(np.arange(4001, dtype=np.uint16), np.arange(0, 4001, 10
 CONFIG = DataConfig(sources=(DataSource(path="a"),), sequence_length=10, global_batch_size=8)
 
 
-def rows_of(batch: int, start_row: int, steps: int, start_step: int = 0) -> list[int]:
-    """First token of every row that some steps read."""
+def rows_of(batch: int, steps: int, state: DataState | None = None) -> tuple[list[int], DataState]:
+    """First token of every row that some steps read, and how far they have read."""
     config = replace(CONFIG, global_batch_size=batch)
-    batches = itertools.islice(train_batches(ROWS, config, start_step, start_row=start_row), steps)
-    return [int(row[0]) for one in batches for row in one["tokens"]]
+    batches = list(itertools.islice(train_batches(ROWS, config, 20 if state else 0, state=state), steps))
+    return [int(row[0]) for one in batches for row in one.arrays["tokens"]], batches[-1].state
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8), (8, 12)])
 def test_with_another_batch_no_row_comes_twice_and_none_is_left_out(before, after):
-    read = before * 20
-    seen = rows_of(before, 0, 20) + rows_of(after, read, 20, start_step=20)
-    assert seen == rows_of(1, 0, read + after * 20)
-    rest = (400 - read) // after
-    counts = Counter(rows_of(before, 0, 20) + rows_of(after, read, rest, start_step=20))
-    assert max(counts.values()) == 1 and len(counts) == read + rest * after
+    first, state = rows_of(before, 20)
+    state = DataState(**json.loads(json.dumps(state.to_json())))
+    assert first + rows_of(after, 20, state)[0] == rows_of(1, 20 * (before + after))[0]
+    rest = (400 - before * 20) // after
+    counts = Counter(first + rows_of(after, rest, state)[0])
+    assert max(counts.values()) == 1 and len(counts) == before * 20 + rest * after
 
 
 @pytest.fixture
@@ -56,12 +57,17 @@ def config(tmp_path) -> DataConfig:
 def begun(config: DataConfig, tmp_path: Path, row: int = 40) -> Earlier:
     """A run of this configuration that has read some rows."""
     data = open_data(config, VOCAB, str(tmp_path / "run" / "tokenizer"))
-    state = {"next_step": row // config.global_batch_size, "next_row": row, "text": data.facts}
-    return Earlier(config, json.loads(json.dumps(state)))
+    mixture, state = mixture_of(data.rows, config, None)
+    read = mixture.draw(state, row)[1]
+    saved = {"next_step": row // config.global_batch_size, "next_row": row, "text": data.facts, "read": read.to_json()}
+    return Earlier(config, json.loads(json.dumps(saved)))
 
 
 def go_on(config: DataConfig, tmp_path: Path, earlier: Earlier) -> int:
-    return open_data(config, VOCAB, str(tmp_path / "run" / "tokenizer"), None, earlier).start_row
+    """The row at which a run goes on."""
+    state = open_data(config, VOCAB, str(tmp_path / "run" / "tokenizer"), None, earlier).state
+    assert state is not None
+    return state.rows
 
 
 def files_of(config: DataConfig) -> Path:
@@ -103,8 +109,12 @@ def test_other_text_is_refused_with_both_counts_and_the_remedy(config, tmp_path,
     [
         ("holdout_fraction", 0.5, r"data.holdout_fraction: 0.02 -> 0.5\).*bring back files and settings"),
         ("max_bytes", 1000, r"data.max_bytes: None -> 1000\)"),
-        ("seed", 1, "data.seed: 0 -> 1.*rows would come twice or never; give the old ones .*--init-from"),
-        ("sequence_length", 8, "data.sequence_length: 16 -> 8"),
+        ("seed", 1, "data.seed: 0 -> 1.*rows would come twice or never; give the old one, .*--init-from"),
+        (
+            "sequence_length",
+            32,
+            "data.sequence_length: 16 -> 32: .* blocks of 16 tokens.*give at most 16, or",
+        ),
     ],
 )
 def test_other_settings_that_choose_the_rows_are_refused_with_both_values(config, tmp_path, setting, value, message):
@@ -113,22 +123,19 @@ def test_other_settings_that_choose_the_rows_are_refused_with_both_values(config
         go_on(replace(config, **{setting: value}), tmp_path, earlier)
 
 
-def test_other_sources_names_or_weights_are_refused(config, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(files_of(config), other)
+def test_sources_and_weights_may_change_but_no_text_comes_under_another_name(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    for folder in (copy, other):
+        shutil.copytree(files_of(config), folder)
     for path in other.iterdir():
         path.write_text("other " + path.read_text())
     earlier = begun(config, tmp_path)
-    with pytest.raises(ValueError, match="data.sources: text -> other.*a link will do"):
-        go_on(replace(config, sources=(DataSource(path=str(other)),)), tmp_path, earlier)
+    with pytest.raises(ValueError, match="'copy' is the text that the run has read as 'text'.*old name"):
+        go_on(replace(config, sources=(DataSource(path=str(copy)),)), tmp_path, earlier)
     both = tuple(DataSource(path=str(path), weight=w) for path, w in ((files_of(config), 1.0), (other, 3.0)))
-    two = replace(config, sources=both)
-    earlier = begun(two, tmp_path)
-    again = replace(config, sources=(replace(both[0], weight=2.0), both[1]))
-    with pytest.raises(ValueError, match=r"text \(weight 1.0\), other \(weight 3.0\) -> text \(weight 2.0\), other"):
-        go_on(again, tmp_path, earlier)
-    with pytest.raises(ValueError, match="data.sources: "):
-        go_on(replace(config, sources=both[::-1]), tmp_path, earlier)
+    assert go_on(replace(config, sources=both), tmp_path, earlier) == 40
+    assert "other: new to this run, read from its beginning" in caplog.text
 
 
 def test_a_copy_another_cache_new_times_a_weight_alone_and_another_batch_are_the_same_data(config, tmp_path):

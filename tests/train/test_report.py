@@ -13,7 +13,7 @@ from ling_jax.train.figures import Series, bin_table, decimate, expert_load_figu
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import CSS, write_report
 
-ALL = {"loss", "bits_per_byte", "learning_rate", "grad_norm", "expert_load", "expert_bias", "throughput"}
+ALL = {"loss", "bits_per_byte", "learning_rate", "mixture", "grad_norm", "expert_load", "expert_bias", "throughput"}
 BASELINES = {"gzip -9": 2.04, "xz -9": 1.75, "byte trigram": 2.61}
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -27,6 +27,8 @@ def _record(step, layers=3):
         "train/tokens_per_second": 1e4,
         "train/data_wait_s": 1e-3,
         "train/skipped_steps": int(step > 2),
+        "data/a/share": 0.32,
+        "data/a/epochs": step / 10,
         "moe/load_max_over_mean": 1.5,
         "moe/load_max_over_mean_per_layer": [1.0 + layer / 4 for layer in range(layers)],
         "moe/bias_min_per_layer": [-0.1] * layers,

@@ -1,0 +1,188 @@
+"""Of which source each row is, and that no token of a source comes twice before its epoch ends."""
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import replace
+
+import grain
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ling_jax.config import DataConfig, DataSource
+from ling_jax.data.mixture import MANY_EPOCHS, DataState, Mixture, mixture_of
+from ling_jax.data.packing import Rows, Stream
+from ling_jax.data.pipeline import _before_places, train_batches
+
+
+def rows_of(name: int, tokens: int, length: int) -> Rows:
+    """A source whose tokens are all different, also from those of others: no document's beginning among them."""
+    return Rows(Stream(np.arange(tokens + 1, dtype=np.uint32) + name * 10**6, np.zeros(1, np.int64)), length)
+
+
+def config_of(weights: list[float], length: int, caps: list[float | None] | None = None, batch: int = 4) -> DataConfig:
+    caps = caps or [None] * len(weights)
+    sources = tuple(
+        DataSource(path=f"/{i}", weight=w, max_epochs=c) for i, (w, c) in enumerate(zip(weights, caps, strict=True))
+    )
+    return DataConfig(sources=sources, sequence_length=length, global_batch_size=batch)
+
+
+def mixture(sizes: list[int], weights: list[float], length: int, block: int = 0, **caps) -> tuple[Mixture, DataState]:
+    rows = {str(i): rows_of(i, size, length) for i, size in enumerate(sizes)}
+    found = Mixture(rows, config_of(weights, length, **caps), block or length)
+    return found, found.start()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(2, 12), st.integers(2, 9))
+def test_at_every_prefix_a_source_is_within_two_rows_of_its_share_padding_not_counted(data, count, length):
+    weights = data.draw(st.lists(st.floats(0.001, 1.0), min_size=count, max_size=count))
+    sizes = data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))  # most have a short last row
+    drawing, state = mixture(sizes, weights, length)
+    shares, drawn = np.array(weights) / sum(weights), np.zeros(count)
+    for piece in drawing.draw(state, 300)[0]:
+        drawn[int(piece.source)] += piece.count
+        assert np.abs(shares * drawn.sum() - drawn).max() <= 2 * length
+
+
+@pytest.mark.parametrize("weights", [[32, 68], [46, 54], [0.1, 99.9], [1, 2, 27, 30, 40]])
+def test_shares_are_exact_in_the_long_run(weights):
+    drawing, state = mixture([1000] * len(weights), weights, 10)
+    after = drawing.draw(state, 20_000)[1]
+    found = np.array([after.drawn[str(i)] for i in range(len(weights))]) / sum(after.drawn.values())
+    np.testing.assert_allclose(found, np.array(weights) / sum(weights), atol=1e-4)
+
+
+def tokens_of(pieces: list, sizes: list[int]) -> Counter:
+    """How often each token of each source was an input; the sources' last tokens are none."""
+    counts: Counter = Counter()
+    for piece in pieces:
+        assert 0 <= piece.begin and piece.begin + piece.count <= sizes[int(piece.source)]
+        counts.update((piece.source, token) for token in range(piece.begin, piece.begin + piece.count))
+    return counts
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    st.integers(1, 12),
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=4),
+)
+def test_no_token_comes_twice_in_an_epoch_whatever_lengths_follow_one_another(sizes, block, stages):
+    """Places are tokens, so every token up to a place has come once an epoch, or at a change of length not at all."""
+    state, pieces = None, []
+    for length, count in stages:
+        drawing, begin = mixture(sizes, [1.0] * len(sizes), min(length, block), block)
+        found, state = drawing.draw(begin if state is None else drawing.start(state), count)
+        pieces += found
+    counts = tokens_of(pieces, sizes)
+    for name, source in drawing.sources.items():
+        epochs = -(-state.places[name] // (source.blocks * block))
+        assert max((n for (of, _), n in counts.items() if of == name), default=0) <= epochs
+
+
+def test_at_one_length_an_epoch_has_every_token_once():
+    sizes = [40, 41, 7]
+    drawing, state = mixture(sizes, [1.0, 1.0, 1.0], 5)
+    pieces = drawing.draw(state, 200)[0]
+    for name, size in enumerate(sizes):
+        of_one = [piece for piece in pieces if piece.source == str(name)]
+        epoch = -(-size // 5)
+        for first in range(0, len(of_one) - epoch, epoch):
+            assert sorted(tokens_of(of_one[first : first + epoch], sizes).values()) == [1] * size
+
+
+def test_the_state_goes_through_json_and_gives_the_same_rows():
+    drawing, state = mixture([33, 50], [0.3, 0.7], 8)
+    whole = drawing.draw(state, 50)[0]
+    first, after = drawing.draw(state, 17)
+    again = DataState(**json.loads(json.dumps(after.to_json())))
+    assert again == after and first + drawing.draw(drawing.start(again), 33)[0] == whole
+
+
+def test_another_share_moves_no_place_and_a_new_source_begins_at_its_beginning():
+    drawing, state = mixture([100, 100], [0.5, 0.5], 5)
+    first, after = drawing.draw(state, 20)
+    rows = {str(i): rows_of(i, 100, 5) for i in range(3)}
+    wider, begin = mixture_of(rows, config_of([0.1, 0.3, 0.6], 5), after)
+    assert begin.places == {"0": 50, "1": 50, "2": 0} and sum(begin.drawn.values()) == 0
+    second, end = wider.draw(begin, 30)
+    assert Counter(piece.source for piece in second) == {"0": 3, "1": 9, "2": 18}
+    assert max(tokens_of(first + second, [100] * 3).values()) == 1
+    back = drawing.start(end)
+    assert back.places == end.places  # of the source that is left out too
+
+
+def test_a_source_that_was_read_often_enough_leaves_its_share_to_the_others():
+    drawing, state = mixture([50, 1000, 1000], [0.5, 0.3, 0.2], 5, caps=[2.0, None, None])
+    pieces, after = drawing.draw(state, 100)
+    assert Counter(piece.source for piece in pieces)["0"] == 20
+    late = Counter(piece.source for piece in drawing.draw(after, 100)[0])
+    assert late == {"1": 60, "2": 40}
+    assert {n: s for n, s in after.shares.items()} == pytest.approx({"1": 0.6, "2": 0.4})
+
+
+def test_what_is_planned_is_what_is_drawn_and_too_little_text_is_said_beforehand(caplog):
+    caplog.set_level("INFO")
+    drawing, state = mixture([500, 1000, 2000], [0.5, 0.3, 0.2], 5, caps=[1.0, 2.0, None])
+    after = drawing.draw(state, 2000)[1]
+    planned = drawing.planned(state, 2000)
+    assert all(abs(planned[name] - after.places[name]) <= 10 for name in planned)
+    drawing.announce(state, 2000)
+    assert "0: 5.00% of the tokens to come, in all read 1.00 times" in caplog.text
+    assert f"read more than {MANY_EPOCHS} times" not in caplog.text
+    drawing.announce(state, 5000)
+    assert f"2 will have been read more than {MANY_EPOCHS} times" in caplog.text
+    capped, state = mixture([50, 100], [0.5, 0.5], 5, caps=[1.0, 2.0])
+    capped.announce(state, 50)
+    with pytest.raises(ValueError, match=r"as often as its max_epochs allows \(0 1, 1 2\): raise one.*train.steps"):
+        capped.announce(state, 51)
+    with pytest.raises(ValueError, match="as often as its max_epochs allows"):
+        capped.draw(state, 51)
+
+
+def test_max_epochs_must_be_positive():
+    with pytest.raises(ValueError, match="max_epochs = 0 of data source 'a' must be positive"):
+        DataSource(path="a", max_epochs=0)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_every_host_draws_the_same_rows(hosts):
+    sizes, config = [90, 33, 400], config_of([0.2, 0.3, 0.5], 6, batch=8)
+    rows = {str(i): rows_of(i, size, 6) for i, size in enumerate(sizes)}
+    whole = [batch.arrays["tokens"] for batch in itertools.islice(train_batches(rows, config), 12)]
+    share = 8 // hosts
+    parts = []
+    for host in range(hosts):
+        here = list(range(host * share, (host + 1) * share))
+        parts.append([b.arrays["tokens"] for b in itertools.islice(train_batches(rows, config, here=here), 12)])
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), batch)
+
+
+def test_a_batch_says_how_far_it_has_read_and_its_shares():
+    rows = {str(i): rows_of(i, 60, 5) for i in range(2)}
+    config = config_of([0.25, 0.75], 5)
+    batches = list(itertools.islice(train_batches(rows, config), 6))
+    assert [batch.state.rows for batch in batches] == [4, 8, 12, 16, 20, 24]
+    assert batches[-1].metrics == {
+        "data/0/share": 0.25,
+        "data/1/share": 0.75,
+        "data/0/epochs": 0.5,
+        "data/1/epochs": 1.5,
+    }
+    later = list(itertools.islice(train_batches(rows, config, 2, state=batches[1].state), 4))
+    assert [batch.state for batch in later] == [batch.state for batch in batches[2:]]
+
+
+def test_rows_that_an_older_version_read_by_grains_mixture_do_not_come_again():
+    config = config_of([0.3, 0.7], 5)
+    sources = [grain.MapDataset.source([i]).repeat() for i in range(2)]
+    mixed = grain.MapDataset.mix(sources, [0.3, 0.7])
+    counts = Counter(mixed[i] for i in range(57))
+    state = _before_places(config, 57)
+    assert state.places == {"0": counts[0] * 5, "1": counts[1] * 5} and state.rows == 57
+    assert _before_places(replace(config, sources=config.sources[:1]), 57).places == {"0": 285}
