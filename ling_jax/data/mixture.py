@@ -47,7 +47,7 @@ class DataState:
         return dataclasses.asdict(self)
 
 
-class Piece(NamedTuple):
+class NextRow(NamedTuple):
     """A row that comes: `count` tokens at most of a source's stream, from `begin` on."""
 
     source: str
@@ -74,13 +74,13 @@ class _Source:
         """How often it has been read up to a place."""
         return place / (self.blocks * self.block)
 
-    def piece(self, place: int, length: int) -> tuple[Piece, int]:
+    def piece(self, place: int, length: int) -> tuple[NextRow, int]:
         """The row of up to `length` tokens at a place, and the place behind it."""
         number, inside = divmod(place, self.block)
         begin = self.order[number] * self.block + inside
         count = min(length, self.block - inside, self.last - begin)
         at_end = inside + length >= self.block or begin + length >= self.last
-        return Piece(self.name, begin, count), (number + 1) * self.block if at_end else place + length
+        return NextRow(self.name, begin, count), (number + 1) * self.block if at_end else place + length
 
 
 class Mixture:
@@ -103,7 +103,7 @@ class Mixture:
         drawn = dict(earlier.drawn) if earlier is not None and kept else dict.fromkeys(shares, 0)
         return DataState(earlier.rows if earlier is not None else 0, self.block, places, drawn, shares)
 
-    def draw(self, state: DataState, count: int) -> tuple[list[Piece], DataState]:
+    def draw(self, state: DataState, count: int) -> tuple[list[NextRow], DataState]:
         """The next rows, and the state behind them.
 
         Raises:
@@ -138,8 +138,8 @@ class Mixture:
         )
 
     def metrics(self, state: DataState) -> dict[str, float]:
-        """Of each of several sources: its share of the tokens drawn since the shares are what they are, and how often
-        it has been read."""
+        """The share that each of several sources has of the tokens drawn since the shares are what they are, and how
+        often it has been read; {} for one alone."""
         if len(self.sources) == 1:
             return {}
         total = max(sum(state.drawn.values()), 1)
@@ -189,10 +189,10 @@ class Draws:
     state: DataState  # before step `step`
     step: int
     size: int  # B
-    ready: dict[int, tuple[list[Piece], DataState]] = dataclasses.field(default_factory=dict)
+    ready: dict[int, tuple[list[NextRow], DataState]] = dataclasses.field(default_factory=dict)
     lock: Any = dataclasses.field(default_factory=threading.Lock)
 
-    def take(self, step: int) -> tuple[list[Piece], DataState]:
+    def take(self, step: int) -> tuple[list[NextRow], DataState]:
         """The rows of a step, and the state behind them; every step is taken once."""
         with self.lock:
             while self.step <= step:

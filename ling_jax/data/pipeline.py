@@ -232,7 +232,7 @@ def _before_places(config: DataConfig, rows: int) -> DataState:
 
 
 class DataBatch(NamedTuple):
-    """What a step is given.
+    """A step's rows, and what is known of them.
 
     Attributes:
       arrays: int32 [rows, T]: tokens, targets, positions, segment_ids (see `Rows`).

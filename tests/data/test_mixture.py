@@ -1,4 +1,4 @@
-"""Of which source each row is, and that no token of a source comes twice before its epoch ends."""
+"""The source of each row, and that no token of a source comes twice before its epoch ends."""
 
 import itertools
 import json
