@@ -24,7 +24,7 @@ from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
 from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of, open_weights
 from ling_jax.data.baselines import baselines
-from ling_jax.data.mixture import DataState, mixture_of
+from ling_jax.data.mixture import DataState, mixture_of, rows_of
 from ling_jax.data.pipeline import Data, DataBatch, Earlier, open_data, train_batches
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
@@ -61,7 +61,7 @@ class RunSaver:
     config: RunConfig
     tokenizer: str = ""  # its fingerprint
     text: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `Data.facts`
-    read: DataState = DataState(0, 0, {}, {}, {})  # up to the batch that was handed out last
+    read: DataState = DataState(0, 0, 0, {}, {}, {})  # up to the batch that was handed out last
 
     def watching(self, batches: Iterator[DataBatch]) -> Iterator[DataBatch]:
         """The batches; each is what has been read when its step is saved."""
@@ -337,7 +337,7 @@ def _report(saver: RunSaver, step: int, data: Data, run_dir: epath.Path, seconds
     counts = count_params(config.model)
     summary = {
         "steps": f"{step} of {config.train.steps}",
-        "tokens seen": f"{sum(saver.read.places.values()):,}",
+        "tokens seen": f"{saver.read.tokens:,}",
         "parameters": f"{counts.total:,} in all, {counts.active:,} active per token",
         "wall time of this session": f"{seconds:.0f} s",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, {jax.device_count()} {jax.devices()[0].platform}",
@@ -411,7 +411,7 @@ def _texts(trainer: Trainer, data: Data, saver: RunSaver, step: int) -> tuple[It
     """The batches from the step after `step` on, and the held-out text of each source."""
     config, steps = trainer.config.data, trainer.config.train.steps
     mixture, saver.read = mixture_of(data.rows, config, data.state)
-    mixture.announce(saver.read, max(steps - step, 0) * config.global_batch_size)
+    mixture.announce(saver.read, rows_of(config, saver.read.tokens, max(steps - step, 0)))
     held_out = {
         source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length)
         for source, documents in data.heldout.items()

@@ -41,6 +41,9 @@ class DataConfig:
     tokenizer: str | None = None  # a tokenizer.json, a folder with one, or a hub id; None trains one on the text
     sequence_length: int = 512  # tokens per row
     global_batch_size: int = 8  # rows per optimizer step
+    batch_ramp_from: int = 0  # rows of the first steps; 0: there is no ramp
+    batch_ramp_by: int = 0  # rows that are added at a time, until they are global_batch_size
+    batch_ramp_tokens: int = 0  # tokens over which that is done, evenly
     holdout_fraction: float = 0.02  # share of files kept for validation, chosen by a hash of their path
     holdout_max_bytes: int = 400_000  # of each source, scored at every validation
     max_bytes: int | None = None  # use a seeded sample of each source of about this size
@@ -51,6 +54,27 @@ class DataConfig:
         check_at_least(self, 1, "sequence_length", "global_batch_size", "holdout_max_bytes")
         check(len(self.sources) > 0, "data.sources is empty: name at least one")
         check(0 < self.holdout_fraction < 1, f"holdout_fraction = {self.holdout_fraction} must be between 0 and 1")
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        first, by, tokens = self.batch_ramp_from, self.batch_ramp_by, self.batch_ramp_tokens
+        if first == by == tokens == 0:
+            return
+        said = f"data.batch_ramp_from = {first}, batch_ramp_by = {by} and batch_ramp_tokens = {tokens}"
+        check(min(first, by, tokens) > 0, f"{said} must be set together, each at least 1, or all 0: no ramp")
+        rows = self.global_batch_size
+        check(
+            first < rows and (rows - first) % by == 0,
+            f"{said} do not lead to data.global_batch_size = {rows}: batch_ramp_by must divide what is lacking",
+        )
+
+    def batch_at(self, tokens: int) -> int:
+        """Rows of a step before which so many tokens have been read, padding counted."""
+        if not self.batch_ramp_tokens:
+            return self.global_batch_size
+        increments = (self.global_batch_size - self.batch_ramp_from) // self.batch_ramp_by
+        done = min(increments * tokens // self.batch_ramp_tokens, increments)
+        return self.batch_ramp_from + done * self.batch_ramp_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +187,12 @@ class RunConfig:
         check(
             rows % parts == 0,
             f"data.global_batch_size = {rows} must be a multiple of train.microbatches = {parts}",
+        )
+        cut, part = (self.data.batch_ramp_from, self.data.batch_ramp_by), rows // parts
+        check(
+            all(n % part == 0 for n in cut),
+            f"data.batch_ramp_from = {cut[0]} and batch_ramp_by = {cut[1]} must be multiples of the rows of a "
+            f"microbatch, data.global_batch_size / train.microbatches = {part}: more microbatches make it smaller",
         )
         self.mesh.check(self.model)
         self.mesh.check_rows(rows, parts, length)

@@ -30,7 +30,7 @@ class DataState:
     """How far a run has read: all that decides its next rows, besides the settings and the text.
 
     Attributes:
-      rows: that were read in all.
+      rows, tokens: that were read in all, padding counted.
       block: tokens of a block.
       places: by source, also of those that are read no more: tokens of its blocks that are behind it, over all epochs.
       drawn: by source: tokens, padding not counted, since the shares are what they are.
@@ -38,6 +38,7 @@ class DataState:
     """
 
     rows: int
+    tokens: int
     block: int
     places: Mapping[str, int]
     drawn: Mapping[str, int]
@@ -101,7 +102,8 @@ class Mixture:
         shares = self._shares(places)
         kept = earlier is not None and dict(earlier.shares) == shares
         drawn = dict(earlier.drawn) if earlier is not None and kept else dict.fromkeys(shares, 0)
-        return DataState(earlier.rows if earlier is not None else 0, self.block, places, drawn, shares)
+        rows, tokens = (0, 0) if earlier is None else (earlier.rows, earlier.tokens)
+        return DataState(rows, tokens, self.block, places, drawn, shares)
 
     def draw(self, state: DataState, count: int) -> tuple[list[NextRow], DataState]:
         """The next rows, and the state behind them.
@@ -122,7 +124,8 @@ class Mixture:
             if not self.sources[name].is_open(places[name]):
                 shares = self._shares(places)
                 drawn, total = dict.fromkeys(shares, 0), 0
-        return pieces, DataState(state.rows + count, state.block, places, drawn, shares)
+        rows, tokens = state.rows + count, state.tokens + count * self.length
+        return pieces, DataState(rows, tokens, state.block, places, drawn, shares)
 
     def _shares(self, places: Mapping[str, int]) -> dict[str, float]:
         """The shares of the sources that may still be read: of those that may not go to the others in proportion."""
@@ -175,6 +178,15 @@ class Mixture:
                             "its max_epochs would give its share to the others", name, MANY_EPOCHS)  # fmt: skip
 
 
+def rows_of(config: DataConfig, tokens: int, steps: int) -> int:
+    """How many rows the next steps have, after so many tokens."""
+    first = tokens
+    while steps and config.batch_at(tokens) < config.global_batch_size:
+        tokens += config.batch_at(tokens) * config.sequence_length
+        steps -= 1
+    return (tokens - first) // config.sequence_length + steps * config.global_batch_size
+
+
 def mixture_of(rows: Mapping[str, Rows], config: DataConfig, state: DataState | None) -> tuple[Mixture, DataState]:
     """The mixture of a run, and where it begins to read, or goes on after the `state` of an earlier session."""
     mixture = Mixture(rows, config, config.sequence_length if state is None else state.block)
@@ -188,7 +200,7 @@ class Draws:
     mixture: Mixture
     state: DataState  # before step `step`
     step: int
-    size: int  # B
+    config: DataConfig
     ready: dict[int, tuple[list[NextRow], DataState]] = dataclasses.field(default_factory=dict)
     lock: Any = dataclasses.field(default_factory=threading.Lock)
 
@@ -196,7 +208,7 @@ class Draws:
         """The rows of a step, and the state behind them; every step is taken once."""
         with self.lock:
             while self.step <= step:
-                pieces, self.state = self.mixture.draw(self.state, self.size)
+                pieces, self.state = self.mixture.draw(self.state, self.config.batch_at(self.state.tokens))
                 self.ready[self.step] = pieces, self.state
                 self.step += 1
             return self.ready.pop(step)

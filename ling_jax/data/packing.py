@@ -24,6 +24,7 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import paths
 
 IGNORE = -100  # the target of a position that has none
+ROW = ("tokens", "targets", "positions", "segment_ids")  # the arrays of a row
 CHUNK_CHARACTERS = 4_000_000  # text given to the tokenizer at a time
 PIECE_CHARACTERS = 1_000_000  # of a document from which it is tokenized in pieces
 CUTS = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))  # where a text may be cut, the better place first
@@ -106,7 +107,7 @@ class Rows:
         segments = np.repeat(np.arange(1, len(cuts) + 1), lengths)
         positions = np.arange(len(ids)) - np.repeat(cuts, lengths)
         targets = np.where(segments[1:] == segments[:-1], ids[1:], IGNORE)
-        row = {"tokens": ids[:-1], "targets": targets, "positions": positions[:-1], "segment_ids": segments[:-1]}
+        row = dict(zip(ROW, (ids[:-1], targets, positions[:-1], segments[:-1]), strict=True))
         return {name: pad(values, self.sequence_length, name) for name, values in row.items()}
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ import grain
 import numpy as np
 
 from ling_jax.config import DataConfig
-from ling_jax.data.mixture import DataState, Draws, mixture_of
-from ling_jax.data.packing import IGNORE, Rows, build_stream, pad
+from ling_jax.data.mixture import DataState, Draws, NextRow, mixture_of, rows_of
+from ling_jax.data.packing import IGNORE, ROW, Rows, build_stream, pad
 from ling_jax.data.reading import Document
 from ling_jax.data.sources import Corpus, read_corpus, size, source_names, training_sample
 from ling_jax.data.store import Kept, cache_dir
@@ -228,14 +228,15 @@ def _before_places(config: DataConfig, rows: int) -> DataState:
         drawn = Counter(mixed[row] for row in range(rows))
         counts = [drawn[i] for i in range(len(names))]
     places = {name: count * config.sequence_length for name, count in zip(names, counts, strict=True)}
-    return DataState(rows, config.sequence_length, places, {}, {})
+    return DataState(rows, rows * config.sequence_length, config.sequence_length, places, {}, {})
 
 
 class DataBatch(NamedTuple):
     """A step's rows, and what is known of them.
 
     Attributes:
-      arrays: int32 [rows, T]: tokens, targets, positions, segment_ids (see `Rows`).
+      arrays: int32 [rows, T]: tokens, targets, positions, segment_ids (see `Rows`). Where the batch is still smaller
+        than `data.global_batch_size`, the rows that are lacking are padding, the last ones.
       state: how far the data has been read when the step is done.
       metrics: the same, to be logged.
     """
@@ -259,19 +260,26 @@ def train_batches(
       here: which rows of each global batch to read, all by default; the batches are the same whoever reads them.
       state: how far an earlier session has read; by default the steps before have read as many rows with this batch.
     """
-    total = config.global_batch_size
     mixture, begin = mixture_of(rows, config, state)
     if state is None:
-        begin = mixture.draw(begin, start_step * total)[1]
-    draws = Draws(mixture, begin, start_step, total)
-    wanted = range(total) if here is None else [int(row) for row in here]
+        begin = mixture.draw(begin, rows_of(config, 0, start_step))[1]
+    draws = Draws(mixture, begin, start_step, config)
+    padding = {name: pad(np.empty(0, np.int32), config.sequence_length, name) for name in ROW}
+    wanted = range(config.global_batch_size) if here is None else [int(row) for row in here]
+
+    def start(row: NextRow) -> Callable[[], dict[str, np.ndarray]]:
+        return rows[row.source].start_at(row.begin, row.count)
 
     def load(step: int) -> DataBatch:
         pieces, after = draws.take(step)
-        begun = [rows[pieces[row].source].start_at(*pieces[row][1:]) for row in wanted]  # all are on their way
-        batch = [read() for read in begun]
-        arrays = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
-        return DataBatch(arrays, after, mixture.metrics(after))
+        begun = [
+            rows[r.source].start_at(r.begin, r.count) for r in (pieces[row] for row in wanted if row < len(pieces))
+        ]
+        reads = iter(begun)  # all are on their way
+        batch = [next(reads)() if row < len(pieces) else padding for row in wanted]
+        arrays = {name: np.stack([row[name] for row in batch]) for name in ROW}
+        size = {"data/batch_size": float(len(pieces))} if config.batch_ramp_tokens else {}
+        return DataBatch(arrays, after, mixture.metrics(after) | size)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(load)
     return iter(steps.to_iter_dataset(grain.ReadOptions(READ_THREADS, PREFETCHED_BATCHES)))

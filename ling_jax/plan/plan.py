@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -148,7 +148,10 @@ def shard_bytes(tree: Any) -> list[float]:
 
 
 def trace_step(config: RunConfig, devices: list[Any]) -> Step:
-    """Traces and counts the step of a run of `config` on `devices`; a few seconds, whatever their number."""
+    """Traces and counts the step of a run of `config` on `devices`, with its whole batch, whatever it grows from; a few
+    seconds, whatever their number."""
+    data = replace(config.data, batch_ramp_from=0, batch_ramp_by=0, batch_ramp_tokens=0)
+    config = replace(config, data=data)
     trainer = make_trainer(config, devices)
     state = jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),

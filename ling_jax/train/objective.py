@@ -97,6 +97,7 @@ class StepSums(NamedTuple):
 class StepCounts(NamedTuple):
     objective: Any
     tokens: jax.Array  # float32 [], padding left out
+    microbatches: jax.Array | None = None  # int32 [], those that are not padding alone; None: all are computed
 
 
 def step_sums(objective: Objective, model: Ling, batch: Batch) -> StepSums:

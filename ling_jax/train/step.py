@@ -59,7 +59,23 @@ def _local_gradients(
     _, sums = jax.eval_shape(gradient, trained, first)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
     start = (zeros, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
-    return jax.lax.scan(body, start, batch)[0]
+    if counts.microbatches is None:
+        return jax.lax.scan(body, start, batch)[0]
+    return jax.lax.fori_loop(
+        0, counts.microbatches, lambda i, t: body(t, jax.tree.map(lambda a: a[i], batch))[0], start
+    )
+
+
+def counts_of(trainer: Trainer, batch: Batch) -> StepCounts:
+    """All that a step counts of its whole batch. While the batch grows (`data.batch_ramp_from`) its last microbatches
+    are padding alone, and are not computed: one program serves every size of the batch."""
+    counts = step_counts(trainer.objective, batch)
+    if not trainer.config.data.batch_ramp_tokens:
+        return counts
+    used_B = (batch["segment_ids"] > 0).any(1)
+    used_A = used_B.reshape(trainer.config.train.microbatches, -1).any(1)
+    last = jnp.max(jnp.where(used_A, jnp.arange(1, len(used_A) + 1), 0))
+    return counts._replace(microbatches=last)
 
 
 def make_watcher(trainer: Trainer) -> jax.stages.Wrapped:
@@ -76,7 +92,7 @@ def make_watcher(trainer: Trainer) -> jax.stages.Wrapped:
         return psum(both, *WORK_AXES)
 
     def watcher(params: dict, bias: dict, batch: Batch) -> dict[ParamPath, jax.Array]:
-        counts = step_counts(trainer.objective, batch)
+        counts = counts_of(trainer, batch)
         return _on_microbatches(trainer, run, PartitionSpec())(params, bias, batch, counts)
 
     return jax.jit(watcher)
@@ -181,7 +197,7 @@ def make_train_step(trainer: Trainer) -> jax.stages.Wrapped:
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        counts = step_counts(trainer.objective, batch)
+        counts = counts_of(trainer, batch)
         sums, grads = accumulate_gradients(trainer, state.params, state.bias, batch, counts)
         return apply_gradients(trainer, state, sums, grads, counts)
 

@@ -352,6 +352,13 @@ def test_yarn_lengthens_what_a_run_may_use():
     assert RunConfig(model=model, data=DataConfig(sequence_length=512)).model.max_positions == 512
 
 
+def test_a_batch_that_grows_by_less_than_a_microbatch_is_refused():
+    data = DataConfig(sequence_length=128, batch_ramp_from=2, batch_ramp_by=2, batch_ramp_tokens=1000)
+    RunConfig(model=SMALL, data=data, train=TrainConfig(microbatches=4))
+    with pytest.raises(ValueError, match="batch_ramp_from = 2 and batch_ramp_by = 2 must be multiples of .* = 4"):
+        RunConfig(model=SMALL, data=data, train=TrainConfig(microbatches=2))
+
+
 def test_a_batch_that_microbatches_cannot_share_is_refused_with_both_numbers():
     data = DataConfig(sequence_length=128, global_batch_size=8)
     with pytest.raises(ValueError, match="global_batch_size = 8 must be a multiple of train.microbatches = 3"):

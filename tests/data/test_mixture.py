@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 
 import grain
 import numpy as np
@@ -12,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ling_jax.config import DataConfig, DataSource
+from ling_jax.data import mixture as module
 from ling_jax.data.mixture import MANY_EPOCHS, DataState, Mixture, mixture_of
-from ling_jax.data.packing import Rows, Stream
+from ling_jax.data.packing import IGNORE, Rows, Stream
 from ling_jax.data.pipeline import _before_places, train_batches
 
 
-def rows_of(name: int, tokens: int, length: int) -> Rows:
+def source_of(name: int, tokens: int, length: int) -> Rows:
     """A source whose tokens are all different, also from those of others: no document's beginning among them."""
     return Rows(Stream(np.arange(tokens + 1, dtype=np.uint32) + name * 10**6, np.zeros(1, np.int64)), length)
 
@@ -31,7 +34,7 @@ def config_of(weights: list[float], length: int, caps: list[float | None] | None
 
 
 def mixture(sizes: list[int], weights: list[float], length: int, block: int = 0, **caps) -> tuple[Mixture, DataState]:
-    rows = {str(i): rows_of(i, size, length) for i, size in enumerate(sizes)}
+    rows = {str(i): source_of(i, size, length) for i, size in enumerate(sizes)}
     found = Mixture(rows, config_of(weights, length, **caps), block or length)
     return found, found.start()
 
@@ -106,7 +109,7 @@ def test_the_state_goes_through_json_and_gives_the_same_rows():
 def test_another_share_moves_no_place_and_a_new_source_begins_at_its_beginning():
     drawing, state = mixture([100, 100], [0.5, 0.5], 5)
     first, after = drawing.draw(state, 20)
-    rows = {str(i): rows_of(i, 100, 5) for i in range(3)}
+    rows = {str(i): source_of(i, 100, 5) for i in range(3)}
     wider, begin = mixture_of(rows, config_of([0.1, 0.3, 0.6], 5), after)
     assert begin.places == {"0": 50, "1": 50, "2": 0} and sum(begin.drawn.values()) == 0
     second, end = wider.draw(begin, 30)
@@ -152,7 +155,7 @@ def test_max_epochs_must_be_positive():
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_every_host_draws_the_same_rows(hosts):
     sizes, config = [90, 33, 400], config_of([0.2, 0.3, 0.5], 6, batch=8)
-    rows = {str(i): rows_of(i, size, 6) for i, size in enumerate(sizes)}
+    rows = {str(i): source_of(i, size, 6) for i, size in enumerate(sizes)}
     whole = [batch.arrays["tokens"] for batch in itertools.islice(train_batches(rows, config), 12)]
     share = 8 // hosts
     parts = []
@@ -164,7 +167,7 @@ def test_every_host_draws_the_same_rows(hosts):
 
 
 def test_a_batch_says_how_far_it_has_read_and_its_shares():
-    rows = {str(i): rows_of(i, 60, 5) for i in range(2)}
+    rows = {str(i): source_of(i, 60, 5) for i in range(2)}
     config = config_of([0.25, 0.75], 5)
     batches = list(itertools.islice(train_batches(rows, config), 6))
     assert [batch.state.rows for batch in batches] == [4, 8, 12, 16, 20, 24]
@@ -186,3 +189,65 @@ def test_rows_that_an_older_version_read_by_grains_mixture_do_not_come_again():
     state = _before_places(config, 57)
     assert state.places == {"0": counts[0] * 5, "1": counts[1] * 5} and state.rows == 57
     assert _before_places(replace(config, sources=config.sources[:1]), 57).places == {"0": 285}
+
+
+# The ramp of the batch.
+
+
+RAMP = DataConfig(
+    sources=(DataSource(path="/0"),), sequence_length=4096, global_batch_size=4400, batch_ramp_from=3024,
+    batch_ramp_by=16, batch_ramp_tokens=500 * 10**9,
+)  # fmt: skip
+
+
+def test_the_batch_grows_evenly_over_its_tokens_and_then_stays():
+    increments = (4400 - 3024) // 16
+    assert [RAMP.batch_at(tokens) for tokens in (0, 500 * 10**9 // increments, 500 * 10**9 - 1, 500 * 10**9)] == [
+        3024, 3024, 4384, 4400,
+    ]  # fmt: skip
+    assert RAMP.batch_at(500 * 10**9 // increments + 1) == 3040
+    assert RAMP.batch_at(20 * 10**12) == 4400
+    for tokens in range(0, 500 * 10**9, 7_777_777_777):
+        exact = Fraction(tokens, 500 * 10**9) * increments
+        assert RAMP.batch_at(tokens) == 3024 + 16 * math.floor(exact)
+    late = replace(RAMP, batch_ramp_tokens=40 * 10**12)  # far beyond float32 and int32
+    for tokens in range(20 * 10**12, 20 * 10**12 + 40, 7):
+        assert late.batch_at(tokens) == 3024 + 16 * math.floor(Fraction(tokens, 40 * 10**12) * increments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(batch_ramp_tokens=0), "batch_ramp_tokens = 0 must be set together"),
+        (dict(batch_ramp_from=4400), "do not lead to data.global_batch_size = 4400"),
+        (dict(batch_ramp_by=17), "batch_ramp_by must divide what is lacking"),
+    ],
+)
+def test_a_ramp_that_leads_nowhere_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RAMP, **changes)
+
+
+def test_the_batches_of_a_ramp_are_the_rows_of_the_sequence_then_padding_on_every_host_and_after_a_resume():
+    rows = {"0": source_of(0, 2000, 5)}
+    plain = DataConfig(sources=(DataSource(path="/0"),), sequence_length=5, global_batch_size=1)
+    config = replace(plain, global_batch_size=8, batch_ramp_from=2, batch_ramp_by=2, batch_ramp_tokens=200)
+    steps = list(itertools.islice(train_batches(rows, config), 16))
+    sizes = [int(batch.metrics["data/batch_size"]) for batch in steps]
+    tokens = np.cumsum([0, *(size * 5 for size in sizes)])
+    assert sizes == [config.batch_at(int(t)) for t in tokens[:-1]] and sizes[0] == 2 and sizes[-1] == 8
+    assert steps[-1].state.tokens == tokens[-1] and module.rows_of(config, 0, 16) == sum(sizes)
+    sequence = itertools.islice(train_batches(rows, plain), sum(sizes))
+    wanted = iter([batch.arrays for batch in sequence])
+    for batch, size in zip(steps, sizes, strict=True):
+        for row in range(size):
+            want = next(wanted)
+            for name in want:
+                np.testing.assert_array_equal(batch.arrays[name][row], want[name][0])
+        assert (batch.arrays["segment_ids"][size:] == 0).all() and (batch.arrays["targets"][size:] == IGNORE).all()
+    here = [7, 0, 3, 4]  # rows of a host, in the order of its devices
+    for part, batch in zip(itertools.islice(train_batches(rows, config, here=here), 16), steps, strict=True):
+        np.testing.assert_array_equal(part.arrays["tokens"], batch.arrays["tokens"][here])
+    later = list(itertools.islice(train_batches(rows, config, 5, state=steps[4].state), 11))
+    assert [batch.state for batch in later] == [batch.state for batch in steps[5:]]
+    assert [b.state for b in itertools.islice(train_batches(rows, config, 5), 11)] == [b.state for b in later]

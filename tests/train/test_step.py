@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from ling_jax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from ling_jax.model.model import split_model
 from ling_jax.train.balance import balance_bias, balance_biases
+from ling_jax.train.loss import IGNORE
 from ling_jax.train.state import TrainState, make_trainer
 from ling_jax.train.step import make_train_step
 from tests.support.helpers import (
@@ -42,16 +43,18 @@ assert not (BATCH["tokens"] == POISON).any()
 class Run:
     """A compiled step, and states at its start."""
 
-    def __init__(self, model: ModelConfig, **train):
+    def __init__(self, model: ModelConfig, data: dict[str, int] | None = None, **train):
+        data = {"sequence_length": 15, "global_batch_size": 6} | (data or {})
         config = RunConfig(
             model=model,
-            data=DataConfig(sequence_length=15, global_batch_size=6),
+            data=DataConfig(**data),
             optimizer=OptimizerConfig(eps=1e-6),
             schedule=ScheduleConfig(peak_lr=0.01, warmup_steps=4),
             train=TrainConfig(**{"bias_update_rate": RATE, "remat": "none", **train}),
         )
         self.trainer = make_trainer(config)
-        self.compiled = make_train_step(self.trainer).lower(self.start(), BATCH).compile(compiler_options=QUICK)
+        batch = {name: array[: data["global_batch_size"]] for name, array in BATCH.items()}
+        self.compiled = make_train_step(self.trainer).lower(self.start(), batch).compile(compiler_options=QUICK)
 
     def start(self) -> TrainState:
         return self.trainer.start(*random_weights(self.trainer.config.model)[1:])
@@ -78,6 +81,23 @@ def whole_batch():
     """(loss, sums, gradients, their norm) of all six rows at once, nothing recomputed."""
     loss, sums, grads = jax.device_get(loss_and_grads(make_model(tiny()), BATCH))
     return loss, sums, grads, np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+
+
+# A batch that grows.
+
+
+def test_a_growing_batch_is_one_program_whose_steps_are_those_of_programs_made_for_each_size():
+    """Bit for bit: microbatches of padding alone are not computed."""
+    ramp = dict(batch_ramp_from=2, batch_ramp_by=2, batch_ramp_tokens=100)
+    growing = Run(tiny(), microbatches=3, data=ramp)
+    blank = {name: np.full_like(array, IGNORE if name == "targets" else 0) for name, array in BATCH.items()}
+    for rows in (2, 4, 6):
+        padded = {name: np.concatenate([BATCH[name][:rows], blank[name][rows:]]) for name in BATCH}
+        state, metrics = growing.step(growing.start(), padded)
+        own = Run(tiny(), microbatches=rows // 2, data=dict(global_batch_size=rows))
+        want, metrics_of_own = own.step(own.start(), {name: array[:rows] for name, array in BATCH.items()})
+        assert_trees_equal((state.params, state.bias, state.optimizer), (want.params, want.bias, want.optimizer))
+        assert_trees_equal(metrics, metrics_of_own)
 
 
 # Microbatches of uneven token counts.
