@@ -7,7 +7,7 @@ import pytest
 
 from ling_jax.config import MeshConfig
 from tests.support.marks import nightly
-from tests.support.meshes import SPARSE, WHOLE, Run, compare, one_device
+from tests.support.meshes import GROWING, SPARSE, WHOLE, Run, compare, one_device
 
 MESHES = {
     "fsdp8": dict(fsdp=8),
@@ -53,3 +53,8 @@ def test_hostile_routing_in_a_tight_buffer_gives_one_devices_numbers(name):
 def test_microbatches_on_a_mesh_give_one_devices_numbers():
     train = dict(microbatches=2, remat="save_dispatch")
     compare(Run(SPARSE, MeshConfig(fsdp=2, expert=2), **train), one_device(SPARSE, **train))
+
+
+def test_a_batch_that_has_not_grown_yet_gives_one_devices_numbers():
+    """Every device stops after the same microbatch, though of the last row some hold only padding."""
+    compare(Run(SPARSE, MeshConfig(fsdp=2, context=2), **GROWING), Run(SPARSE, MeshConfig(), **GROWING).outcome())

@@ -8,9 +8,8 @@ import numpy as np
 
 from ling_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from ling_jax.parallel.mesh import place_batch, rows_here
-from ling_jax.train.objective import step_counts
 from ling_jax.train.state import make_trainer
-from ling_jax.train.step import accumulate_gradients, apply_gradients
+from ling_jax.train.step import accumulate_gradients, apply_gradients, counts_of
 from tests.support.helpers import (
     assert_close,
     assert_gradients_close,
@@ -29,16 +28,20 @@ DOCUMENTS = documents([16, 9, 6, 3, 16, 5, 11, 7, 2, 4, 1, 12, 14])
 # Eight rows: full, packed, and one that is all padding.
 CUTS = [(0, 1), (1, 3), (3, 4), (4, 5), (5, 7), (7, 11), (0, 0), (12, 13)]
 BATCH = pack([DOCUMENTS[first:last] for first, last in CUTS], LENGTH)
+# A batch that is to grow to eight rows: the second of two microbatches is padding alone.
+GROWING = {"data": dict(batch_ramp_from=4, batch_ramp_by=4, batch_ramp_tokens=1000), "microbatches": 2}
+HALF = pack([DOCUMENTS[first:last] for first, last in (*CUTS[:4], *[(0, 0)] * 4)], LENGTH)
 
 
 class Run:
     """Gradients and one step of a model on a mesh."""
 
-    def __init__(self, model: ModelConfig, mesh: MeshConfig, hot: bool = False, **train: Any):
+    def __init__(self, model: ModelConfig, mesh: MeshConfig, hot: bool = False, data: Any = None, **train: Any):
+        self.batch = BATCH if data is None else HALF
         self.config = RunConfig(
             model=model,
             mesh=mesh,
-            data=DataConfig(sequence_length=LENGTH, global_batch_size=8),
+            data=DataConfig(sequence_length=LENGTH, global_batch_size=8, **(data or {})),
             optimizer=OptimizerConfig(eps=1e-6),
             schedule=ScheduleConfig(peak_lr=0.01, warmup_steps=4),
             train=TrainConfig(**{"bias_update_rate": 0.01, "z_loss_coefficient": 0.01, "remat": "full", **train}),
@@ -52,11 +55,11 @@ class Run:
     def outcome(self):
         """(sums, gradients, state after the step, its metrics): what `make_train_step` does, with the gradients."""
         here = rows_here(self.trainer.compute.mesh, 8)
-        rows, objective = {k: v[here] for k, v in BATCH.items()}, self.trainer.objective
+        rows, objective = {k: v[here] for k, v in self.batch.items()}, self.trainer.objective
         placed = place_batch(self.trainer.compute.mesh, rows, objective.fields, here, 8)
 
         def run(state, batch):
-            counts = step_counts(objective, batch)
+            counts = counts_of(self.trainer, batch)
             sums, grads = accumulate_gradients(self.trainer, state.params, state.bias, batch, counts)
             return sums, grads, *apply_gradients(self.trainer, state, sums, grads, counts)
 
@@ -65,6 +68,7 @@ class Run:
 
 @cache
 def one_device(model: ModelConfig, hot: bool = False, **train: Any):
+    """The outcome of a run on one device."""
     return Run(model, MeshConfig(), hot, **train).outcome()
 
 

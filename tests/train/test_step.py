@@ -89,12 +89,13 @@ def whole_batch():
 def test_a_growing_batch_is_one_program_whose_steps_are_those_of_programs_made_for_each_size():
     """Bit for bit: microbatches of padding alone are not computed."""
     ramp = dict(batch_ramp_from=2, batch_ramp_by=2, batch_ramp_tokens=100)
-    growing = Run(tiny(), microbatches=3, data=ramp)
+    model = tiny(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    growing = Run(model, microbatches=3, data=ramp)
     blank = {name: np.full_like(array, IGNORE if name == "targets" else 0) for name, array in BATCH.items()}
-    for rows in (2, 4, 6):
+    for rows in (2, 4):
         padded = {name: np.concatenate([BATCH[name][:rows], blank[name][rows:]]) for name in BATCH}
         state, metrics = growing.step(growing.start(), padded)
-        own = Run(tiny(), microbatches=rows // 2, data=dict(global_batch_size=rows))
+        own = Run(model, microbatches=rows // 2, data=dict(global_batch_size=rows))
         want, metrics_of_own = own.step(own.start(), {name: array[:rows] for name, array in BATCH.items()})
         assert_trees_equal((state.params, state.bias, state.optimizer), (want.params, want.bias, want.optimizer))
         assert_trees_equal(metrics, metrics_of_own)
