@@ -18,7 +18,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -179,11 +179,20 @@ class Checkpointer:
         """`read_shapes` of a step."""
         return read_shapes(self._folder(step))
 
+    def drop_after(self, step: int) -> None:
+        """Removes the steps after one at which a run goes on, which it will make anew."""
+        self._drop([later for later in self.all_steps() if later > step])
+        self._remove_leftovers()
+        self._manager.reload()
+        barrier("later steps are gone")
+
     def _drop_old(self) -> None:
-        """Makes leftovers of the steps that are not to be kept, each at once: a step that is half there is none."""
         steps, every = self.all_steps(), self._config.keep_every
-        old = [step for step in steps[: -self._config.keep_last] if not every or step % every]
-        for step in old if jax.process_index() == 0 else ():
+        self._drop([step for step in steps[: -self._config.keep_last] if not every or step % every])
+
+    def _drop(self, steps: Sequence[int]) -> None:
+        """Makes leftovers of steps, each at once: a step that is half there is none."""
+        for step in steps if jax.process_index() == 0 else ():
             folder = self._directory / str(step)
             if is_bucket(folder):
                 (folder / COMMIT).unlink()
@@ -374,6 +383,29 @@ def placed(shape: Any, sharding: Any, read: Callable[[stored.Index], np.ndarray]
         return parts[str(bounds)]
 
     return jax.make_array_from_callback(shape, sharding, part)
+
+
+def read_mean(paths: Sequence[epath.Path], like: Tree) -> dict[str, Any]:
+    """The mean of arrays that several checkpoints have: float32 sums in the order of `paths`, in the dtypes and on the
+    devices of `like`, a nested dict of `jax.ShapeDtypeStruct` with shardings. One array more is in memory meanwhile.
+
+    Raises:
+      DamagedCheckpoint: as `read_arrays`.
+    """
+    leaves: dict[ArrayPath, Any] = flatten_dict(like)
+    folders = [find_checkpoint(path) for path in paths]
+    opened = [_open(folder, lambda path: path in leaves) for folder in folders]
+    for folder, found in zip(folders, opened, strict=True):
+        _compare(folder, _shapes(found), like, whole=False)
+
+    def mean(path: ArrayPath) -> jax.Array:
+        total: Any = 0.0
+        for found in opened:
+            total = total + _read_leaf(found, path, leaves[path]).astype(np.float32)
+        return (total / len(opened)).astype(leaves[path].dtype)
+
+    means = unflatten_dict({path: mean(path) for path in leaves})
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(means))
 
 
 def make_checkpoint(folder: epath.Path, arrays: Mapping[ArrayPath, Layout]) -> dict[ArrayPath, ts.TensorStore]:

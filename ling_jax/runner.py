@@ -37,6 +37,7 @@ from ling_jax.generate.serving import serving_model
 from ling_jax.model.model import device_bytes, split_model
 from ling_jax.parallel.mesh import rows_here
 from ling_jax.parallel.processes import barrier, check_same, lead_first
+from ling_jax.snapshots import Snapshots
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import write_report
 from ling_jax.train.session import DivergedError, Session, StopRequest
@@ -61,7 +62,9 @@ class RunSaver:
     config: RunConfig
     tokenizer: str = ""  # its fingerprint
     text: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `Data.facts`
+    snapshots: Snapshots | None = None
     read: DataState = DataState(0, 0, 0, {}, {}, {})  # up to the batch that was handed out last
+    step_read: int = 0  # tokens up to the step that was done last
 
     def watching(self, batches: Iterator[DataBatch]) -> Iterator[DataBatch]:
         """The batches; each is what has been read when its step is saved."""
@@ -70,18 +73,41 @@ class RunSaver:
             yield batch
 
     def save(self, state: TrainState, fallen: Sequence[str] = ()) -> None:
-        step, read = int(state.step), self.read
-        meta = {
+        step = int(state.step)
+        self.checkpointer.save(step, to_state_dict(state), self._meta(step) | {"fp8_fallen": list(fallen)})
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        read = self.read
+        return {
             "config": dataclasses.asdict(self.config),
             "data": {"next_step": step, "next_row": read.rows, "text": self.text, "read": read.to_json()},
-            "fp8_fallen": list(fallen),
             "tokenizer": self.tokenizer,
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
         }
-        self.checkpointer.save(step, to_state_dict(state), meta)
+
+    def after_step(self, state: TrainState) -> None:
+        before, self.step_read = self.step_read, self.read.tokens
+        if self.snapshots is not None and self.snapshots.is_due(before, self.step_read):
+            step = int(state.step)
+            self.snapshots.save(step, state.params, state.bias, self._meta(step))
+
+    def merged(self, state: TrainState) -> tuple[dict, dict] | None:
+        return None if self.snapshots is None else self.snapshots.merged(state.params, state.bias)
 
     def wait(self) -> None:
         self.checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits for what is being written, and ends the background threads."""
+        with contextlib.closing(self.checkpointer):
+            if self.snapshots is not None:
+                self.snapshots.close()
+
+    def begin(self, step: int, data: Data) -> None:
+        """Goes on at a step whose state was restored, or begins at 0."""
+        self.text = data.facts
+        if self.snapshots is not None:
+            self.snapshots.begin(step)
 
     def meta(self) -> dict[str, Any]:
         """The metadata saved with the latest state; empty before the first."""
@@ -374,7 +400,9 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
     config = _with_commits(command.config, run_dir, command.init_from)
     config = _with_origin(config, run_dir, command.init_from)
     saver = RunSaver(Checkpointer(str(run_dir / CHECKPOINTS), config.checkpoint), config)
-    with StopRequest().listening() as stop, contextlib.closing(saver.checkpointer):
+    if config.checkpoint.snapshot_tokens:
+        saver.snapshots = Snapshots(run_dir, config.checkpoint)
+    with StopRequest().listening() as stop, contextlib.closing(saver):
         with _way_out():
             meta = saver.meta()
         origin = None
@@ -386,7 +414,7 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
         trainer = trainer.without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, origin)
         step = int(state.step)
-        saver.text = data.facts
+        saver.begin(step, data)
         _log_start(config, step)
         batches, held_out = _texts(trainer, data, saver, step)
         with MetricsWriter(run_dir, step or None) if lead else contextlib.nullcontext() as writer:
@@ -411,6 +439,7 @@ def _texts(trainer: Trainer, data: Data, saver: RunSaver, step: int) -> tuple[It
     """The batches from the step after `step` on, and the held-out text of each source."""
     config, steps = trainer.config.data, trainer.config.train.steps
     mixture, saver.read = mixture_of(data.rows, config, data.state)
+    saver.step_read = saver.read.tokens
     mixture.announce(saver.read, rows_of(config, saver.read.tokens, max(steps - step, 0)))
     held_out = {
         source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length)

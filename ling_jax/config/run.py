@@ -153,10 +153,19 @@ class CheckpointConfig:
     every: int = 500  # steps; the last step is always saved
     keep_last: int = 2
     keep_every: int = 0  # also keep each step divisible by this; 0: none
+    snapshot_tokens: int = 0  # tokens between snapshots of weights and expert biases alone, to be merged; 0: none
+    keep_snapshots: int = 8
+    merge_snapshots: int = 0  # every validation scores the mean of the last so many too; 0: none
 
     def __post_init__(self):
-        check_at_least(self, 1, "every", "keep_last")
-        check_at_least(self, 0, "keep_every")
+        check_at_least(self, 1, "every", "keep_last", "keep_snapshots")
+        check_at_least(self, 0, "keep_every", "snapshot_tokens", "merge_snapshots")
+        merged, kept = self.merge_snapshots, self.keep_snapshots
+        check(
+            not merged or (self.snapshot_tokens > 0 and 2 <= merged <= kept),
+            f"checkpoint.merge_snapshots = {merged} must be between 2 and keep_snapshots = {kept}, and "
+            "checkpoint.snapshot_tokens above 0",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

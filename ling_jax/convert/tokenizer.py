@@ -11,6 +11,7 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.paths import at
 from ling_jax.files.whole import read_json
+from ling_jax.snapshots import SNAPSHOTS
 
 GENERATION = "generation_config.json"
 
@@ -19,8 +20,9 @@ def _beside(path: str, name: str) -> epath.Path | None:
     """The file `name` of a HF folder or hub id, of a converted checkpoint, or in the run that `path` (or a part of it)
     belongs to: its own, else one that came with the weights it began from."""
     start = run = at(hub.folder_of(path, hub.BESIDE) or path)
-    if CHECKPOINTS in (start.name, start.parent.name):
-        run = start.parent if start.name == CHECKPOINTS else start.parent.parent
+    parts = {CHECKPOINTS, SNAPSHOTS}
+    if parts & {start.name, start.parent.name}:
+        run = start.parent if start.name in parts else start.parent.parent
     folders = (start, run / TOKENIZER, run / HF)
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 

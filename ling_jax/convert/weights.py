@@ -33,6 +33,7 @@ from ling_jax.files.buckets import is_bucket
 from ling_jax.files.hub import INDEX, PICKLES
 from ling_jax.files.paths import at, check_bucket, entries
 from ling_jax.files.whole import read_json
+from ling_jax.snapshots import SNAPSHOTS
 
 log = logging.getLogger(__name__)
 
@@ -388,7 +389,7 @@ class StoredWeights(Weights):
         """The files that came with a converted checkpoint; for a run, its own and those of the weights it began
         from."""
         run = self.folder.parent.parent
-        of_run = [run / HF, run / TOKENIZER] if self.folder.parent.name == CHECKPOINTS else []
+        of_run = [run / HF, run / TOKENIZER] if self.folder.parent.name in (CHECKPOINTS, SNAPSHOTS) else []
         return [self.folder / HF, *of_run]
 
     def chunk(self, path: ArrayPath) -> tuple[int, ...]:

@@ -220,6 +220,10 @@ def _draw_bits_per_byte(figure: Any, run: Run) -> str | None:
     levels = {f"{label}: {value:.2f}": value for label, value in run.baselines.items()}
     for value in levels.values():
         axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    merged = series(run.records, "eval/merged_bits_per_byte")
+    if len(merged.steps):
+        _plot(axes, merged, ORANGE, "the mean of the last snapshots", marker="o", markersize=4, linewidth=2.0)
+        levels[f"merged: {_last(merged, '.2f')}"] = float(merged.values[-1])
     levels[f"this model: {_last(overall, '.2f')}"] = float(overall.values[-1])
     low, high = axes.get_ylim()
     places = _spread(list(levels.values()), gap=(high - low) * 0.06)
@@ -230,7 +234,7 @@ def _draw_bits_per_byte(figure: Any, run: Run) -> str | None:
             color=BLUE if ours else INK, weight="bold" if ours else "normal",
         )  # fmt: skip
     _style(axes, "validation (bits per byte)", run.last_step)
-    if len(sources) > 1:
+    if len(sources) > 1 or len(merged.steps):
         _legend(axes, loc="upper right")
     return "Bits per byte of held-out text over steps; at the end: " + ", ".join(levels) + "."
 

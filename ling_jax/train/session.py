@@ -22,7 +22,7 @@ from ling_jax.train.metrics import MetricsWriter, Progress
 from ling_jax.train.objective import Batch, Metrics, check_batch
 from ling_jax.train.state import Trainer, TrainState
 from ling_jax.train.step import make_train_step, make_watcher
-from ling_jax.train.validate import HeldOut, make_scorer, score_metrics, validate
+from ling_jax.train.validate import HeldOut, make_scorer, merged_metrics, score_metrics, validate
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,14 @@ class Saver(Protocol):
     """The part of a checkpointer that a session needs."""
 
     def save(self, state: TrainState, fallen: Sequence[str]) -> None: ...
+
+    def after_step(self, state: TrainState) -> None:
+        """Called after every step: takes a snapshot of the weights if one is due."""
+        ...
+
+    def merged(self, state: TrainState) -> tuple[dict, dict] | None:
+        """The (params, bias) of merged snapshots that are scored beside those of now; None if there are none."""
+        ...
 
     def wait(self) -> None: ...
 
@@ -283,6 +291,7 @@ class Session:
         train, last = self.trainer.config.train, self.done == self.trainer.config.train.steps
         if self.trainer.compute.fp8 and train.fp8_watch_every and self.done % train.fp8_watch_every == 0:
             self._measure_fp8(batch)
+        self.saver.after_step(self.state)
         if self.held_out and (last or (train.eval_every and self.done % train.eval_every == 0)):
             self._validate()
         if last or self.done % self.trainer.config.checkpoint.every == 0:
@@ -312,6 +321,9 @@ class Session:
 
     def _validate(self) -> None:
         self.recorder.fetch()
-        scores = validate(self.scorer, *self.weights, self.held_out, self.trainer.config.data.global_batch_size)
-        self.recorder.flush(score_metrics(scores))
+        rows = self.trainer.config.data.global_batch_size
+        metrics = score_metrics(validate(self.scorer, *self.weights, self.held_out, rows))
+        if (merged := self.saver.merged(self.state)) is not None:
+            metrics |= merged_metrics(validate(self.scorer, *merged, self.held_out, rows))
+        self.recorder.flush(metrics)
         self.recorder.restart_clock()

@@ -146,3 +146,9 @@ def score_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
         metrics[f"eval/{source}/bits_per_byte"] = score.bits_per_byte
     total = add_scores(list(scores.values()))
     return metrics | {"eval/nats_per_token": total.nats_per_token, "eval/bits_per_byte": total.bits_per_byte}
+
+
+def merged_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
+    """The `eval/merged_...` metrics of merged snapshots, of all sources together."""
+    total = add_scores(list(scores.values()))
+    return {"eval/merged_nats_per_token": total.nats_per_token, "eval/merged_bits_per_byte": total.bits_per_byte}

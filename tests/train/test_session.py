@@ -37,6 +37,12 @@ class Saver:
     def save(self, state: Any, fallen: Any) -> None:
         self.steps.append(int(state.step))
 
+    def after_step(self, state: Any) -> None:
+        pass
+
+    def merged(self, state: Any) -> None:
+        return None
+
     def wait(self) -> None:
         self.waited = True
 
