@@ -24,7 +24,7 @@ import tensorstore as ts
 from etils import epath
 
 from ling_jax.files.buckets import context, failure, is_bucket, is_out_of_reach, reaching, store_of
-from ling_jax.files.whole import checksum, read_sealed, sealed
+from ling_jax.files.whole import checksum, checksum_of_parts, read_sealed, sealed
 
 CHECKSUMS = "checksums.json"
 OF_PROCESS = "checksums-{}.json"  # what one process wrote, until `merge_checksums`
@@ -350,6 +350,32 @@ class StoredArray:
         for read in reads:
             self._put(out, bounds, *read)
         return out
+
+    def stream(self, index: Index, size: int) -> Iterator[np.ndarray]:
+        """Yields the values of a part of the array in C order, flat, `size` at a time and the rest.
+
+        A part that is one chunk is never in memory as a whole, nor read twice. Its last values come only if its
+        checksum is right: until then, use for nothing that lasts what was made of those before.
+        """
+        cells = list(_cells(self.layout, [(s.start, s.stop) for s in index]))
+        if not self._files or len(cells) > 1 or _region(self.layout, cells[0]) != index:
+            flat = self.read(index).reshape(-1)
+            yield from (flat[first : first + size] for first in range(0, flat.size, size))
+            return
+        cell, hashed = cells[0], checksum_of_parts()
+        count, name = math.prod(self.layout.chunk), _file(cell)
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            try:
+                values = self._range(cell, (first, last), [last - first])()
+            except Exception as error:  # TensorStore's own kinds
+                raise _unread(self._place, self._path, name, error, self._damaged) from error
+            hashed.update(_bytes(values))
+            if last == count:
+                if self._files.get(name) != hashed.hexdigest():
+                    raise self._damaged(self._path, name, "does not have the checksum it was saved with")
+                self._checked.add(cell)
+            yield values
 
     def check(self) -> None:
         """Reads every chunk, for its checksum alone."""
