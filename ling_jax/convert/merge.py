@@ -88,8 +88,8 @@ def merge(
     with ThreadPoolExecutor(OPENED) as pool:
         found = list(pool.map(lambda step: StoredWeights(os.fspath(folder / str(step))), chosen))
     _check_alike(found)
-    lineage = _lineage(folder, found, decay, weights)
-    if shard != ALONE and _is_made(target, lineage):
+    lineage = _lineage(found, decay, weights)
+    if shard != ALONE and _is_this(target, lineage):
         log.info("%s is complete", target)
         return None
     trained_tokenizer(found[-1], os.fspath(found[-1].folder))  # it goes along: it must be the right one
@@ -149,18 +149,21 @@ def _check_alike(found: Sequence[StoredWeights]) -> None:
         )
 
 
-def _lineage(folder: epath.Path, found: Sequence[StoredWeights], decay: Decay | None, file: str | None) -> Lineage:
+def _lineage(found: Sequence[StoredWeights], decay: Decay | None, file: str | None) -> Lineage:
     if decay is not None and file is not None:
         raise ValueError("give either --decay or --weights: the weights are the curve's, or those of the file")
     tokens = [tokens_seen(one) for one in found]
-    if file is None:
+    if file is not None:
+        if not at(file).exists():
+            raise ValueError(f"--weights {file}: there is no such file; it has a JSON list of weights, oldest first")
+        weights = given_weights(at(file).read_text(), len(found))
+    else:
         decay = decay or "linear"
         weights = checkpoint_weights(update_weights(decay, tokens))
-    else:
-        weights = given_weights(at(file).read_text(), len(found))
+    folder = found[0].folder.parent
     run = folder.parent if folder.name == CHECKPOINTS else folder
-    run = os.fspath(run.resolve())
-    return Lineage(run, tuple(one.step or 0 for one in found), tuple(tokens), tuple(weights.tolist()), decay)
+    steps = tuple(one.step or 0 for one in found)
+    return Lineage(os.fspath(run), steps, tuple(tokens), tuple(weights.tolist()), decay)
 
 
 def tokens_seen(weights: StoredWeights) -> int:
@@ -171,7 +174,7 @@ def tokens_seen(weights: StoredWeights) -> int:
     return rows * data.sequence_length
 
 
-def _is_made(target: str, lineage: Lineage) -> bool:
+def _is_this(target: str, lineage: Lineage) -> bool:
     """Whether a target is there already, and is this merge."""
     try:
         return read_meta(at(target)).get(LINEAGE) == lineage.to_json()
@@ -270,8 +273,8 @@ def _write(
         audit = Audit(source, target, form, like.config, work.records, wanted, work.seconds(), carried, {})
         audit.check()
         files: dict[ArrayPath, dict[str, str]] = {path: {} for path in arrays}
-        for key, done in work.done.items():
-            files[todo[key].path] |= done.files
+        for key, piece in todo.items():
+            files[piece.path] |= work.done[key].files
         meta = {"config": like.meta["config"], "tokenizer": like.trained_with or "", LINEAGE: lineage.to_json()}
         work.finish(audit.to_json(), lambda: finish_checkpoint(work.folder, arrays, files, meta))
     return audit

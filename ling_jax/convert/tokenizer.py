@@ -51,8 +51,8 @@ def tokenizer_of(path: str) -> Tokenizer:
 
 
 def trained_tokenizer(weights: Weights, path: str) -> Tokenizer | None:
-    """The tokenizer beside weights in `path` that were trained here, which goes where they go; None where they were not,
-    or have none. ValueError as `tokenizer_of`."""
+    """The tokenizer beside weights in `path` that were trained here: it goes where they go. None for others, or where
+    there is none. ValueError as `tokenizer_of`."""
     beside = [folder for folder in weights.companions() if (folder / "tokenizer.json").exists()]
     ours = any(weights.trained_with or folder.name == TOKENIZER for folder in beside)
     return tokenizer_of(path) if ours else None

@@ -463,7 +463,7 @@ def _remove_journal(folder: epath.Path) -> None:
 def _remove_empty(folder: epath.Path) -> None:
     if not is_bucket(folder):
         with contextlib.suppress(OSError):  # it is not empty, or gone
-            folder.rmdir()
+            os.rmdir(folder)
 
 
 def _abort_uploads(folder: epath.Path) -> None:
