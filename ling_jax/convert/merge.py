@@ -7,6 +7,7 @@ an average. The optimizer's moments are not read, and the merged checkpoint has 
 
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from ling_jax.checkpoint import finish_checkpoint, make_checkpoint, read_meta, s
 from ling_jax.config import architecture_diff, model_settings_diff
 from ling_jax.convert.audit import Audit
 from ling_jax.convert.fp8 import FP8
-from ling_jax.convert.mapping import ArrayPath, TensorStack
+from ling_jax.convert.mapping import ArrayPath
 from ling_jax.convert.merge_weights import Decay, Lineage, checkpoint_weights, given_weights, update_weights
 from ling_jax.convert.tensorfile import NAMES
 from ling_jax.convert.to_jax import array_of
@@ -183,7 +184,7 @@ def _is_this(target: str, lineage: Lineage) -> bool:
 
 
 class Average:
-    """The average of checkpoints that are alike, made chunk by chunk.
+    """The average of checkpoints that are alike, made a chunk at a time.
 
     Attributes:
       like: one of the checkpoints, the newest.
@@ -195,52 +196,62 @@ class Average:
     def layout(self, path: ArrayPath) -> Layout:
         """How an array of the average is stored: its chunks divide those of the checkpoints, but are smaller."""
         stack = self.like.stacks[path]
-        chunk = array_of(path, stack, F32, self.within(path)).chunk  # the sums are float32
+        chunk = array_of(path, stack, F32, self._within(path)).chunk  # the sums are float32
         return Layout(stack.full_shape, self.like.dtype(path), chunk)
 
-    def within(self, path: ArrayPath) -> tuple[int, ...]:
-        """The chunks of the checkpoints, which are then read once and a bit at a time; where they are not of whole
-        rows, or do not divide the array (as older versions wrote it), chunks of our own."""
-        stack, chunk = self.like.stacks[path], self.like.chunk(path)
-        whole = chunk[stack.names.ndim + 1 :] == stack.shape[1:]
-        divides = all(size % step == 0 for size, step in zip(stack.full_shape, chunk, strict=True))
-        return chunk if whole and divides else array_of(path, stack, F32).chunk
-
     def pieces(self, path: ArrayPath, layout: Layout) -> Iterator[Piece]:
-        """An array cut into pieces, whose parts are the checkpoints' chunks."""
+        """An array cut into pieces, whose parts are the checkpoints' chunks, or chunks of the average."""
         stack = self.like.stacks[path]
-        return pieces(path, stack, strides(stack, self.within(path), layout.dtype.itemsize))
+        return pieces(path, stack, strides(stack, self._within(path), layout.dtype.itemsize))
 
     def stamps(self) -> list[Any]:
         """A value that changes when one of the checkpoints does."""
         return stamps(file for one in self._found for file in one.told_by())
 
-    def chunks(self, path: ArrayPath, part: Index, layout: Layout) -> Iterator[tuple[Index, np.ndarray]]:
-        """(where, values) of each chunk in a part of an array, in C order. Use none of them for anything that lasts
-        before the last one is there: see `StoredArray.stream`."""
-        size = int(np.prod(layout.chunk))
-        streams = [one.arrays.array(path).stream(part, size) for one in self._found]
-        grid = (range(s.start, s.stop, step) for s, step in zip(part, layout.chunk, strict=True))
-        for start in itertools.product(*grid):
-            where = tuple(slice(a, a + step) for a, step in zip(start, layout.chunk, strict=True))
-            yield where, narrow(self._sum(streams, size), layout.dtype).reshape(layout.chunk)
+    def streams(self, path: ArrayPath, part: Index, size: int) -> list[Iterator[np.ndarray]]:
+        """Each checkpoint's values of a part of an array, in C order, `size` at a time. Use nothing that is made of
+        them for anything that lasts before the last ones are there: see `StoredArray.stream`."""
 
-    def _sum(self, streams: Sequence[Iterator[np.ndarray]], size: int) -> np.ndarray:
-        """float32 [size]: the next values of all, weighted."""
-        total = np.zeros(size, F32)
+        def whole(one: StoredWeights) -> Iterator[np.ndarray]:
+            yield one.read(path, part).reshape(-1)
+
+        if self._is_streamed(path):
+            return [one.arrays.array(path).stream(part, size) for one in self._found]
+        return [whole(one) for one in self._found]
+
+    def sum(self, streams: Sequence[Iterator[np.ndarray]], layout: Layout) -> np.ndarray:
+        """The next chunk of the average, in its dtype: a float32 sum of the next values of all, the oldest first."""
+        total = np.zeros(size := math.prod(layout.chunk), F32)
         for stream, weight in zip(streams, self._weights, strict=True):
             values = next(stream)
             for first in range(0, size, SCAN):
                 block = slice(first, first + SCAN)
                 total[block] += weight * narrow(values[block], F32)
-        return total
+            del values  # before the next ones are read
+        return narrow(total, layout.dtype).reshape(layout.chunk)
 
-    def record(self, stack: TensorStack, records: dict[str, TensorRecord], part: Index, values: np.ndarray) -> None:
+    def record(self, path: ArrayPath, records: dict[str, TensorRecord], part: Index, values: np.ndarray) -> None:
         """Records the tensors of a part as an export would have them."""
-        name_of = NAMES[values.dtype]
+        stack, dtype = self.like.stacks[path], NAMES[values.dtype]
         for name, rows in tensors_in(stack, part, values):
-            told = f"mean of {len(self._found)} {name_of}"
-            records.setdefault(name, TensorRecord(name_of, list(stack.shape), cast=told)).add(rows)
+            told = f"mean of {len(self._found)} {dtype}"
+            records.setdefault(name, TensorRecord(dtype, list(stack.shape), cast=told)).add(rows)
+
+    def _within(self, path: ArrayPath) -> Sequence[int]:
+        return self.like.chunk(path) if self._is_streamed(path) else array_of(path, self.like.stacks[path], F32).chunk
+
+    def _is_streamed(self, path: ArrayPath) -> bool:
+        """Whether the checkpoints' chunks are read once, a bit at a time: they are of whole rows, are cut alike (a run
+        may have changed its mesh) and have checksums. Else a read of less than a chunk may take all of it."""
+        stack, chunk = self.like.stacks[path], self.like.chunk(path)
+        alike = all(one.chunk(path) == chunk and one.arrays.has_checksums for one in self._found)
+        return alike and chunk[stack.names.ndim + 1 :] == stack.shape[1:]
+
+
+def _cut(part: Index, chunk: Sequence[int]) -> Iterator[Index]:
+    """The chunks in a part of an array, in C order."""
+    for start in itertools.product(*(range(s.start, s.stop, step) for s, step in zip(part, chunk, strict=True))):
+        yield tuple(slice(first, first + step) for first, step in zip(start, chunk, strict=True))
 
 
 def _write(
@@ -254,15 +265,19 @@ def _write(
     with Conversion(place, [lineage.to_json(), PIECE_BYTES, average.stamps()], sizes, shard) as work:
         opened = make_checkpoint(work.folder, arrays) if work.left() else {}
 
+        def put(path: ArrayPath, where: Index, values: np.ndarray, done: Done) -> int:
+            average.record(path, done.records, where, values)
+            chunk = Part(tuple(s.start for s in where), values)
+            with reaching(work.folder):
+                done.files.update(write_chunks(opened[path], arrays[path], chunk))
+            return values.nbytes
+
         def copy(key: str, advance: Callable[[int], None]) -> Done:
             path, done = todo[key].path, Done({}, {})
             for part in todo[key].parts:
-                for where, values in average.chunks(path, part, arrays[path]):
-                    average.record(like.stacks[path], done.records, where, values)
-                    chunk = Part(tuple(s.start for s in where), values)
-                    with reaching(work.folder):
-                        done.files.update(write_chunks(opened[path], arrays[path], chunk))
-                    advance(values.nbytes)
+                streams = average.streams(path, part, math.prod(arrays[path].chunk))
+                for where in _cut(part, arrays[path].chunk):
+                    advance(put(path, where, average.sum(streams, arrays[path]), done))  # not kept by a name of its own
             return done
 
         work.run(copy, THREADS)

@@ -352,30 +352,30 @@ class StoredArray:
         return out
 
     def stream(self, index: Index, size: int) -> Iterator[np.ndarray]:
-        """Yields the values of a part of the array in C order, flat, `size` at a time and the rest.
+        """Yields the values of one chunk, whose place is `index`, in C order, flat, `size` at a time and the rest.
 
-        A part that is one chunk is never in memory as a whole, nor read twice. Its last values come only if its
-        checksum is right: until then, use for nothing that lasts what was made of those before.
+        It is neither in memory as a whole nor read twice. Its last values come only if its checksum is right: until
+        then, use for nothing that lasts what was made of those before.
         """
-        cells = list(_cells(self.layout, [(s.start, s.stop) for s in index]))
-        if not self._files or len(cells) > 1 or _region(self.layout, cells[0]) != index:
-            flat = self.read(index).reshape(-1)
-            yield from (flat[first : first + size] for first in range(0, flat.size, size))
-            return
-        cell, hashed = cells[0], checksum_of_parts()
-        count, name = math.prod(self.layout.chunk), _file(cell)
+        [cell] = _cells(self.layout, [(s.start, s.stop) for s in index])
+        assert self._files and _region(self.layout, cell) == index
+        count, hashed = math.prod(self.layout.chunk), checksum_of_parts()
         for first in range(0, count, size):
-            last = min(first + size, count)
-            try:
-                values = self._range(cell, (first, last), [last - first])()
-            except Exception as error:  # TensorStore's own kinds
-                raise _unread(self._place, self._path, name, error, self._damaged) from error
-            hashed.update(_bytes(values))
-            if last == count:
-                if self._files.get(name) != hashed.hexdigest():
-                    raise self._damaged(self._path, name, "does not have the checksum it was saved with")
-                self._checked.add(cell)
-            yield values
+            yield self._next(cell, (first, min(first + size, count)), count, hashed)  # no name: it would be kept
+
+    def _next(self, cell: Cell, span: tuple[int, int], count: int, hashed: Any) -> np.ndarray:
+        """Some of the `count` values of a chunk; `hashed` has those before them."""
+        name = _file(cell)
+        try:
+            values = self._range(cell, span, [span[1] - span[0]])()
+        except Exception as error:  # TensorStore's own kinds
+            raise _unread(self._place, self._path, name, error, self._damaged) from error
+        hashed.update(_bytes(values))
+        if span[1] == count:
+            if self._files.get(name) != hashed.hexdigest():
+                raise self._damaged(self._path, name, "does not have the checksum it was saved with")
+            self._checked.add(cell)
+        return values
 
     def check(self) -> None:
         """Reads every chunk, for its checksum alone."""
