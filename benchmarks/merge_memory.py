@@ -3,11 +3,12 @@
 Writes two checkpoints of random float32 weights, cut into files as a run's are, and gives each of eight steps one of
 them by hard links. Their checksums tell of moments too, but no file of a moment is there: opening one is an error. Then
 convert.py averages them in a process of its own, whose anonymous memory (RssAnon in /proc) is asked for 20 times a
-second, and a corner of every array is compared with the float64 average. A table comes first; the last line is one JSON
+second, and a corner of some arrays is compared with the float64 average. A table comes first; the last line is one JSON
 object. Exit code 1 for more memory than 1.2 GB. The disk needs room for three times --gigabytes.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -87,9 +88,10 @@ def link_step(made: Path, folder: Path, model: ModelConfig, step: int) -> None:
 
 
 def greatest_error(target: Path, made: Sequence[Path]) -> float:
-    """The greatest difference from the float64 average in a corner of each array, relative to its largest number."""
+    """The greatest difference from the float64 average, relative to the largest number, in the last corner of every
+    fourth array."""
     result, sources, worst = open_arrays(str(target)), [open_arrays(str(path)) for path in made], 0.0
-    for path, array in result.layouts.items():
+    for path, array in itertools.islice(result.layouts.items(), 0, None, 4):
         corner = tuple(slice(size - min(size, 8), size) for size in array.shape)
         found = result.array(path).read(corner)
         want = np.mean([source.array(path).read(corner).astype(np.float64) for source in sources], axis=0)

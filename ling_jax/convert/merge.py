@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -52,11 +53,13 @@ from ling_jax.convert.weights import (
     narrow,
     some,
 )
-from ling_jax.files.arrays import Index, Layout, Part, write_chunks
+from ling_jax.files.arrays import Index, Layout, Part, chunk_of, write_chunks
 from ling_jax.files.buckets import reaching
 from ling_jax.files.paths import at, check_bucket
 
 log = logging.getLogger(__name__)
+
+READ_BYTES = 8 << 20  # of float32 values, read at a time: memory of this size is used again, a larger one's is new
 
 
 def merge(
@@ -208,12 +211,17 @@ class Average:
         """A value that changes when one of the checkpoints does."""
         return stamps(file for one in self._found for file in one.told_by())
 
-    def streams(self, path: ArrayPath, part: Index, size: int) -> list[Iterator[np.ndarray]]:
-        """Each checkpoint's values of a part of an array, in C order, `size` at a time. Use nothing that is made of
-        them for anything that lasts before the last ones are there: see `StoredArray.stream`."""
+    def streams(self, path: ArrayPath, part: Index, layout: Layout) -> list[Iterator[np.ndarray]]:
+        """Each checkpoint's values of a part of an array, in C order, some at a time. Use nothing that is made of them
+        for anything that lasts before the last ones are there: see `StoredArray.stream`."""
+        size = _block(layout)
 
         def whole(one: StoredWeights) -> Iterator[np.ndarray]:
-            yield one.read(path, part).reshape(-1)
+            values = one.read(path, part).reshape(-1, size)
+            blocks = deque(values)
+            del values  # the blocks alone keep it
+            while blocks:
+                yield blocks.popleft()
 
         if self._is_streamed(path):
             return [one.arrays.array(path).stream(part, size) for one in self._found]
@@ -221,13 +229,10 @@ class Average:
 
     def sum(self, streams: Sequence[Iterator[np.ndarray]], layout: Layout) -> np.ndarray:
         """The next chunk of the average, in its dtype: a float32 sum of the next values of all, the oldest first."""
-        total = np.zeros(size := math.prod(layout.chunk), F32)
+        total = np.zeros(math.prod(layout.chunk), F32)
         for stream, weight in zip(streams, self._weights, strict=True):
-            values = next(stream)
-            for first in range(0, size, SCAN):
-                block = slice(first, first + SCAN)
-                total[block] += weight * narrow(values[block], F32)
-            del values  # before the next ones are read
+            for sums in total.reshape(-1, _block(layout)):
+                _add(sums, weight, next(stream))
         return narrow(total, layout.dtype).reshape(layout.chunk)
 
     def record(self, path: ArrayPath, records: dict[str, TensorRecord], part: Index, values: np.ndarray) -> None:
@@ -246,6 +251,19 @@ class Average:
         stack, chunk = self.like.stacks[path], self.like.chunk(path)
         alike = all(one.chunk(path) == chunk and one.arrays.has_checksums for one in self._found)
         return alike and chunk[stack.names.ndim + 1 :] == stack.shape[1:]
+
+
+def _block(layout: Layout) -> int:
+    """How many values of a chunk are read at a time."""
+    size = math.prod(layout.chunk)
+    return chunk_of([size], F32.itemsize, READ_BYTES)[0]
+
+
+def _add(sums: np.ndarray, weight: np.float32, values: np.ndarray) -> None:
+    """Adds weighted values to float32 sums, which stay in a core's cache."""
+    for first in range(0, sums.size, SCAN):
+        block = slice(first, first + SCAN)
+        sums[block] += weight * narrow(values[block], F32)
 
 
 def _cut(part: Index, chunk: Sequence[int]) -> Iterator[Index]:
@@ -275,7 +293,7 @@ def _write(
         def copy(key: str, advance: Callable[[int], None]) -> Done:
             path, done = todo[key].path, Done({}, {})
             for part in todo[key].parts:
-                streams = average.streams(path, part, math.prod(arrays[path].chunk))
+                streams = average.streams(path, part, arrays[path])
                 for where in _cut(part, arrays[path].chunk):
                     advance(put(path, where, average.sum(streams, arrays[path]), done))  # not kept by a name of its own
             return done

@@ -287,6 +287,7 @@ def in_pieces(patch: pytest.MonkeyPatch, size: int, threads: int = 3, scan: int 
     for module in (to_jax, transfer, merging):
         patch.setattr(module, "PIECE_BYTES", size)
     patch.setattr(to_jax, "SMALL_BYTES", size)
+    patch.setattr(merging, "READ_BYTES", size // 4)
     patch.setattr(merging, "THREADS", threads)
     patch.setattr(merging, "SCAN", scan)
 
