@@ -301,6 +301,7 @@ def _write(
         work.run(copy, THREADS)
         if not work.gather():
             return None
+        make_checkpoint(work.folder, arrays)  # once more: a process may have been killed while it completed it
         carried = carry(like.companions(), work.folder / HF)
         form, wanted = f"average of {lineage.render()}", list(like.dtypes)
         audit = Audit(source, target, form, like.config, work.records, wanted, work.seconds(), carried, {})

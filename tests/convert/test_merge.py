@@ -404,6 +404,23 @@ def test_shards_that_are_at_work_together_complete_the_target_once(run, whole, t
     assert os.listdir(tmp_path) == ["m"]
 
 
+@pytest.mark.parametrize("shard", [transfer.ALONE, Shard(1, 2)], ids=["alone", "shard"])
+@pytest.mark.parametrize("moment", ["seal", "move"])
+def test_a_kill_while_the_target_is_completed_loses_nothing(run, whole, tmp_path, monkeypatch, shard, moment):
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = dict(last=4, decay="sqrt")
+    if shard != transfer.ALONE:
+        merge(str(run), str(tmp_path / "m"), shard=Shard(2, 2), **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*{"seal": (stored, "seal"), "move": (transfer.OneWriter, "move")}[moment], die)
+        merge(str(run), str(tmp_path / "m"), shard=shard, **options)
+    assert os.listdir(tmp_path) == ["m.partial"]
+    assert merge(str(run), str(tmp_path / "m"), shard=shard, **options) is not None
+    assert files_of(tmp_path / "m") == files_of(whole) and os.listdir(tmp_path) == ["m"]
+
+
 @every_day("gs")
 def test_in_a_bucket_they_are_the_same_files(run, whole, bucket, tmp_path):
     upload(run, f"{bucket}/run")
