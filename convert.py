@@ -1,4 +1,4 @@
-"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|merge-adapter|linearize|inspect|verify."""
+"""Weights converted and compared: python convert.py to-jax|to-hf|merge|merge-adapter|linearize|inspect|verify."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Weights in and out of PyTorch's files: python convert.py to-jax|to-hf|merge-adapter|linearize|inspect|verify."""
+"""Weights converted and compared: python convert.py to-jax|to-hf|merge|merge-adapter|linearize|inspect|verify."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,9 +9,12 @@ import tyro
 
 from ling_jax.cli import program, run_main
 from ling_jax.convert.linearize import linearize
+from ling_jax.convert.merge import merge
+from ling_jax.convert.merge_weights import Decay
 from ling_jax.convert.survey import survey
 from ling_jax.convert.to_hf import slopes_told, to_hf
 from ling_jax.convert.to_jax import to_jax
+from ling_jax.convert.transfer import Shard
 from ling_jax.convert.verify import verify
 
 
@@ -52,6 +55,54 @@ class ToHF:
         print(audit.render())
         print(*slopes_told(audit.config), sep="\n", end="")
         return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Averages checkpoints of a run at a constant learning rate, in place of a decay, into one without moments."""
+
+    source: str
+    """A run's folder, or its checkpoints/, here or in a bucket."""
+    target: str
+    """The checkpoint's folder, here or in a bucket; must not exist."""
+    steps: str | None = None
+    """Which checkpoints: 100,200,300."""
+    last: int | None = None
+    """How many of the latest, instead of --steps."""
+    decay: Decay | None = None
+    """The decay of the learning rate that the average stands for; linear, the default, is the uniform mean."""
+    weights: str | None = None
+    """A file with a JSON list of weights instead, oldest first, whose sum is 1."""
+    shard: str = "1/1"
+    """i/n: this is the i-th (1 to n) of n processes that make the target together, on one host or several."""
+
+    def run(self) -> int:
+        audit = merge(
+            self.source,
+            self.target,
+            steps=None if self.steps is None else _numbers("--steps", self.steps, ","),
+            last=self.last,
+            decay=self.decay,
+            weights=self.weights,
+            shard=_shard(self.shard),
+        )
+        if audit is not None:
+            print(audit.render())
+        return 0
+
+
+def _numbers(flag: str, text: str, between: str) -> list[int]:
+    parts = text.split(between)
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{flag} {text}: give whole numbers with {between} between them")
+    return [int(part) for part in parts]
+
+
+def _shard(text: str) -> Shard:
+    numbers = _numbers("--shard", text, "/")
+    if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise ValueError(f"--shard {text}: give i/n, such as 2/4, with i from 1 to n")
+    return Shard(*numbers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +181,7 @@ def main(argv: Sequence[str]) -> int:
     named = {
         "to-jax": ToJax,
         "to-hf": ToHF,
+        "merge": Merge,
         "merge-adapter": MergeAdapter,
         "linearize": Linearize,
         "inspect": Inspect,

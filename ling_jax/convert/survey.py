@@ -12,9 +12,10 @@ from ling_jax.config import count_params, layer_kinds
 from ling_jax.config.text import columns
 from ling_jax.convert.beyond import left_out
 from ling_jax.convert.mapping import ArrayPath
+from ling_jax.convert.merge_weights import Lineage
 from ling_jax.convert.tensorfile import NAMES
 from ling_jax.convert.transfer import TensorRecord, pieces, strides, tensors_in
-from ling_jax.convert.weights import StoredWeights, Weights, narrow, open_weights
+from ling_jax.convert.weights import LINEAGE, StoredWeights, Weights, narrow, open_weights
 from ling_jax.files.progress import ByteProgress
 
 
@@ -39,6 +40,9 @@ class Survey:
             "left out": left_out(self.weights.beyond) if self.weights.beyond else "none",
             "layers": ", ".join(f"{kinds.count(kind)} {kind.key}" for kind in dict.fromkeys(kinds)),
         }
+        lineage = self.weights.meta.get(LINEAGE) if isinstance(self.weights, StoredWeights) else None
+        if lineage is not None:
+            facts["average of"] = Lineage.from_json(lineage).render()
         rows: list[tuple[str, ...]] = [
             ("tensor", "number", "shape", "dtype", "MB", "crc32" if self.checked else "", "NaN, inf")
         ]

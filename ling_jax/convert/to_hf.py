@@ -17,7 +17,7 @@ from ling_jax.convert.audit import Audit
 from ling_jax.convert.fp8 import FP8, quantise
 from ling_jax.convert.mapping import SCALE, ArrayPath, TensorStack, scales_of
 from ling_jax.convert.tensorfile import NAMES, write_tensors
-from ling_jax.convert.tokenizer import GENERATION, tokenizer_of
+from ling_jax.convert.tokenizer import GENERATION, trained_tokenizer
 from ling_jax.convert.transfer import (
     CONFIG,
     Conversion,
@@ -35,7 +35,6 @@ from ling_jax.convert.weights import (
     BF16,
     F32,
     INDEX,
-    TOKENIZER,
     Weights,
     narrow,
     open_weights,
@@ -108,9 +107,7 @@ def write_hf(
       limit: bytes of a file.
       how: what else decides the bytes: an interrupted export with another one is not taken up.
     """
-    tokenizer = None
-    if any(folder.name == TOKENIZER and (folder / "tokenizer.json").exists() for folder in weights.companions()):
-        tokenizer = tokenizer_of(source)  # a run's goes along: it must be the right one
+    tokenizer = trained_tokenizer(weights, source)  # it goes along: it must be the right one
     tensors = tensors_of(weights, form)
     shards = shards_of(tensors, limit)
     stamped = stamps(weights.told_by() + ([] if adapter is None else adapter.files))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -87,11 +87,12 @@ def to_jax(source: str, target: str, dtype: Literal["keep", "bfloat16", "float32
     return audit
 
 
-def array_of(path: ArrayPath, stack: TensorStack, dtype: np.dtype) -> Layout:
-    """Chunks of PIECE_BYTES, none of which has parts of several layers unless it is small."""
+def array_of(path: ArrayPath, stack: TensorStack, dtype: np.dtype, within: Sequence[int] | None = None) -> Layout:
+    """Chunks of PIECE_BYTES, none of which has parts of several layers unless it is small; they divide larger ones of
+    the shape `within`, if there are any."""
     layer = math.prod(stack.full_shape[1:]) * dtype.itemsize if path[1] == "layers" else PIECE_BYTES
     limit = min(max(layer, SMALL_BYTES), PIECE_BYTES)
-    return Layout(stack.full_shape, dtype, chunk_of(stack.full_shape, dtype.itemsize, limit))
+    return Layout(stack.full_shape, dtype, chunk_of(within or stack.full_shape, dtype.itemsize, limit))
 
 
 def _meta(weights: HFFolder, arrays: Mapping[ArrayPath, Layout], kept: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from ling_jax.checkpoint import read_meta
-from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, model_config_of
+from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.paths import at
@@ -42,13 +42,22 @@ def tokenizer_of(path: str) -> Tokenizer:
     if file is None:
         raise ValueError(f"no tokenizer.json in or beside {path}: copy the model's own there")
     tokenizer = Tokenizer.load(str(file))
-    trained_with = read_meta(path).get("tokenizer") if file.parent.name == TOKENIZER else None
+    of_checkpoint = file.parent.name in (TOKENIZER, HF) and file.parent != at(path)
+    trained_with = read_meta(path).get("tokenizer") if of_checkpoint else None
     if trained_with and tokenizer.fingerprint != trained_with:
         raise ValueError(
             f"{file} is not the tokenizer that {path} was trained with (fingerprint {tokenizer.fingerprint}, in the "
             f"checkpoint {trained_with}): its ids mean other text. Put the run's own tokenizer.json back"
         )
     return tokenizer
+
+
+def trained_tokenizer(weights: Weights, path: str) -> Tokenizer | None:
+    """The tokenizer beside weights in `path` that were trained here: it goes where they go. None for others, or where
+    there is none. ValueError as `tokenizer_of`."""
+    beside = [folder for folder in weights.companions() if (folder / "tokenizer.json").exists()]
+    ours = any(weights.trained_with or folder.name == TOKENIZER for folder in beside)
+    return tokenizer_of(path) if ours else None
 
 
 def generation_config_of(path: str) -> dict[str, Any]:

@@ -7,11 +7,13 @@ for whole by nobody before its last object is there; meanwhile TARGET.partial ha
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import time
 import zlib
@@ -48,10 +50,26 @@ MADE_ANEW = (CONFIG, INDEX, AUDIT_FILE, "README.md", HOLDER)
 THREADS = 3
 JOURNAL_SECONDS = 5.0  # between two lines of the journal that wait until they are on the disk, or in the bucket
 STAMPED = 16  # files asked about at a time
+OF_SHARD = re.compile(r"-\d+-of-\d+(?=\.json)")  # what `Shard.own` adds to a name
 SCAN = 1 << 16  # elements looked at together: they stay in a core's cache
 # How to see NaN and infinities in the bits: the unsigned integer, the exponent's bits (for FP8, all of a NaN's).
 EXPONENTS = {"F8_E4M3": (np.uint8, 0x7F), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
 EXPONENTS["F32"] = (np.uint32, 0x7F800000)
+
+
+class Shard(NamedTuple):
+    """One of `count` processes that make one target together, `number` counting from 1."""
+
+    number: int = 1
+    count: int = 1
+
+    def own(self, name: str) -> str:
+        """The name of this process's own file, where a process that works alone calls its file `name`."""
+        stem, dot, suffix = name.partition(".")
+        return name if self.count == 1 else f"{stem}-{self.number}-of-{self.count}{dot}{suffix}"
+
+
+ALONE = Shard()
 
 
 class Piece(NamedTuple):
@@ -153,27 +171,24 @@ class Journal:
     """Which pieces are on the disk or in the bucket for good, so that an interrupted conversion, one that had `begun`,
     goes on.
 
+    Args:
+      name: of its file; processes that work together have one each, with the same `fingerprint`.
     Raises:
-      ValueError: if it tells of another conversion than `fingerprint`.
+      ValueError: if one of the folder tells of another conversion than `fingerprint`.
     """
 
-    def __init__(self, folder: epath.Path, fingerprint: Any):
-        file = folder / JOURNAL
-        self.done: dict[str, Done] = {}
-        if not parts_of(file) and any(other.name != HOLDER for other in _inside(folder)):
+    def __init__(self, folder: epath.Path, fingerprint: Any, name: str = JOURNAL):
+        file, header = folder / name, json.dumps(fingerprint).encode()
+        found = _journals(folder)
+        if not found and not all(_unsharded(other).startswith(HOLDER) for other in _inside(folder)):
             raise self._of_another(folder)
         cut_lines(file, lambda line: True)  # a kill may have cut the last one
-        lines = [line for line, _ in read_lines(file)]
-        header = json.dumps(fingerprint).encode()
-        if lines and lines[0] != header:
+        if not all(header.startswith(next(read_lines(one), (b"", False))[0]) for one in found):
             raise self._of_another(folder)
-        for line in lines[1:]:
-            told = json.loads(line)
-            records = {name: TensorRecord(**values) for name, values in told["records"].items()}
-            self.done[told["piece"]] = Done(records, told["files"])
-        self.begun = bool(lines)
+        self.done = done_in(file)
+        self.begun = any(True for _ in read_lines(file))
         self._lines, self._flushed = open_lines(file), -math.inf
-        if not lines:
+        if not self.begun:
             self._append(header)
 
     @staticmethod
@@ -198,38 +213,69 @@ class Journal:
             self._flushed = time.monotonic()
 
 
+def done_in(file: epath.Path) -> dict[str, Done]:
+    """The pieces that a journal names; the last line may be half written."""
+    done = {}
+    for line, more in itertools.islice(read_lines(file), 1, None):
+        try:
+            told = json.loads(line)
+        except ValueError:
+            if more:
+                raise
+            break
+        records = {name: TensorRecord(**values) for name, values in told["records"].items()}
+        done[told["piece"]] = Done(records, told["files"])
+    return done
+
+
+def _journals(folder: epath.Path) -> list[epath.Path]:
+    """The journals in a folder: one, or one for each of the processes that work together."""
+    return [file for file in _inside(folder) if _unsharded(file) == JOURNAL]
+
+
+def _unsharded(file: epath.Path) -> str:
+    return OF_SHARD.sub("", file.name)
+
+
 class Conversion:
     """One conversion: its pieces, and the `folder` in which the target grows. A context manager, for one process at a
-    time.
+    time, or for one of each shard.
 
     Args:
       place: the target, which does not exist.
       fingerprint: JSON that tells this conversion from others: an unfinished one of another kind is not gone on with.
       sizes: of all pieces, in bytes, by their names in the journal.
+      shard: which of the pieces this process copies.
     Raises:
       ValueError: for a disk with too little room, on making it; on entering, if another process is at it, or the folder
         is of another conversion; on leaving, for an error of the disk.
     """
 
-    def __init__(self, place: epath.Path, fingerprint: Any, sizes: Mapping[str, int]):
+    def __init__(self, place: epath.Path, fingerprint: Any, sizes: Mapping[str, int], shard: Shard = ALONE):
         self._partial = _partial(place)
         self.folder = place if is_bucket(place) else self._partial
         self._place, self._fingerprint, self._sizes = place, fingerprint, sizes
+        self._shard, self._mine = shard, list(sizes)[shard.number - 1 :: shard.count]
+        if shard != ALONE:
+            self._fingerprint = [fingerprint, shard.count]
         self._start = time.monotonic()
         self._check_space(sum(sizes.values()))
 
     def __enter__(self) -> "Conversion":
+        alone = self._shard == ALONE
         try:
-            self._writer = OneWriter(self._partial).__enter__()
+            self._writer = OneWriter(self._partial, self._shard.own(HOLDER)).__enter__()
         except OSError as error:
             raise self._failed(error) from error
         try:
             _check_new(self._place)  # or a process that has just ended has made it
-            self._journal = Journal(self._partial, self._fingerprint)
-            if self._journal.begun:
+            with contextlib.nullcontext() if alone else OneWriter(self._partial, wait=True):
+                self._journal = Journal(self._partial, self._fingerprint, self._shard.own(JOURNAL))
+            if self._journal.begun and alone:  # the others of several may be at work
                 _abort_uploads(self.folder)
         except BaseException as error:
             self._writer.__exit__()
+            _remove_empty(self._partial)
             raise self._failed(error) from error if isinstance(error, OSError) else error
         return self
 
@@ -257,11 +303,15 @@ class Conversion:
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
+    def left(self) -> list[str]:
+        """The pieces that this process has still to copy."""
+        return [piece for piece in self._mine if piece not in self.done]
+
     def run(self, copy: Callable[[str, Callable[[int], None]], Done], threads: int) -> None:
         """Copies every piece that the journal has not: `copy` is given its name, and what to tell of bytes that are
         copied. An error ends it at the next piece; what is done stays done."""
-        left = [piece for piece in self._sizes if piece not in self.done]
-        total = sum(self._sizes.values())
+        left = self.left()
+        total = sum(self._sizes[piece] for piece in self._mine)
         done = total - sum(self._sizes[piece] for piece in left)
         if done:
             log.info("going on after %.2f of %.2f GB", done / 1e9, total / 1e9)
@@ -274,6 +324,29 @@ class Conversion:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+    def gather(self) -> bool:
+        """Whether this process is to `finish` the target, once it has copied its pieces. Of several processes it is the
+        first that finds all pieces there, and from now on no other one writes; `done` has the pieces of all then."""
+        if self._shard == ALONE:
+            return True
+        self._journal.close()
+        self._writer.__exit__()
+        self._writer = OneWriter(self._partial, wait=True).__enter__()
+        there = _is_made(self._place)
+        for journal in _journals(self._partial):
+            self.done.update(done_in(journal))
+        left = len(self._sizes.keys() - self.done.keys())
+        if not there and not left:
+            return True
+        self._writer.__exit__()
+        if there:
+            _remove_empty(self._partial)
+        told = (
+            f"{left:,} of {len(self._sizes):,} pieces are left to the others, the last of which completes {self._place}"
+        )
+        log.info("shard %d of %d is done: %s", *self._shard, f"{self._place} is complete" if there else told)
+        return False
 
     def finish(self, audit: str, last: Callable[[], None]) -> None:
         """All is copied: `last` makes what completes the target, and it appears."""
@@ -294,12 +367,19 @@ class Conversion:
     def _check_space(self, size: int) -> None:
         if is_bucket(self._place):
             return
-        have = sum(file.stat().st_blocks * 512 for file in pathlib.Path(self.folder).rglob("*"))
+        have = sum(map(_bytes_on_disk, pathlib.Path(self.folder).rglob("*")))
         parent = next(folder for folder in self._place.parents if folder.exists())
         free = shutil.disk_usage(parent).free
         if size > free + have:
             sizes = f"{self._place} takes {size / 1e6:,.1f} MB and {parent} has {(free + have) / 1e6:,.1f} MB free"
             raise ValueError(f"{sizes}: make room")
+
+
+def _bytes_on_disk(file: pathlib.Path) -> int:
+    try:
+        return file.stat().st_blocks * 512
+    except FileNotFoundError:  # another process renames and removes its own
+        return 0
 
 
 def in_order(make: Callable[[Any], Any], jobs: Iterable[tuple[Any, int]]) -> Iterator[Any]:
@@ -350,9 +430,15 @@ def new_place(target: str) -> epath.Path:
 
 
 def _check_new(place: epath.Path) -> None:
-    there = place.exists() or (not is_bucket(place) and pathlib.Path(place).is_symlink())
-    if there and (not is_bucket(place) or _is_whole(place) or not parts_of(_partial(place) / JOURNAL)):
+    if _is_made(place) or (is_bucket(place) and place.exists() and not _journals(_partial(place))):
         raise ValueError(f"{place} exists: choose another --target, or move it away; nothing is ever overwritten")
+
+
+def _is_made(place: epath.Path) -> bool:
+    """Whether a target is there, and is not one that grows in a bucket."""
+    if is_bucket(place):
+        return _is_whole(place)
+    return place.exists() or pathlib.Path(place).is_symlink()
 
 
 def _is_whole(place: epath.Path) -> bool:
@@ -365,8 +451,19 @@ def _partial(place: epath.Path) -> epath.Path:
 
 
 def _remove_journal(folder: epath.Path) -> None:
-    for part in reversed(parts_of(folder / JOURNAL)):  # its first line goes last
-        part.unlink()
+    """Removes what told of the conversion's work, and of the processes that were at it."""
+    for journal in _journals(folder):
+        for part in reversed(parts_of(journal)):  # its first line goes last
+            part.unlink()
+    for file in _inside(folder):
+        if file.name != HOLDER and _unsharded(file) == HOLDER:  # of a shard's process that found nothing to do
+            file.unlink(missing_ok=True)
+
+
+def _remove_empty(folder: epath.Path) -> None:
+    if not is_bucket(folder):
+        with contextlib.suppress(OSError):  # it is not empty, or gone
+            os.rmdir(folder)
 
 
 def _abort_uploads(folder: epath.Path) -> None:

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"  # of a run's folder
 HF = "hf"  # of a checkpoint's metadata: what only a HF folder knows; of its folder: files that came with the weights
+LINEAGE = "merge"  # of a merged checkpoint's metadata: what it is an average of
 WEIGHTS = ("params", "bias", "scales")  # of a checkpoint's arrays: the model's
 SHOWN = 10  # names listed in an error
 OPENED = 16  # files opened at a time
@@ -353,7 +354,7 @@ class StoredWeights(Weights):
 
     def __init__(self, path: str, mtp: bool = True):
         self.folder = find_checkpoint(path)
-        meta = read_meta(self.folder)
+        self.meta = meta = read_meta(self.folder)
         self.run = RunConfig.from_json(json.dumps(meta["config"]))
         self.step = int(self.folder.name) if self.folder.name.isdigit() else None
         self.config = _with_mtp(self.run.model, mtp)

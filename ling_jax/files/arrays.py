@@ -24,7 +24,7 @@ import tensorstore as ts
 from etils import epath
 
 from ling_jax.files.buckets import context, failure, is_bucket, is_out_of_reach, reaching, store_of
-from ling_jax.files.whole import checksum, read_sealed, sealed
+from ling_jax.files.whole import checksum, checksum_of_parts, read_sealed, sealed
 
 CHECKSUMS = "checksums.json"
 OF_PROCESS = "checksums-{}.json"  # what one process wrote, until `merge_checksums`
@@ -350,6 +350,32 @@ class StoredArray:
         for read in reads:
             self._put(out, bounds, *read)
         return out
+
+    def stream(self, index: Index, size: int) -> Iterator[np.ndarray]:
+        """Yields the values of one chunk, whose place is `index`, in C order, flat, `size` at a time and the rest.
+
+        It is neither in memory as a whole nor read twice. Its last values come only if its checksum is right: until
+        then, use for nothing that lasts what was made of those before.
+        """
+        [cell] = _cells(self.layout, [(s.start, s.stop) for s in index])
+        assert self._files and _region(self.layout, cell) == index
+        count, hashed = math.prod(self.layout.chunk), checksum_of_parts()
+        for first in range(0, count, size):
+            yield self._next(cell, (first, min(first + size, count)), count, hashed)  # no name: it would be kept
+
+    def _next(self, cell: Cell, span: tuple[int, int], count: int, hashed: Any) -> np.ndarray:
+        """Some of the `count` values of a chunk; `hashed` has those before them."""
+        name = _file(cell)
+        try:
+            values = self._range(cell, span, [span[1] - span[0]])()
+        except Exception as error:  # TensorStore's own kinds
+            raise _unread(self._place, self._path, name, error, self._damaged) from error
+        hashed.update(_bytes(values))
+        if span[1] == count:
+            if self._files.get(name) != hashed.hexdigest():
+                raise self._damaged(self._path, name, "does not have the checksum it was saved with")
+            self._checked.add(cell)
+        return values
 
     def check(self) -> None:
         """Reads every chunk, for its checksum alone."""

@@ -16,6 +16,11 @@ def checksum(data: Any) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+def checksum_of_parts() -> Any:
+    """The same of data that comes in parts: `update` it with each of them, in order; `hexdigest()` gives it."""
+    return xxhash.xxh3_64()
+
+
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
     """A copy of a JSON object that carries its own checksum; see `read_sealed`."""
     return {**value, CHECKSUM: checksum(_canonical(value))}

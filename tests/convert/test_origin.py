@@ -22,20 +22,11 @@ from ling_jax.train.state import make_trainer
 from tests.support.commands import call
 from tests.support.helpers import assert_trees_equal, random_weights, small
 from tests.support.hf_folders import edit_json, write_folder
+from tests.support.runs import NoCheckpoint
 from tests.support.tokenizers import OWN
 from tests.tiny_run import SPARSE, train_args
 
 OTHER = Tokenizer.train(["other words make another tokenizer " * 9], 290)
-
-
-class NoCheckpoint:
-    """The saver of a new run."""
-
-    def __init__(self):
-        self.checkpointer = self
-
-    def latest_step(self) -> None:
-        return None
 
 
 def first_state(folder: Path, mtp: str, layers: int):

@@ -18,6 +18,16 @@ from ling_jax.train.metrics import read_metrics
 from tests.tiny_run import numbers, start, train_args
 
 
+class NoCheckpoint:
+    """The saver of a new run."""
+
+    def __init__(self):
+        self.checkpointer = self
+
+    def latest_step(self) -> None:
+        return None
+
+
 def mount_prefix(folder: Path, options: str) -> tuple[str, ...]:
     """A command prefix that runs the rest with a small tmpfs at `folder`, in a user namespace or as root."""
     script = f'mount -t tmpfs -o {options} tmpfs "{folder}" && exec "$@"'
