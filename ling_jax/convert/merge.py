@@ -56,6 +56,7 @@ from ling_jax.convert.weights import (
 from ling_jax.files.arrays import Index, Layout, Part, chunk_of, write_chunks
 from ling_jax.files.buckets import reaching
 from ling_jax.files.paths import at, check_bucket
+from ling_jax.snapshots import SNAPSHOTS
 
 log = logging.getLogger(__name__)
 
@@ -165,17 +166,18 @@ def _lineage(found: Sequence[StoredWeights], decay: Decay | None, file: str | No
         decay = decay or "linear"
         weights = checkpoint_weights(update_weights(decay, tokens))
     folder = found[0].folder.parent
-    run = folder.parent if folder.name == CHECKPOINTS else folder
+    run = folder.parent if folder.name in (CHECKPOINTS, SNAPSHOTS) else folder
     steps = tuple(one.step or 0 for one in found)
     return Lineage(os.fspath(run), steps, tuple(tokens), tuple(weights.tolist()), decay)
 
 
 def tokens_seen(weights: StoredWeights) -> int:
-    """How many tokens a run had been given at one of its checkpoints: the rows that its metadata say it had read (of an
-    older one, step * global_batch_size), times sequence_length."""
-    data = weights.run.data
-    rows = weights.meta.get("data", {}).get("next_row", (weights.step or 0) * data.global_batch_size)
-    return rows * data.sequence_length
+    """How many tokens a run had read at one of its checkpoints, padding counted, as its metadata say; of an older one,
+    rows (or step * global_batch_size) times sequence_length."""
+    data, said = weights.run.data, weights.meta.get("data", {})
+    if "read" in said:
+        return said["read"]["tokens"]
+    return said.get("next_row", (weights.step or 0) * data.global_batch_size) * data.sequence_length
 
 
 def _is_this(target: str, lineage: Lineage) -> bool:
