@@ -41,6 +41,7 @@ from tests.support.buckets import download, every_day, names, upload
 from tests.support.checkpoints import CONFIG, Arrays, result, weights_at, write_run
 from tests.support.commands import call
 from tests.support.helpers import random_weights
+from tests.support.marks import nightly
 from tests.support.runs import NoCheckpoint
 from tests.support.tokenizers import OWN
 from tests.tiny_run import REPO, SPARSE, train_args
@@ -134,7 +135,7 @@ def whole(run, tmp_path_factory) -> Path:
     return merged(run, tmp_path_factory.mktemp("whole") / "merged")
 
 
-@pytest.mark.parametrize(("size", "threads", "scan"), [(1 << 10, 1, 100), (1 << 12, 7, 1 << 16), (1 << 20, 2, 10)])
+@pytest.mark.parametrize(("size", "threads", "scan"), [(1 << 10, 7, 1 << 16), (1 << 20, 1, 100)])
 def test_neither_pieces_nor_threads_change_a_bit(run, whole, tmp_path, monkeypatch, size, threads, scan):
     in_pieces(monkeypatch, size, threads, scan)
     assert_same_bytes(merged(run, tmp_path / "merged"), whole)
@@ -147,7 +148,7 @@ def by_columns(arrays: Arrays) -> dict[tuple[str, ...], jax.Array]:
     return {path: jax.device_put(a, jax.NamedSharding(mesh, specs[path])) for path, a in arrays.items()}
 
 
-@pytest.mark.parametrize("cut", [(10, 30), STEPS])
+@pytest.mark.parametrize("cut", [(10, 30), nightly(STEPS)])
 def test_a_run_whose_mesh_changed_and_files_cut_in_columns_change_no_bit(run, whole, tmp_path, monkeypatch, cut):
     monkeypatch.setattr(stored, "CHUNK_BYTES", 1 << 11)
     states = {step: by_columns(weights_at(step)) if step in cut else weights_at(step) for step in STEPS}
@@ -194,7 +195,7 @@ def counting(patch: pytest.MonkeyPatch) -> list[int]:
     return written
 
 
-@pytest.mark.parametrize("shard", [transfer.ALONE, Shard(1, 2)], ids=["alone", "shard"])
+@pytest.mark.parametrize("shard", [transfer.ALONE, nightly(Shard(1, 2))])
 def test_after_a_kill_the_same_command_goes_on_and_ends_with_the_same_files(run, tmp_path, monkeypatch, shard):
     target = tmp_path / "merged"
     in_pieces(monkeypatch, 1 << 11)
@@ -241,8 +242,15 @@ def test_shards_that_are_at_work_together_complete_the_target_once(run, whole, t
     assert os.listdir(tmp_path) == ["m"]
 
 
-@pytest.mark.parametrize("shard", [transfer.ALONE, Shard(1, 2)], ids=["alone", "shard"])
-@pytest.mark.parametrize("moment", ["seal", "move"])
+@pytest.mark.parametrize(
+    ("shard", "moment"),
+    [
+        (transfer.ALONE, "seal"),
+        (Shard(1, 2), "move"),
+        nightly(transfer.ALONE, "move"),
+        nightly(Shard(1, 2), "seal"),
+    ],
+)
 def test_a_kill_while_the_target_is_completed_loses_nothing(run, whole, tmp_path, monkeypatch, shard, moment):
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
