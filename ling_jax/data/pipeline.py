@@ -106,7 +106,7 @@ def open_data(
     for name, train in corpus.train.items():
         stream = build_stream(train, tokenizer, name, config.seed, cache)
         rows[name] = Rows(stream, config.sequence_length)
-        count = len(stream.tokens_S)
+        count = len(stream)
         log.info("%s: %d tokens in %d rows, %.2f bytes per token",
                  name, count, len(rows[name]), train.bytes / count)  # fmt: skip
     return Data(tokenizer, rows, corpus.heldout, facts, start_row, corpus.chosen)
@@ -115,12 +115,14 @@ def open_data(
 def _open_tokenizer(
     config: DataConfig, corpus: Corpus, vocab_size: int, tokenizer_dir: str, trained_with: str | None
 ) -> Tokenizer:
-    """The tokenizer of the config, else the one saved by this run, else a new one; saved in `tokenizer_dir`."""
+    """The tokenizer of the config, else the one saved by this run, else that of prepared text, else a new one; saved
+    in `tokenizer_dir`."""
     saved = None
     if (paths.at(tokenizer_dir) / "tokenizer.json").exists():
         saved = Tokenizer.load(tokenizer_dir)
         saved.check_fits(vocab_size)
         _check_unchanged(saved, trained_with, tokenizer_dir)
+        _check_prepared(saved, corpus)
     if config.tokenizer is None and saved is not None:
         return saved
     if config.tokenizer is not None:
@@ -131,11 +133,26 @@ def _open_tokenizer(
                 f"data.tokenizer = {config.tokenizer!r} differs from the tokenizer this run began with, in "
                 f"{tokenizer_dir}; leave data.tokenizer unset, or start a new run"
             )
+    elif prepared := [train.source.prepared for train in corpus.train.values() if train.source.prepared is not None]:
+        tokenizer = prepared[0].tokenizer
+        tokenizer.check_fits(vocab_size)
     else:
-        tokenizer = Tokenizer.train((text for _, text in sorted(training_sample(corpus.chosen))), vocab_size)
+        tokenizer = train_tokenizer(corpus, vocab_size)
     _check_unchanged(tokenizer, trained_with, tokenizer_dir)
+    _check_prepared(tokenizer, corpus)
     tokenizer.save(tokenizer_dir)
     return tokenizer
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a run without one trains on its text."""
+    return Tokenizer.train((text for _, text in sorted(training_sample(corpus.chosen))), vocab_size)
+
+
+def _check_prepared(tokenizer: Tokenizer, corpus: Corpus) -> None:
+    for train in corpus.train.values():
+        if train.source.prepared is not None:
+            train.source.prepared.check(tokenizer)
 
 
 def _check_unchanged(tokenizer: Tokenizer, trained_with: str | None, tokenizer_dir: str) -> None:

@@ -21,8 +21,9 @@ from ling_jax.config import DataConfig
 from ling_jax.data.built_in import BUILT_IN
 from ling_jax.data.reading import PACKED, Document, whole
 from ling_jax.data.remote import Column
+from ling_jax.data.shards import DERIVED, Prepared
 from ling_jax.data.store import Columns, Kept, by_range, cache_dir, keep, parts, stable_order
-from ling_jax.data.survey import DERIVED, Source, key_of
+from ling_jax.data.survey import Source, key_of, numbered
 from ling_jax.files import paths
 from ling_jax.files.whole import checksum
 
@@ -57,10 +58,15 @@ class Training:
     def __iter__(self) -> Iterator[Document]:
         return whole(self.blocks())
 
+    @property
+    def prepared(self) -> Prepared | None:
+        """The shards with the documents' tokens; None where they are in none, or are parts of what is there."""
+        return None if self.source.cut or self.limit is not None else self.source.prepared
+
     def blocks(self) -> Iterator[Document]:
         """The documents as they are read: a long one comes in blocks."""
         kept = memoryview(np.asarray(self.kept_D))
-        blocks = (block for index, block in _numbered(self.source.read()) if index < len(kept) and kept[index])
+        blocks = (block for index, block in numbered(self.source.read()) if index < len(kept) and kept[index])
         return blocks if self.limit is None else whole(blocks, self.limit)
 
 
@@ -318,15 +324,4 @@ def _places(chosen_D: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 def _picked(source: Source, wanted: set[int], limit: int) -> Iterator[tuple[int, Document]]:
     """(number, document) of the wanted ones, each in one piece of about `limit` characters at most."""
-    last = max(wanted, default=-1)
-    numbered = itertools.takewhile(lambda pair: pair[0] <= last, _numbered(source.read()))
-    documents = whole((block for index, block in numbered if index in wanted), limit)
-    return zip(sorted(wanted), documents, strict=True)
-
-
-def _numbered(blocks: Iterable[Document]) -> Iterator[tuple[int, Document]]:
-    """Each block with its document's number."""
-    number = 0
-    for block in blocks:
-        yield number, block
-        number += not block.continues
+    return zip(sorted(wanted), whole(source.pick(wanted), limit), strict=True)

@@ -1,0 +1,312 @@
+"""Tokenizes a data source once, to a folder that training reads in place of the text (`ling_jax.data.shards`).
+
+The text is cut into portions, runs of small files or some lines of a large one. `make_shard` turns one of them into one
+shard, whose bytes follow from the portion, the tokenizer and the source's settings alone: so any process on any machine
+may make it, twice even, and a preparation that was killed goes on with the shards that are not there.
+"""
+
+import functools
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ling_jax.config import DataSource
+from ling_jax.data.built_in import BUILT_IN, read_built_in
+from ling_jax.data.packing import LAYOUT, tokenize
+from ling_jax.data.reading import Document, Listing, Part, few, parts_of, read_file, stamp
+from ling_jax.data.remote import openers
+from ling_jax.data.shards import DOCUMENTS, PLACES, PLAN, TABLE, TOKENIZER, Prepared, shard_key
+from ling_jax.data.store import Columns, keep, parts, read_entry, read_index
+from ling_jax.data.survey import SETTLED, list_source, tabulate, with_text
+from ling_jax.data.tokenizer import Tokenizer
+from ling_jax.files import paths
+from ling_jax.files.progress import ByteProgress
+from ling_jax.files.whole import checksum, read_sealed, sealed
+
+log = logging.getLogger(__name__)
+
+PORTION = 128 << 20  # bytes of files, packed or not, that make a shard
+LENGTHS = (512, 2048, 4096, 8192, 32768, 131072)  # tokens up to which documents are counted together
+WHOLE = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A file below a source's root, or a part of it.
+
+    Attributes:
+      stamp: see `Listing`; it begins with the file's bytes.
+      part: the fields of a `Part`; WHOLE for all of the file.
+    """
+
+    name: str
+    stamp: str
+    part: tuple[int, int, int] = WHOLE
+
+    @property
+    def size(self) -> int:
+        return self.part[1] - self.part[0] or self.file_size
+
+    @property
+    def file_size(self) -> int:
+        return int(self.stamp.split()[0])
+
+
+Portion = list[Span]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a shard depends on besides its portion.
+
+    Attributes:
+      folder: the prepared source's.
+      name: the source's.
+      root: the folder that the portions' files are below.
+    """
+
+    folder: str
+    name: str
+    source: DataSource
+    root: str
+
+
+Engine = Callable[[Job, Sequence[Portion]], Iterator[int]]  # makes all shards; yields the number of each that is made
+
+
+# ---------------------------------------------------------------------------------------------------
+# One shard.
+
+
+def make_shard(job: Job, number: int, portion: Portion) -> int:
+    """Makes a shard, unless it is there whole; returns its number.
+
+    Its columns are those of a source's table, `tokens`, and PLACES, as if the shard were the whole source.
+
+    Raises:
+      ValueError: as `read_file`, and for a file that is not the one that was planned.
+    """
+
+    def build(columns: Columns) -> dict[str, Any]:
+        _check_stamps(job, portion)
+        facts = tabulate(with_text(_read(job, portion)), columns)
+        for name, dtype in PLACES.items():
+            columns.append(name, np.empty(0, dtype))
+        tokenizer, lost = _tokenizer(job.folder), 0
+
+        def note(text: str, ids: Sequence[int], at: int, begins: bool) -> None:
+            nonlocal lost
+            if not begins:
+                columns.append("pieces", np.array([at]))
+            if tokenizer.decode(ids) != text:
+                data = np.frombuffer(text.encode(), np.uint8)
+                lost += len(data)
+                for name, values in (("lossy", np.array([at])), ("lossy_ends", np.array([lost])), ("lossy_text", data)):
+                    columns.append(name, values)
+
+        tokenize(with_text(_read(job, portion)), tokenizer, columns, note)
+        _check_stamps(job, portion)
+        return facts
+
+    keep(paths.at(job.folder), shard_key(number), f"{job.name}: shard {number}", build)
+    return number
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: str) -> Tokenizer:
+    return Tokenizer.load(str(paths.at(folder) / TOKENIZER))
+
+
+def _read(job: Job, portion: Portion) -> Iterator[Document]:
+    root, names = paths.at(job.root), [span.name for span in portion]
+    if job.source.path in BUILT_IN:
+        yield from read_built_in(job.source.path, Listing(root, names, [], 0.0, []))
+        return
+    remote = paths.is_bucket(root)
+    begun = openers(root, names, [span.file_size for span in portion]) if remote else itertools.repeat(None)
+    for span, opener in zip(portion, begun, strict=False):
+        part = None if span.part == WHOLE else Part(*span.part)
+        yield from read_file(root / span.name, span.name, job.name, job.source, opener, part)
+
+
+def _check_stamps(job: Job, portion: Portion) -> None:
+    root = paths.at(job.root)
+    for span in portion:
+        file = root / span.name
+        found = paths.entry(file).stamp if paths.is_bucket(file) else (stamp(file) or ("", 0.0))[0]
+        if found != span.stamp:
+            raise _changed([str(file)], job.folder)
+
+
+def _changed(files: list[str], folder: str) -> ValueError:
+    return ValueError(
+        f"{few(files)}: changed, added or removed since the preparation into {folder} began: bring the files back as "
+        "they were, or prepare into another --target"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# All of them.
+
+
+def prepare(name: str, source: DataSource, folder: epath.Path, tokenizer: Tokenizer, engine: Engine) -> Prepared:
+    """Makes all shards of a source that are not there whole, then the index.
+
+    Args:
+      name: the source's, as `source_names` says.
+      folder: for this process alone meanwhile (`OneWriter`).
+      engine: runs `make_shard`; see `in_processes`.
+    Raises:
+      ValueError: for text or a tokenizer other than those that an earlier preparation into `folder` began with; for
+        text that cannot be read; naming the file.
+    """
+    files = list_source(name, source)
+    time.sleep(max(0.0, min(SETTLED, SETTLED - (time.time() - files.newest))))
+    job = Job(os.fspath(folder), name, source, os.fspath(files.root))
+    folder.mkdir(parents=True, exist_ok=True)
+    portions = _plan(job, files, tokenizer)
+    tokenizer.save(str(folder / TOKENIZER))
+    with ByteProgress(sum(span.size for portion in portions for span in portion)) as progress:
+        for number in engine(job, portions):
+            progress.advance(sum(span.size for span in portions[number]))
+    keep(folder, DOCUMENTS, f"{name}: the index", lambda columns: _index(folder, len(portions), tokenizer, columns))
+    return Prepared(folder)
+
+
+def _plan(job: Job, files: Listing, tokenizer: Tokenizer) -> list[Portion]:
+    """The portions; those of an earlier preparation into this folder, if there was one."""
+    file = paths.at(job.folder) / PLAN
+    settings = {
+        "format": LAYOUT,
+        "tokenizer": tokenizer.fingerprint,
+        "path": job.source.path,
+        "text_field": job.source.text_field,
+    }
+    if not file.exists():
+        portions = list(_portions(job, files))
+        spans = [[[span.name, span.stamp, *span.part] for span in portion] for portion in portions]
+        paths.write_whole(file, json.dumps(sealed({"settings": settings, "portions": spans})))
+        return portions
+    plan = read_sealed(file)
+    portions = [[Span(name, mark, tuple(part)) for name, mark, *part in spans] for spans in plan["portions"]]
+    begun, now = {s.name: s.stamp for p in portions for s in p}, dict(zip(files.names, files.stamps, strict=True))
+    if changed := sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name)):
+        raise _changed([str(files.root / name) for name in changed], job.folder)
+    if told := [f"{key}: {old} -> {settings[key]}" for key, old in plan["settings"].items() if old != settings[key]]:
+        raise ValueError(
+            f"{job.folder} holds a preparation that began with other settings ({'; '.join(told)}): give those, or "
+            "another --target"
+        )
+    return portions
+
+
+def _portions(job: Job, files: Listing) -> Iterator[Portion]:
+    """All files in their order, in runs of about PORTION bytes; a built-in corpus is one of them."""
+    every = [Span(name, mark) for name, mark in zip(files.names, files.stamps, strict=True)]
+    if job.source.path in BUILT_IN:
+        yield every
+        return
+    spans, size = [], 0
+    for span in every:
+        if spans and size + span.size > PORTION:
+            yield spans
+            spans, size = [], 0
+        if span.size > PORTION and span.name.lower().endswith(".jsonl"):
+            for part in parts_of(files.root / span.name, PORTION):
+                yield [replace(span, part=(part.begin, part.end, part.lines))]
+        else:
+            spans.append(span)
+            size += span.size
+    if spans:
+        yield spans
+
+
+def _index(folder: epath.Path, count: int, tokenizer: Tokenizer, columns: Columns) -> dict[str, Any]:
+    """Fills the columns of TABLE and PLACES from those of all shards."""
+    tokens = lost = 0
+    every: list[dict[str, Any]] = []
+    lengths = {limit: [0, 0] for limit in (*LENGTHS, 0)}
+    shards: list[dict[str, Any]] = []
+    for name, dtype in {**TABLE, **PLACES}.items():
+        columns.append(name, np.empty(0, dtype))
+    for number in range(count):
+        shard = read_entry(folder, shard_key(number))
+        if not shard.facts["documents"]:
+            continue
+        every.append(shard.facts)
+        shards.append({"number": number, **read_index(folder, shard_key(number))["columns"]["tokens"]})
+        size = len(shard.columns["tokens"])
+        _count_lengths(np.diff(shard["starts"], append=size), lengths)
+        before = {"starts": tokens, "pieces": tokens, "lossy": tokens, "lossy_ends": lost}
+        for name in (*TABLE, *PLACES):
+            for part in parts(len(shard.columns[name])):
+                values = shard.columns[name][part]
+                columns.append(name, values + before[name] if name in before else values)
+        tokens, lost = tokens + size, lost + len(shard.columns["lossy_text"])
+    if not every:
+        raise ValueError(f"there are no documents with text to prepare into {folder}")
+    total = {key: sum(facts[key] for facts in every) for key in ("documents", "bytes", "characters")}
+    ends = {"least": min(facts["least"] for facts in every), "most": max(facts["most"] for facts in every)}
+    content = checksum(json.dumps([facts["content"] for facts in every]).encode())
+    told = {"tokens": tokens, "lengths": [[limit, *counts] for limit, counts in lengths.items()], "shards": shards}
+    return {**total, **ends, "content": content, "tokenizer": tokenizer.fingerprint, **told}
+
+
+def _count_lengths(sizes_D: np.ndarray, lengths: dict[int, list[int]]) -> None:
+    """Adds documents and their tokens to the count of their length; 0 stands for all that are longer."""
+    least = 0
+    for limit, counts in lengths.items():
+        here = (sizes_D > least) & ((sizes_D <= limit) | (limit == 0))
+        counts[0] += int(here.sum())
+        counts[1] += int(sizes_D[here].sum())
+        least = limit
+
+
+# ---------------------------------------------------------------------------------------------------
+# Engines.
+
+
+def in_processes(count: int) -> Engine:
+    """An engine of so many processes of this machine, each on one core."""
+
+    def engine(job: Job, portions: Sequence[Portion]) -> Iterator[int]:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(count, len(portions)), context, _begin_worker) as pool:
+            try:
+                futures = [pool.submit(make_shard, job, number, portion) for number, portion in enumerate(portions)]
+                for future in as_completed(futures):
+                    yield future.result()
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    "a process was killed while it made a shard, perhaps for its memory: the same command goes on, if "
+                    "need be with fewer --processes"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    return engine
+
+
+def _begin_worker() -> None:
+    """Each process has a core; none outlives the one that started it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
