@@ -14,7 +14,7 @@ from ling_jax.cli import config_names, named_config, program, run_main
 from ling_jax.config import DataConfig, DataSource
 from ling_jax.config.text import columns
 from ling_jax.data.pipeline import train_tokenizer
-from ling_jax.data.prepare import in_processes, prepare
+from ling_jax.data.prepare import in_processes, on_ray, prepare
 from ling_jax.data.shards import PLAN, SUFFIX, TOKENIZER, Prepared
 from ling_jax.data.sources import read_corpus, source_names
 from ling_jax.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class PrepareCommand:
     processes: int = os.cpu_count() or 1
     """Processes of this machine."""
     engine: Literal["local", "ray"] = "local"
-    """ray: tasks on the Ray cluster that this machine belongs to, or one of its own; needs `pip install ray`."""
+    """ray: tasks on the Ray cluster that this machine belongs to, not --processes of it; needs `pip install ray`."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,7 +72,7 @@ def run_prepare(command: PrepareCommand, vocab_size: int | None) -> None:
     names = source_names(data)
     if unfit := [name for name in names if "/" in name]:
         raise ValueError(f"sources {' and '.join(unfit)} are called alike: rename one's folder, or give a link to it")
-    engine = in_processes(command.processes)
+    engine = on_ray if command.engine == "ray" else in_processes(command.processes)
     with OneWriter(target):
         folders = [target / f"{name}{SUFFIX}" for name in names]
         tokenizer = _tokenizer(command, str(folders[0]), vocab_size)

@@ -6,6 +6,7 @@ may make it, twice even, and a preparation that was killed goes on with the shar
 """
 
 import functools
+import importlib
 import itertools
 import json
 import logging
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 PORTION = 128 << 20  # bytes of files, packed or not, that make a shard
 LENGTHS = (512, 2048, 4096, 8192, 32768, 131072)  # tokens up to which documents are counted together
 WHOLE = (0, 0, 0)
+ONE_CORE = {"TOKENIZERS_PARALLELISM": "false"}  # of a process that makes shards
+RETRIES = 20  # of a shard on a cluster whose workers die
 
 
 @dataclass(frozen=True)
@@ -299,9 +302,30 @@ def in_processes(count: int) -> Engine:
     return engine
 
 
+def on_ray(job: Job, portions: Sequence[Portion]) -> Iterator[int]:
+    """The engine of a Ray cluster: the one that this machine belongs to, else one of this machine alone. Another worker
+    makes the shard of one that dies; all of them see the text and the folder at the same paths."""
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError:
+        raise ValueError('--engine ray needs Ray: pip install "ling-jax[ray]"') from None
+    ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": ONE_CORE})
+    task = ray.remote(max_retries=RETRIES)(make_shard)
+    waiting = [task.remote(job, number, portion) for number, portion in enumerate(portions)]
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            yield from ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        for one in waiting:
+            ray.cancel(one, force=True)
+
+
 def _begin_worker() -> None:
     """Each process has a core; none outlives the one that started it."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.update(ONE_CORE)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
