@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,11 @@ from etils import epath
 from ling_jax.config import DataSource
 from ling_jax.data.built_in import BUILT_IN, read_built_in
 from ling_jax.data.packing import LAYOUT, tokenize
-from ling_jax.data.reading import Document, Listing, Part, few, parts_of, read_file, stamp
+from ling_jax.data.reading import Document, LineRange, Listing, few, line_ranges, read_file, stamp
 from ling_jax.data.remote import openers
 from ling_jax.data.shards import DOCUMENTS, PLACES, PLAN, TABLE, TOKENIZER, Prepared, shard_key
 from ling_jax.data.store import Columns, keep, parts, read_entry, read_index
-from ling_jax.data.survey import SETTLED, list_source, tabulate, with_text
+from ling_jax.data.survey import FORMAT, SETTLED, list_source, tabulate, with_text
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import paths
 from ling_jax.files.progress import ByteProgress
@@ -40,38 +40,37 @@ log = logging.getLogger(__name__)
 
 PORTION = 128 << 20  # bytes of files, packed or not, that make a shard
 LENGTHS = (512, 2048, 4096, 8192, 32768, 131072)  # tokens up to which documents are counted together
-WHOLE = (0, 0, 0)
 ONE_CORE = {"TOKENIZERS_PARALLELISM": "false"}  # of a process that makes shards
 RETRIES = 20  # of a shard on a cluster whose workers die
 
 
 @dataclass(frozen=True)
-class Span:
-    """A file below a source's root, or a part of it.
+class FilePart:
+    """A file below a source's root, or some lines of it.
 
     Attributes:
       stamp: see `Listing`; it begins with the file's bytes.
-      part: the fields of a `Part`; WHOLE for all of the file.
+      lines: None for all of the file.
     """
 
     name: str
     stamp: str
-    part: tuple[int, int, int] = WHOLE
+    lines: LineRange | None = None
 
     @property
     def size(self) -> int:
-        return self.part[1] - self.part[0] or self.file_size
+        return self.file_size if self.lines is None else self.lines.end - self.lines.begin
 
     @property
     def file_size(self) -> int:
         return int(self.stamp.split()[0])
 
 
-Portion = list[Span]
+Portion = list[FilePart]
 
 
 @dataclass(frozen=True)
-class Job:
+class Preparation:
     """All that a shard depends on besides its portion.
 
     Attributes:
@@ -86,14 +85,15 @@ class Job:
     root: str
 
 
-Engine = Callable[[Job, Sequence[Portion]], Iterator[int]]  # makes all shards; yields the number of each that is made
+# Makes all shards that are not there, and yields the number of each that is.
+ShardEngine = Callable[[Preparation, Sequence[Portion]], Iterator[int]]
 
 
 # ---------------------------------------------------------------------------------------------------
 # One shard.
 
 
-def make_shard(job: Job, number: int, portion: Portion) -> int:
+def make_shard(job: Preparation, number: int, portion: Portion) -> int:
     """Makes a shard, unless it is there whole; returns its number.
 
     Its columns are those of a source's table, `tokens`, and PLACES, as if the shard were the whole source.
@@ -132,24 +132,23 @@ def _tokenizer(folder: str) -> Tokenizer:
     return Tokenizer.load(str(paths.at(folder) / TOKENIZER))
 
 
-def _read(job: Job, portion: Portion) -> Iterator[Document]:
-    root, names = paths.at(job.root), [span.name for span in portion]
+def _read(job: Preparation, portion: Portion) -> Iterator[Document]:
+    root, names = paths.at(job.root), [part.name for part in portion]
     if job.source.path in BUILT_IN:
         yield from read_built_in(job.source.path, Listing(root, names, [], 0.0, []))
         return
     remote = paths.is_bucket(root)
-    begun = openers(root, names, [span.file_size for span in portion]) if remote else itertools.repeat(None)
-    for span, opener in zip(portion, begun, strict=False):
-        part = None if span.part == WHOLE else Part(*span.part)
-        yield from read_file(root / span.name, span.name, job.name, job.source, opener, part)
+    begun = openers(root, names, [part.file_size for part in portion]) if remote else itertools.repeat(None)
+    for part, opener in zip(portion, begun, strict=False):
+        yield from read_file(root / part.name, part.name, job.name, job.source, opener, part.lines)
 
 
-def _check_stamps(job: Job, portion: Portion) -> None:
+def _check_stamps(job: Preparation, portion: Portion) -> None:
     root = paths.at(job.root)
-    for span in portion:
-        file = root / span.name
+    for part in portion:
+        file = root / part.name
         found = paths.entry(file).stamp if paths.is_bucket(file) else (stamp(file) or ("", 0.0))[0]
-        if found != span.stamp:
+        if found != part.stamp:
             raise _changed([str(file)], job.folder)
 
 
@@ -164,7 +163,7 @@ def _changed(files: list[str], folder: str) -> ValueError:
 # All of them.
 
 
-def prepare(name: str, source: DataSource, folder: epath.Path, tokenizer: Tokenizer, engine: Engine) -> Prepared:
+def prepare(name: str, source: DataSource, folder: epath.Path, tokenizer: Tokenizer, engine: ShardEngine) -> Prepared:
     """Makes all shards of a source that are not there whole, then the index.
 
     Args:
@@ -177,34 +176,36 @@ def prepare(name: str, source: DataSource, folder: epath.Path, tokenizer: Tokeni
     """
     files = list_source(name, source)
     time.sleep(max(0.0, min(SETTLED, SETTLED - (time.time() - files.newest))))
-    job = Job(os.fspath(folder), name, source, os.fspath(files.root))
+    job = Preparation(os.fspath(folder), name, source, os.fspath(files.root))
     folder.mkdir(parents=True, exist_ok=True)
     portions = _plan(job, files, tokenizer)
     tokenizer.save(str(folder / TOKENIZER))
-    with ByteProgress(sum(span.size for portion in portions for span in portion)) as progress:
+    with ByteProgress(sum(part.size for portion in portions for part in portion)) as progress:
         for number in engine(job, portions):
-            progress.advance(sum(span.size for span in portions[number]))
+            progress.advance(sum(part.size for part in portions[number]))
     keep(folder, DOCUMENTS, f"{name}: the index", lambda columns: _index(folder, len(portions), tokenizer, columns))
     return Prepared(folder)
 
 
-def _plan(job: Job, files: Listing, tokenizer: Tokenizer) -> list[Portion]:
+def _plan(job: Preparation, files: Listing, tokenizer: Tokenizer) -> list[Portion]:
     """The portions; those of an earlier preparation into this folder, if there was one."""
     file = paths.at(job.folder) / PLAN
     settings = {
-        "format": LAYOUT,
+        "format": f"{FORMAT}, {LAYOUT}",
         "tokenizer": tokenizer.fingerprint,
-        "path": job.source.path,
         "text_field": job.source.text_field,
     }
     if not file.exists():
         portions = list(_portions(job, files))
-        spans = [[[span.name, span.stamp, *span.part] for span in portion] for portion in portions]
-        paths.write_whole(file, json.dumps(sealed({"settings": settings, "portions": spans})))
+        told = [[astuple(part) for part in portion] for portion in portions]
+        paths.write_whole(file, json.dumps(sealed({"settings": settings, "portions": told})))
         return portions
     plan = read_sealed(file)
-    portions = [[Span(name, mark, tuple(part)) for name, mark, *part in spans] for spans in plan["portions"]]
-    begun, now = {s.name: s.stamp for p in portions for s in p}, dict(zip(files.names, files.stamps, strict=True))
+    portions = [
+        [FilePart(name, mark, lines and LineRange(*lines)) for name, mark, lines in told] for told in plan["portions"]
+    ]
+    begun = {part.name: part.stamp for portion in portions for part in portion}
+    now = dict(zip(files.names, files.stamps, strict=True))
     if changed := sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name)):
         raise _changed([str(files.root / name) for name in changed], job.folder)
     if told := [f"{key}: {old} -> {settings[key]}" for key, old in plan["settings"].items() if old != settings[key]]:
@@ -215,25 +216,24 @@ def _plan(job: Job, files: Listing, tokenizer: Tokenizer) -> list[Portion]:
     return portions
 
 
-def _portions(job: Job, files: Listing) -> Iterator[Portion]:
+def _portions(job: Preparation, files: Listing) -> Iterator[Portion]:
     """All files in their order, in runs of about PORTION bytes; a built-in corpus is one of them."""
-    every = [Span(name, mark) for name, mark in zip(files.names, files.stamps, strict=True)]
+    every = [FilePart(name, mark) for name, mark in zip(files.names, files.stamps, strict=True)]
     if job.source.path in BUILT_IN:
         yield every
         return
-    spans, size = [], 0
-    for span in every:
-        if spans and size + span.size > PORTION:
-            yield spans
-            spans, size = [], 0
-        if span.size > PORTION and span.name.lower().endswith(".jsonl"):
-            for part in parts_of(files.root / span.name, PORTION):
-                yield [replace(span, part=(part.begin, part.end, part.lines))]
+    portion, size = [], 0
+    for part in every:
+        if portion and size + part.size > PORTION:
+            yield portion
+            portion, size = [], 0
+        if part.size > PORTION and part.name.lower().endswith(".jsonl"):
+            yield from ([replace(part, lines=lines)] for lines in line_ranges(files.root / part.name, PORTION))
         else:
-            spans.append(span)
-            size += span.size
-    if spans:
-        yield spans
+            portion.append(part)
+            size += part.size
+    if portion:
+        yield portion
 
 
 def _index(folder: epath.Path, count: int, tokenizer: Tokenizer, columns: Columns) -> dict[str, Any]:
@@ -281,10 +281,10 @@ def _count_lengths(sizes_D: np.ndarray, lengths: dict[int, list[int]]) -> None:
 # Engines.
 
 
-def in_processes(count: int) -> Engine:
+def in_processes(count: int) -> ShardEngine:
     """An engine of so many processes of this machine, each on one core."""
 
-    def engine(job: Job, portions: Sequence[Portion]) -> Iterator[int]:
+    def engine(job: Preparation, portions: Sequence[Portion]) -> Iterator[int]:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(count, len(portions)), context, _begin_worker) as pool:
             try:
@@ -302,7 +302,7 @@ def in_processes(count: int) -> Engine:
     return engine
 
 
-def on_ray(job: Job, portions: Sequence[Portion]) -> Iterator[int]:
+def on_ray(job: Preparation, portions: Sequence[Portion]) -> Iterator[int]:
     """The engine of a Ray cluster: the one that this machine belongs to, else one of this machine alone. Another worker
     makes the shard of one that dies; all of them see the text and the folder at the same paths."""
     try:

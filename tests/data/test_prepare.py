@@ -22,7 +22,7 @@ from ling_jax import runner
 from ling_jax.config import DataConfig, DataSource
 from ling_jax.data import packing, prepare, reading, sources
 from ling_jax.data.pipeline import Data, open_data, train_batches
-from ling_jax.data.prepare import Job, Portion, in_processes, make_shard
+from ling_jax.data.prepare import Portion, Preparation, in_processes, make_shard
 from ling_jax.data.shards import SUFFIX
 from ling_jax.data.sources import source_names
 from ling_jax.data.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ prepare.prepare("text", DataSource(path=source), epath.Path(folder), tokenizer, 
 """
 
 
-def here(job: Job, portions: Sequence[Portion]) -> Iterator[int]:
+def here(job: Preparation, portions: Sequence[Portion]) -> Iterator[int]:
     """An engine of this process, which makes the last shard first."""
     return (make_shard(job, number, portion) for number, portion in reversed(list(enumerate(portions))))
 

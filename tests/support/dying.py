@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ling_jax.data import store
-from ling_jax.data.prepare import Job, Portion, make_shard
+from ling_jax.data.prepare import Portion, Preparation, make_shard
 
 
-def dies_once(job: Job, number: int, portion: Portion) -> int:
+def dies_once(job: Preparation, number: int, portion: Portion) -> int:
     """`make_shard` by a process that is killed in the middle of the third shard."""
     killed = Path(job.folder).parent / "killed"
     if number == 2 and not killed.exists():
