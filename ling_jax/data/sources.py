@@ -43,6 +43,7 @@ class Training:
       limit: characters of the only document, where it alone is more than `data.max_bytes`.
       bytes: of all their texts, in UTF-8.
       digest: follows from their texts and origins.
+      table: the same, and is equal whether they are read from text or were prepared.
     """
 
     source: Source
@@ -51,6 +52,7 @@ class Training:
     count: int
     bytes: int
     digest: str
+    table: str
 
     def __len__(self) -> int:
         return self.count
@@ -90,6 +92,7 @@ class Corpus:
                 "documents": len(train),
                 "bytes": train.bytes,
                 "checksum": train.digest,
+                "table": train.table,
                 "heldout": checksum("\0".join(document.text for document in self.heldout[name]).encode()),
             }
             for name, train in self.train.items()
@@ -136,7 +139,7 @@ def read_corpus(config: DataConfig, cache: paths.Path | None = None) -> Corpus:
     limits = [config.holdout_fraction, config.holdout_max_bytes, config.max_bytes, config.seed]
     what = f"{', '.join(source.name for source in sources)}: choosing what to hold out"
     chosen = keep(
-        cache, key_of("corpus", facts, limits), what, lambda columns: _choose(sources, config, cache, columns)
+        cache, key_of("corpus 2", facts, limits), what, lambda columns: _choose(sources, config, cache, columns)
     )
     heldout: dict[str, list[Document]] = {source.name: [] for source in sources}
     for line in chosen["heldout"].tobytes().splitlines():
@@ -183,7 +186,9 @@ def _choose(sources: Sequence[Source], config: DataConfig, cache: paths.Path, co
         columns.append(f"train{i}", train[i].view(np.uint8))
         count, total = int(train[i].sum()), _bytes(table, train[i])
         digest = checksum(json.dumps([table.facts["content"], limit, checksum(train[i])]).encode())
-        facts.append({"count": count, "bytes": min(total, limit or total), "limit": limit, "digest": digest})
+        size = min(total, limit or total)
+        told = {"digest": digest, "table": _digest(table, train[i], limit)}
+        facts.append({"count": count, "bytes": size, "limit": limit, **told})
     picks, longest = _ranked_sample(tables, train, config.seed, cache)
     for name in ("heldout", "sample"):
         columns.append(name, np.empty(0, np.uint8))
@@ -197,6 +202,16 @@ def _choose(sources: Sequence[Source], config: DataConfig, cache: paths.Path, co
                 [short] = whole([document], min(longest, facts[i]["limit"] or longest))
                 columns.append("sample", _line([picks[i][index], short.text]))
     return {"train": facts}
+
+
+def _digest(table: Kept, chosen_D: np.ndarray, limit: int | None) -> str:
+    """A checksum of what the table says of the texts and origins of some documents."""
+    sums = [
+        checksum(np.ascontiguousarray(table[name][part][chosen_D[part]]))
+        for part in parts(len(chosen_D))
+        for name in ("share", "high", "low", "bytes")
+    ]
+    return checksum(json.dumps([limit, *sums]).encode())
 
 
 def _line(value: list[Any]) -> np.ndarray:

@@ -21,7 +21,7 @@ import tokenizers
 from ling_jax import runner
 from ling_jax.config import DataConfig, DataSource
 from ling_jax.data import packing, prepare, reading, sources
-from ling_jax.data.pipeline import Data, open_data, train_batches
+from ling_jax.data.pipeline import Data, Earlier, open_data, train_batches
 from ling_jax.data.prepare import Portion, Preparation, in_processes, make_shard
 from ling_jax.data.shards import SUFFIX
 from ling_jax.data.sources import source_names
@@ -109,7 +109,7 @@ def assert_equal_data(one: Data, other: Data, config: DataConfig) -> None:
     for name, documents in one.heldout.items():
         assert [d.text for d in documents] == [d.text for d in other.heldout[name]] != []
         facts, others = one.facts[name], other.facts[name]
-        assert all(facts[key] == others[key] for key in ("documents", "bytes", "heldout"))
+        assert all(facts[key] == others[key] for key in ("documents", "bytes", "table", "heldout"))
     assert list(one.training_sample()) == list(other.training_sample())
     for name, rows in one.rows.items():
         assert len(rows) == len(other.rows[name])
@@ -140,6 +140,17 @@ def test_prepared_text_gives_the_rows_of_the_text(config, tmp_path, monkeypatch,
     shards = len(list((tmp_path / "ready").glob("*/shard-*.json")))
     assert shards >= 8 and source_names(ready) == ["a", "b"]
     assert_equal_data(text, opened(ready, tmp_path / "other"), config)
+
+
+def test_a_run_that_began_on_text_goes_on_with_prepared_text_and_not_with_other(config, tmp_path):
+    begun = opened(config, tmp_path)
+    earlier = Earlier(config, {"next_step": 3, "next_row": 18, "text": json.loads(json.dumps(begun.facts))})
+    ready = prepared(config, tmp_path / "ready")
+    assert open_data(ready, 400, str(tmp_path / "run"), None, earlier).start_row == 18
+    assert open_data(config, 400, str(tmp_path / "run"), None, earlier._replace(config=ready)).start_row == 18
+    write_lines(Path(config.sources[0].path) / "4.jsonl", records(random.Random(7), 9))
+    with pytest.raises(ValueError, match="text of data source 'a' is not the one that the run has read"):
+        open_data(prepared(config, tmp_path / "other"), 400, str(tmp_path / "run"), None, earlier)
 
 
 def test_prepared_and_other_text_go_together_and_equal_documents_of_both_stay_once(config, tmp_path):
