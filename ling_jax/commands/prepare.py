@@ -36,11 +36,11 @@ class PrepareCommand:
 
 
 def main(argv: Sequence[str]) -> int:
-    prog = program("python -m ling_jax.data")
-    if len(argv) < 2 or argv[0] != "prepare" or argv[1].startswith("-"):
-        print(f"usage: {prog} prepare NAME|DIR --target DIR [--flags]   (NAME: {', '.join(config_names())}; DIR: text)")
-        return 0 if set(argv) & {"-h", "--help"} else 2
-    wanted, vocab_size = argv[1], None
+    prog = program("python -m ling_jax.data prepare")
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: {prog} NAME|DIR --target DIR [--flags]   (NAME: {', '.join(config_names())}; DIR: text)")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    wanted, vocab_size = argv[0], None
     if wanted in config_names() or wanted.endswith(".py"):
         config = named_config(wanted)
         data, vocab_size = config.data, config.model.vocab_size
@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
     command = tyro.cli(
         PrepareCommand,
         default=PrepareCommand(target=tyro.MISSING, data=data),
-        args=list(argv[2:]),
-        prog=f"{prog} prepare {wanted}",
+        args=list(argv[1:]),
+        prog=f"{prog} {wanted}",
         description=__doc__,
     )
     run_prepare(command, vocab_size)

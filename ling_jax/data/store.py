@@ -177,7 +177,9 @@ def keep(folder: paths.Path, key: str, what: str, build: Callable[[Columns], dic
         except OSError as error:
             if error.filename is not None and not str(error.filename).startswith(str(room)):
                 raise  # a file of the corpus
-            other = "name another folder with " + ("--data.cache-dir" if str(room) == str(folder) else "XDG_CACHE_HOME")
+            other = "name another folder with " + (
+                "--data.cache-dir (of a preparation: --target)" if str(room) == str(folder) else "XDG_CACHE_HOME"
+            )
             raise ValueError(
                 f"{what} failed: {room} does not take it ({error.strerror or error}); make room there, or {other}, and "
                 "run the same command again"

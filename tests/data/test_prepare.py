@@ -224,18 +224,18 @@ def test_after_a_kill_no_shard_is_half_and_the_same_command_goes_on(config, tmp_
 
 def test_the_command_prepares_all_sources_once_and_says_how_to_train_on_them(config, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "PORTION", 2500)
-    args = ["prepare", str(tmp_path / "text" / "a"), "--target", tmp_path / "t", "--processes", 1]
-    assert "give --data.tokenizer" in call("data", *args, code=2)[1]
+    args = [str(tmp_path / "text" / "a"), "--target", tmp_path / "t", "--processes", 1]
+    assert "give --data.tokenizer" in call("prepare", *args, code=2)[1]
     args += ["--data.tokenizer", config.tokenizer]
-    out, _ = call("data", *args)
+    out, _ = call("prepare", *args)
     assert f"--data.sources.0.path {tmp_path / 't' / 'a.prepared'}" in out and "tokens of a document" in out
     assert shards(tmp_path / "t" / "a.prepared") == shards(Path(prepared(config, tmp_path / "here").sources[0].path))
     with pytest.raises(ValueError, match=r"holds prepared sources: give each of them, .*a\.prepared"):
         opened(replace(config, sources=(DataSource(path=str(tmp_path / "t")),)), tmp_path)
     with OneWriter(prepare.paths.at(tmp_path / "t")):
-        assert "is in use: process" in call("data", *args, code=2)[1]
+        assert "is in use: process" in call("prepare", *args, code=2)[1]
     write_lines(tmp_path / "text" / "a" / "2.jsonl", records(random.Random(3), 4))
-    error = call("data", *args, code=2)[1]
+    error = call("prepare", *args, code=2)[1]
     assert f"{tmp_path / 'text' / 'a' / '2.jsonl'}: changed, added or removed since" in error
 
 
@@ -282,7 +282,7 @@ def test_a_run_on_prepared_text_is_the_run_on_the_text(tmp_path, monkeypatch):
     text = train_args(tmp_path, "text", **changes)
     call("train.py", *text)
     own = tmp_path / "runs" / "text" / "tokenizer"
-    call("data", "prepare", tmp_path / "text", "--target", tmp_path, "--data.tokenizer", own, "--processes", 1)
+    call("prepare", tmp_path / "text", "--target", tmp_path, "--data.tokenizer", own, "--processes", 1)
     shutil.rmtree(tmp_path / "text")
     (tmp_path / "text").mkdir()  # nor are there any files left
     ready = {"data__sources__0__path": tmp_path / f"text{SUFFIX}", "data__cache_dir": tmp_path / "other"}
@@ -305,6 +305,17 @@ def test_the_same_shards_on_a_ray_cluster_of_two_workers_with_one_killed(config,
         ray.shutdown()
     killed = int((tmp_path / "there" / "killed").read_text())
     assert killed != os.getpid() and not Path(f"/proc/{killed}").exists()
+
+
+def test_a_process_that_is_killed_is_one_line_and_the_same_command_goes_on(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PORTION", 2500)
+    monkeypatch.setattr(reading, "BLOCK", 1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "make_shard", dies_once)
+        with pytest.raises(ValueError, match="a process was killed while it made a shard.*the same command goes on"):
+            prepared(config, tmp_path / "there", in_processes(1))
+    folders = [Path(prepared(config, tmp_path / name).sources[0].path) for name in ("there", "here")]
+    assert shards(folders[0]) == shards(folders[1]) and (tmp_path / "there" / "killed").exists()
 
 
 def test_processes_of_this_machine_make_the_same_shards_and_tell_what_is_wrong_with_a_file(config, tmp_path):

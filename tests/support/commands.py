@@ -15,7 +15,7 @@ MAINS = {
     "sample.py": sample.main,
     "convert.py": convert.main,
     "evaluate": evaluate.main,
-    "data": prepare.main,
+    "prepare": prepare.main,
 }
 
 
