@@ -61,7 +61,7 @@ class _Source:
 
     def __init__(self, name: str, rows: Rows, block: int, seed: int, max_epochs: float | None):
         self.name, self.block = name, block
-        self.last = max(len(rows.stream.tokens_S) - 1, 1)  # the stream's last token has no successor to predict
+        self.last = max(len(rows.stream) - 1, 1)  # the stream's last token has no successor to predict
         self.blocks = -(-self.last // block)
         self.limit = None if max_epochs is None else round(max_epochs * self.blocks) * block
         # grain seeds epoch e with seed + e, so neighbouring seeds would share orders: ours are hashes.

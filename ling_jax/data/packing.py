@@ -9,7 +9,7 @@ Legend: T tokens per row, S tokens of a stream, D documents.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ import numpy as np
 
 from ling_jax.data.reading import Document
 from ling_jax.data.remote import Column
+from ling_jax.data.shards import Prepared, Tokens
 from ling_jax.data.sources import Training
-from ling_jax.data.store import Columns, keep, stable_order
+from ling_jax.data.store import Columns, keep, parts, stable_order
 from ling_jax.data.survey import key_of
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import paths
+from ling_jax.files.whole import checksum
 
 IGNORE = -100  # the target of a position that has none
 ROW = ("tokens", "targets", "positions", "segment_ids")  # the arrays of a row
@@ -38,16 +40,22 @@ class Stream:
     """Documents one after the other.
 
     Attributes:
-      tokens_S: uint16 or uint32, in the order of the files; in a bucket a document is a request.
+      tokens_S: uint16 or uint32, in the order of the files; in a bucket a document is a request. Shards may hold
+        tokens besides that are not the stream's.
       starts_D: int64, where each document begins in the stream, in the stream's order; ascending, the first is 0.
       places_D: int64, where it begins in tokens_S; None: at the same place.
       checksum: follows from tokens_S and the documents' lengths.
+      length: of the stream, in tokens; None: as many as tokens_S.
     """
 
-    tokens_S: np.ndarray | Column
+    tokens_S: np.ndarray | Column | Tokens
     starts_D: np.ndarray
     places_D: np.ndarray | None = None
     checksum: str = ""
+    length: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens_S) if self.length is None else self.length
 
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, cuts): int32 tokens begin .. end-1 of the stream, and the places in them where a document begins, the
@@ -56,7 +64,7 @@ class Stream:
 
     def start(self, begin: int, end: int) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
         """Begins to `read`; the call gives what that does."""
-        end = min(end, len(self.tokens_S))
+        end = min(end, len(self))
         first, last = np.searchsorted(self.starts_D, (begin + 1, end))
         cuts = np.concatenate(([0], self.starts_D[first:last] - begin))
         if self.places_D is None:
@@ -68,8 +76,8 @@ class Stream:
         return lambda: (np.concatenate([piece() for piece in pieces]).astype(np.int32), cuts)
 
 
-def _start(tokens_S: np.ndarray | Column, begin: int, end: int) -> Callable[[], np.ndarray]:
-    return tokens_S.start(begin, end) if isinstance(tokens_S, Column) else lambda: tokens_S[begin:end]
+def _start(tokens_S: np.ndarray | Column | Tokens, begin: int, end: int) -> Callable[[], np.ndarray]:
+    return (lambda: tokens_S[begin:end]) if isinstance(tokens_S, np.ndarray) else tokens_S.start(begin, end)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Rows:
 
     def __len__(self) -> int:
         # The stream's last token has no successor, so it needs no row of its own.
-        return max(1, -(-(len(self.stream.tokens_S) - 1) // self.sequence_length))
+        return max(1, -(-(len(self.stream) - 1) // self.sequence_length))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """tokens, targets, positions, segment_ids: int32 [T].
@@ -122,28 +130,60 @@ def build_stream(documents: Training, tokenizer: Tokenizer, name: str, seed: int
     """Tokenizes a source's documents, or finds that an earlier run did in `cache`, and puts them in a seeded order.
 
     Tokens lie in the order of the files, whatever the seed; the order is an entry of its own. Entries follow from the
-    texts and the tokenizer; a killed run leaves none that is not whole.
+    texts and the tokenizer; a killed run leaves none that is not whole. Tokens of a prepared source stay in its shards.
     """
-    key = key_of("tokens", LAYOUT, documents.digest, tokenizer.prefix_ids, tokenizer.to_json())
-    what = f"{name}: tokenizing {len(documents)} documents"
-    tokens = keep(cache, key, what, lambda columns: _tokenize(documents, tokenizer, columns))
+    prepared = documents.prepared
+    if prepared is None:
+        key = key_of("tokens", LAYOUT, documents.digest, tokenizer.prefix_ids, tokenizer.to_json())
+        what = f"{name}: tokenizing {len(documents)} documents"
+        tokens = keep(cache, key, what, lambda columns: tokenize(documents.blocks(), tokenizer, columns))
+        tokens_S, total, mark = tokens.columns["tokens"], len(tokens.columns["tokens"]), tokens.checksum
+    else:
+        key = key_of("places", prepared.checksum, documents.digest)
+        what = f"{name}: finding {len(documents)} documents"
+        tokens = keep(cache, key, what, lambda columns: _find(documents.kept_D, prepared, columns))
+        tokens_S, total = prepared.tokens, tokens.facts["tokens"]
+        mark = checksum(f"{prepared.checksum} {tokens.checksum}".encode())
 
     def put_in_order(columns: Columns) -> dict[str, Any]:
-        starts_D, total, at = tokens["starts"], len(tokens.columns["tokens"]), 0
+        starts_D, at = tokens["starts"], 0
+        places_D = starts_D if prepared is None else tokens["places"]
         for numbers in stable_order(len(starts_D), seed, f"documents of {name}", cache):
             ends = np.where(numbers + 1 < len(starts_D), starts_D[np.minimum(numbers + 1, len(starts_D) - 1)], total)
             after = at + np.cumsum(ends - starts_D[numbers])
             columns.append("starts", np.concatenate(([at], after[:-1])))
-            columns.append("places", starts_D[numbers])
+            columns.append("places", places_D[numbers])
             at = int(after[-1])
         return {}
 
-    order = keep(cache, key_of("order", tokens.checksum, seed, name), f"{name}: shuffling", put_in_order)
-    return Stream(tokens.columns["tokens"], order["starts"], order["places"], tokens.checksum)
+    order = keep(cache, key_of("order", mark, seed, name), f"{name}: shuffling", put_in_order)
+    return Stream(tokens_S, order["starts"], order["places"], mark, total)
 
 
-def _tokenize(documents: Training, tokenizer: Tokenizer, columns: Columns) -> dict[str, Any]:
-    """Fills the columns `tokens` (uint16 or uint32) and `starts` (int64), in the order of the files."""
+def _find(kept_D: np.ndarray | Column, prepared: Prepared, columns: Columns) -> dict[str, Any]:
+    """Fills the columns `places` and `starts` (int64): where each document of a stream is in the shards, and where it
+    would be if only those of the stream were there."""
+    at = 0
+    for part in parts(len(kept_D)):
+        begins, ends = prepared.spans(part.start + np.flatnonzero(kept_D[part]))
+        after = at + np.cumsum(ends - begins)
+        columns.append("places", begins)
+        columns.append("starts", after - (ends - begins))
+        at = int(after[-1]) if len(after) else at
+    return {"tokens": at}
+
+
+Note = Callable[[str, Sequence[int], int, bool], None]
+
+
+def tokenize(
+    blocks: Iterable[Document], tokenizer: Tokenizer, columns: Columns, note: Note | None = None
+) -> dict[str, Any]:
+    """Fills the columns `tokens` (uint16 or uint32) and `starts` (int64), in the order of the files.
+
+    Args:
+      note: is given each piece of text, its ids, where they begin in the tokens, and whether a document begins there.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     texts: list[str] = []
     ends: list[bool] = []
@@ -152,7 +192,9 @@ def _tokenize(documents: Training, tokenizer: Tokenizer, columns: Columns) -> di
     def write() -> None:
         nonlocal total, begins
         pieces, starts = [], []
-        for ids, end in zip(tokenizer.encode_batch(texts), ends, strict=True):
+        for text, ids, end in zip(texts, tokenizer.encode_batch(texts), ends, strict=True):
+            if note is not None:
+                note(text, ids, total, begins)
             if begins:
                 starts.append(total)
             prefix, suffix = tokenizer.prefix_ids * begins, [tokenizer.eod_id] * end
@@ -164,7 +206,7 @@ def _tokenize(documents: Training, tokenizer: Tokenizer, columns: Columns) -> di
         ends.clear()
 
     waiting = 0
-    for text, end in pieces_of(documents.blocks(), tokenizer):
+    for text, end in pieces_of(blocks, tokenizer):
         texts.append(text)
         ends.append(end)
         waiting += len(text)

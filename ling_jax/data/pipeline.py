@@ -107,7 +107,7 @@ def open_data(
     for name, train in corpus.train.items():
         stream = build_stream(train, tokenizer, name, config.seed, cache)
         rows[name] = Rows(stream, config.sequence_length)
-        count = len(stream.tokens_S)
+        count = len(stream)
         log.info("%s: %d tokens in %d rows, %.2f bytes per token",
                  name, count, len(rows[name]), train.bytes / count)  # fmt: skip
     known = {} if earlier is None else earlier.state.get("text", {})
@@ -117,12 +117,14 @@ def open_data(
 def _open_tokenizer(
     config: DataConfig, corpus: Corpus, vocab_size: int, tokenizer_dir: str, trained_with: str | None
 ) -> Tokenizer:
-    """The tokenizer of the config, else the one saved by this run, else a new one; saved in `tokenizer_dir`."""
+    """The tokenizer of the config, else the one saved by this run, else that of prepared text, else a new one; saved
+    in `tokenizer_dir`."""
     saved = None
     if (paths.at(tokenizer_dir) / "tokenizer.json").exists():
         saved = Tokenizer.load(tokenizer_dir)
         saved.check_fits(vocab_size)
         _check_unchanged(saved, trained_with, tokenizer_dir)
+        _check_prepared(saved, corpus)
     if config.tokenizer is None and saved is not None:
         return saved
     if config.tokenizer is not None:
@@ -133,11 +135,26 @@ def _open_tokenizer(
                 f"data.tokenizer = {config.tokenizer!r} differs from the tokenizer this run began with, in "
                 f"{tokenizer_dir}; leave data.tokenizer unset, or start a new run"
             )
+    elif prepared := [train.source.prepared for train in corpus.train.values() if train.source.prepared is not None]:
+        tokenizer = prepared[0].tokenizer
+        tokenizer.check_fits(vocab_size)
     else:
-        tokenizer = Tokenizer.train((text for _, text in sorted(training_sample(corpus.chosen))), vocab_size)
+        tokenizer = train_tokenizer(corpus, vocab_size)
     _check_unchanged(tokenizer, trained_with, tokenizer_dir)
+    _check_prepared(tokenizer, corpus)
     tokenizer.save(tokenizer_dir)
     return tokenizer
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a run without one trains on its text."""
+    return Tokenizer.train((text for _, text in sorted(training_sample(corpus.chosen))), vocab_size)
+
+
+def _check_prepared(tokenizer: Tokenizer, corpus: Corpus) -> None:
+    for train in corpus.train.values():
+        if train.source.prepared is not None:
+            train.source.prepared.check(tokenizer)
 
 
 def _check_unchanged(tokenizer: Tokenizer, trained_with: str | None, tokenizer_dir: str) -> None:
@@ -194,8 +211,8 @@ def _check_text(
             _check_new(name, new, {n: old for n, old in known.items() if n not in facts})
             continue
         old = known[name]
-        if _identity(old) != _identity(new):
-            there, here = (f"{f['documents']} documents, {f['bytes']} bytes, {f['checksum']}" for f in (old, new))
+        if _identity(old, old) != _identity(new, old):
+            there, here = (", ".join(map(str, _identity(f, old))) for f in (old, new))
             raise ValueError(
                 f"the text of data source {name!r} is not the one that the run has read{why}: {there} in the "
                 f"checkpoint, {here} here; bring back files and settings as they were, or {ANEW}"
@@ -206,7 +223,7 @@ def _check_text(
 
 def _check_new(name: str, new: Mapping[str, Any], left: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses a source under a new name that is one of those which were `left` out."""
-    if same := [old for old, facts in left.items() if _identity(facts) == _identity(new)]:
+    if same := [old for old, facts in left.items() if _identity(facts, facts) == _identity(new, facts)]:
         raise ValueError(
             f"data source {name!r} is the text that the run has read as {same[0]!r}: its rows would come twice; a "
             "source is called as its file or folder is: give it the old name (a link will do)"
@@ -214,8 +231,11 @@ def _check_new(name: str, new: Mapping[str, Any], left: Mapping[str, Mapping[str
     log.info("%s: new to this run, read from its beginning", name)
 
 
-def _identity(facts: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(facts[key] for key in ("documents", "bytes", "checksum"))
+def _identity(facts: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, str, Any]:
+    """A text's identity, as far as the facts `saved` with a checkpoint go: those of older versions know only
+    text that is not prepared."""
+    mark = facts["table" if "table" in saved else "checksum"]
+    return f"{facts['documents']} documents", f"{facts['bytes']} bytes", mark
 
 
 def _before_places(config: DataConfig, rows: int) -> DataState:

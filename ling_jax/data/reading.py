@@ -188,17 +188,46 @@ def _is_text(relative: str) -> bool:
     return not (hidden or _format(name) is None or ABOUT.fullmatch(plain) or plain.lower() in INDICES)
 
 
+@dataclass(frozen=True)
+class LineRange:
+    """Lines of a .jsonl file that is not packed: bytes begin .. end - 1, and how many lines are `before` them."""
+
+    begin: int
+    end: int
+    before: int
+
+
+def line_ranges(file: epath.Path, size: int) -> Iterator[LineRange]:
+    """The lines of a .jsonl file that is not packed, in ranges of about `size` bytes."""
+    begin = before = at = count = 0
+    with paths.open_to_read(file) as stream:
+        while block := stream.read(BLOCK):
+            cut = at + block.rfind(b"\n") + 1
+            at, count = at + len(block), count + block.count(b"\n")
+            if at - begin >= size and cut > at - len(block):
+                yield LineRange(begin, cut, before)
+                begin, before = cut, count
+    if begin < at:
+        yield LineRange(begin, at, before)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Formats.
 
 
 def read_file(
-    file: epath.Path, relative: str, name: str, source: DataSource, opener: Callable[[], IO[bytes]] | None = None
+    file: epath.Path,
+    relative: str,
+    name: str,
+    source: DataSource,
+    opener: Callable[[], IO[bytes]] | None = None,
+    lines: LineRange | None = None,
 ) -> Iterator[Document]:
     """The documents of one file; a long text comes in blocks.
 
     Args:
       opener: opens the file, whose reading may have begun.
+      lines: those that are read; by default the whole file.
     Raises:
       ValueError: naming the file, and the line where there are lines, and what is wrong with it.
     """
@@ -207,7 +236,7 @@ def read_file(
         if kind == ".parquet":
             records = _parquet(stream, file, source)
         elif kind == ".jsonl":
-            records = _jsonl(stream, file)
+            records = _jsonl(stream, file, lines)
         elif kind == ".json":
             records = _json(_decoded(stream, file), file)
         else:
@@ -238,10 +267,15 @@ def _opened(file: epath.Path, opener: Callable[[], IO[bytes]]) -> Iterator[Any]:
         raise ValueError(f"corpus file {file} {what}: {why}; copy it again, or remove it") from error
 
 
-def _blocks(stream: IO[bytes], file: epath.Path) -> Iterator[bytes]:
+def _blocks(stream: IO[bytes], file: epath.Path, lines: LineRange | None = None) -> Iterator[bytes]:
     empty = True
-    while block := stream.read(BLOCK):
+    left = None
+    if lines is not None:
+        stream.seek(lines.begin)
+        left = lines.end - lines.begin
+    while block := stream.read(BLOCK if left is None else min(BLOCK, left)):
         empty = False
+        left = None if left is None else left - len(block)
         yield block
     if empty:
         raise ValueError(f"corpus file {file} is empty; remove it or write text to it")
@@ -282,10 +316,10 @@ def _followed(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
         yield last, False
 
 
-def _jsonl(stream: IO[bytes], file: epath.Path) -> Iterator[tuple[int, int, Any]]:
+def _jsonl(stream: IO[bytes], file: epath.Path, lines: LineRange | None) -> Iterator[tuple[int, int, Any]]:
     """(number, line, record) of every line that is not blank; the number is the line's."""
-    offset = 0
-    for number, data in enumerate(_lines(_blocks(stream, file)), start=1):
+    offset, before = (0, 0) if lines is None else (lines.begin, lines.before)
+    for number, data in enumerate(_lines(_blocks(stream, file, lines)), start=1 + before):
         if data.strip():
             try:
                 line = data.decode().removeprefix(BOM)  # files with marks may have been joined

@@ -21,8 +21,9 @@ from ling_jax.config import DataConfig
 from ling_jax.data.built_in import BUILT_IN
 from ling_jax.data.reading import PACKED, Document, whole
 from ling_jax.data.remote import Column
+from ling_jax.data.shards import DERIVED, Prepared
 from ling_jax.data.store import Columns, Kept, by_range, cache_dir, keep, parts, stable_order
-from ling_jax.data.survey import DERIVED, Source, key_of
+from ling_jax.data.survey import Source, key_of, numbered
 from ling_jax.files import paths
 from ling_jax.files.whole import checksum
 
@@ -42,6 +43,7 @@ class Training:
       limit: characters of the only document, where it alone is more than `data.max_bytes`.
       bytes: of all their texts, in UTF-8.
       digest: follows from their texts and origins.
+      table: the same, and is equal whether they are read from text or were prepared.
     """
 
     source: Source
@@ -50,6 +52,7 @@ class Training:
     count: int
     bytes: int
     digest: str
+    table: str
 
     def __len__(self) -> int:
         return self.count
@@ -57,10 +60,15 @@ class Training:
     def __iter__(self) -> Iterator[Document]:
         return whole(self.blocks())
 
+    @property
+    def prepared(self) -> Prepared | None:
+        """The shards with the documents' tokens; None where they are in none, or are parts of what is there."""
+        return None if self.source.cut or self.limit is not None else self.source.prepared
+
     def blocks(self) -> Iterator[Document]:
         """The documents as they are read: a long one comes in blocks."""
         kept = memoryview(np.asarray(self.kept_D))
-        blocks = (block for index, block in _numbered(self.source.read()) if index < len(kept) and kept[index])
+        blocks = (block for index, block in numbered(self.source.read()) if index < len(kept) and kept[index])
         return blocks if self.limit is None else whole(blocks, self.limit)
 
 
@@ -84,6 +92,7 @@ class Corpus:
                 "documents": len(train),
                 "bytes": train.bytes,
                 "checksum": train.digest,
+                "table": train.table,
                 "heldout": checksum("\0".join(document.text for document in self.heldout[name]).encode()),
             }
             for name, train in self.train.items()
@@ -130,7 +139,7 @@ def read_corpus(config: DataConfig, cache: paths.Path | None = None) -> Corpus:
     limits = [config.holdout_fraction, config.holdout_max_bytes, config.max_bytes, config.seed]
     what = f"{', '.join(source.name for source in sources)}: choosing what to hold out"
     chosen = keep(
-        cache, key_of("corpus", facts, limits), what, lambda columns: _choose(sources, config, cache, columns)
+        cache, key_of("corpus 2", facts, limits), what, lambda columns: _choose(sources, config, cache, columns)
     )
     heldout: dict[str, list[Document]] = {source.name: [] for source in sources}
     for line in chosen["heldout"].tobytes().splitlines():
@@ -177,7 +186,9 @@ def _choose(sources: Sequence[Source], config: DataConfig, cache: paths.Path, co
         columns.append(f"train{i}", train[i].view(np.uint8))
         count, total = int(train[i].sum()), _bytes(table, train[i])
         digest = checksum(json.dumps([table.facts["content"], limit, checksum(train[i])]).encode())
-        facts.append({"count": count, "bytes": min(total, limit or total), "limit": limit, "digest": digest})
+        size = min(total, limit or total)
+        told = {"digest": digest, "table": _digest(table, train[i], limit)}
+        facts.append({"count": count, "bytes": size, "limit": limit, **told})
     picks, longest = _ranked_sample(tables, train, config.seed, cache)
     for name in ("heldout", "sample"):
         columns.append(name, np.empty(0, np.uint8))
@@ -191,6 +202,16 @@ def _choose(sources: Sequence[Source], config: DataConfig, cache: paths.Path, co
                 [short] = whole([document], min(longest, facts[i]["limit"] or longest))
                 columns.append("sample", _line([picks[i][index], short.text]))
     return {"train": facts}
+
+
+def _digest(table: Kept, chosen_D: np.ndarray, limit: int | None) -> str:
+    """A checksum of what the table says of the texts and origins of some documents."""
+    sums = [
+        checksum(np.ascontiguousarray(table[name][part][chosen_D[part]]))
+        for part in parts(len(chosen_D))
+        for name in ("share", "high", "low", "bytes")
+    ]
+    return checksum(json.dumps([limit, *sums]).encode())
 
 
 def _line(value: list[Any]) -> np.ndarray:
@@ -318,15 +339,4 @@ def _places(chosen_D: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 def _picked(source: Source, wanted: set[int], limit: int) -> Iterator[tuple[int, Document]]:
     """(number, document) of the wanted ones, each in one piece of about `limit` characters at most."""
-    last = max(wanted, default=-1)
-    numbered = itertools.takewhile(lambda pair: pair[0] <= last, _numbered(source.read()))
-    documents = whole((block for index, block in numbered if index in wanted), limit)
-    return zip(sorted(wanted), documents, strict=True)
-
-
-def _numbered(blocks: Iterable[Document]) -> Iterator[tuple[int, Document]]:
-    """Each block with its document's number."""
-    number = 0
-    for block in blocks:
-        yield number, block
-        number += not block.continues
+    return zip(sorted(wanted), whole(source.pick(wanted), limit), strict=True)

@@ -132,7 +132,7 @@ class Columns:
 
     def seal(self, folder: epath.Path, key: str, facts: dict[str, Any]) -> None:
         """Puts the entry into its folder, the index last."""
-        columns = {name: column.seal(_file(folder, key, name)) for name, column in self._columns.items()}
+        columns = {name: column.seal(column_file(folder, key, name)) for name, column in self._columns.items()}
         index = json.dumps(sealed({"columns": columns, "facts": facts}))
         if paths.is_bucket(folder):
             paths.write_whole(_index(folder, key), index)
@@ -177,7 +177,9 @@ def keep(folder: paths.Path, key: str, what: str, build: Callable[[Columns], dic
         except OSError as error:
             if error.filename is not None and not str(error.filename).startswith(str(room)):
                 raise  # a file of the corpus
-            other = "name another folder with " + ("--data.cache-dir" if str(room) == str(folder) else "XDG_CACHE_HOME")
+            other = "name another folder with " + (
+                "--data.cache-dir (of a preparation: --target)" if str(room) == str(folder) else "XDG_CACHE_HOME"
+            )
             raise ValueError(
                 f"{what} failed: {room} does not take it ({error.strerror or error}); make room there, or {other}, and "
                 "run the same command again"
@@ -208,29 +210,34 @@ def _index(folder: epath.Path, key: str) -> epath.Path:
     return folder / f"{key}.json"
 
 
-def _file(folder: epath.Path, key: str, name: str) -> epath.Path:
+def column_file(folder: epath.Path, key: str, name: str) -> epath.Path:
     return folder / f"{key}.{name}.npy"
 
 
 def _open(folder: epath.Path, key: str) -> Kept | None:
     """The entry that an earlier run left, if it did and all of it is whole."""
-    file, remote = _index(folder, key), paths.is_bucket(folder)
-    if not (find(file) if remote else file.exists()):
+    file = _index(folder, key)
+    if not (find(file) if paths.is_bucket(folder) else file.exists()):
         return None
     try:
-        index = _read_index(file)
-        open_column = _remote if remote else _mapped
-        columns = {name: open_column(_file(folder, key, name), told) for name, told in index["columns"].items()}
+        return read_entry(folder, key)
     except DamagedCorpus as error:
         log.warning("%s; it is made anew", error)
         return None
+
+
+def read_entry(folder: epath.Path, key: str) -> Kept:
+    """An entry that must be there; DamagedCorpus, naming the file, where it is not whole."""
+    index = read_index(folder, key)
+    columns = {name: open_column(column_file(folder, key, name), told) for name, told in index["columns"].items()}
     contents = {name: [told["bytes"], told["checksums"]] for name, told in index["columns"].items()}
     return Kept(columns, index["facts"], checksum(json.dumps(contents, sort_keys=True).encode()))
 
 
-def _read_index(file: epath.Path) -> dict[str, Any]:
+def read_index(folder: epath.Path, key: str) -> dict[str, Any]:
+    """An entry's `facts`, and under `columns` what `open_column` is told of each; DamagedCorpus as `read_entry`."""
     try:
-        return read_sealed(file)
+        return read_sealed(_index(folder, key))
     except buckets.Unreachable:
         raise
     except (ValueError, OSError) as error:
@@ -244,14 +251,23 @@ def _header(dtype: np.dtype, count: int) -> bytes:
     return header.getvalue()
 
 
-def _mapped(file: epath.Path, told: dict[str, Any]) -> np.ndarray:
+def open_column(file: epath.Path, told: dict[str, Any], check: bool = True) -> np.ndarray | Column:
+    """A column as its entry's index tells it; DamagedCorpus where it is not so.
+
+    Args:
+      check: compare its checksums too, not its length alone.
+    """
+    return _remote(file, told, check) if paths.is_bucket(file) else _mapped(file, told, check)
+
+
+def _mapped(file: epath.Path, told: dict[str, Any], check: bool) -> np.ndarray:
     try:
         values = np.load(file, mmap_mode="r" if told["bytes"] else None)  # nothing can't be mapped
     except (ValueError, OSError, EOFError) as error:
         raise DamagedCorpus(f"{file} is damaged ({error})") from error
     if values.nbytes != told["bytes"]:
         raise DamagedCorpus(f"{file} is damaged: it has {values.nbytes} bytes of values, not {told['bytes']}")
-    sums = told["checksums"]
+    sums = told["checksums"] if check else []
     data = memoryview(values).cast("B") if sums else memoryview(b"")
     for block in _checked(sums):
         if checksum(data[block * BLOCK : (block + 1) * BLOCK]) != sums[block]:
@@ -259,12 +275,12 @@ def _mapped(file: epath.Path, told: dict[str, Any]) -> np.ndarray:
     return values
 
 
-def _remote(file: epath.Path, told: dict[str, Any]) -> Column:
+def _remote(file: epath.Path, told: dict[str, Any], check: bool) -> Column:
     found = find(file)
     if found is None:
         raise DamagedCorpus(f"{file} is missing")
     column = Column(file, found.size, told, BLOCK)
-    if found.stamp != told.get("stamp"):  # copied, or changed
+    if check and found.stamp != told.get("stamp"):  # copied, or changed
         for _ in column.blocks(_checked(told["checksums"])):
             pass
     return column

@@ -20,8 +20,9 @@ import xxhash
 
 from ling_jax.config import DataSource
 from ling_jax.data.built_in import BUILT_IN, list_built_in, read_built_in
-from ling_jax.data.reading import Document, few, list_files, read_file
+from ling_jax.data.reading import Document, Listing, few, list_files, read_file
 from ling_jax.data.remote import openers
+from ling_jax.data.shards import CODE, DERIVED, TEXT, open_prepared
 from ling_jax.data.store import Columns, Kept, keep
 from ling_jax.files import paths
 
@@ -32,7 +33,6 @@ REMEMBERED = 100_000_000  # bytes of a small source's text that stay in memory f
 OVERHEAD = 300  # bytes of a document in memory besides its text
 SETTLED = 0.1  # seconds after which a file that changes again has another time stamp
 ROWS = 1 << 16  # of a table that are written at a time
-TEXT, CODE, DERIVED = range(3)  # kinds of documents; docstrings are derived from the code just before them
 
 
 def key_of(*facts: Any) -> str:
@@ -46,23 +46,25 @@ class Source:
     Attributes:
       table: see `survey`.
       cut: characters of the source's only text before its held-out part; 0 where there are several texts.
+      prepared: the shards that the text is in; None where it is read from files of text.
     """
 
     def __init__(self, name: str, settings: DataSource, cache: paths.Path, holdout_fraction: float):
-        """Lists the files, and reads them unless they have been read before.
+        """Lists the files, and reads them unless they have been read before, or prepared.
 
         Raises:
           ValueError: naming the file or folder and what is wrong with it.
         """
         self.name, self.settings, self.cut = name, settings, 0
-        built_in = settings.path in BUILT_IN
-        self._files = list_built_in(settings.path) if built_in else list_files(settings.path, BUILT_IN)
-        if self._files.left_out:
-            log.warning("%s: files that are not read: %s", name, few(self._files.left_out))
         self._memory: list[Document] | None = None
         self._content = ""
-        self.table = _survey(self, cache)
-        self._content = self.table.facts["content"]
+        self.prepared = None if settings.path in BUILT_IN else open_prepared(settings.path)
+        if self.prepared is not None:
+            self.table = self.prepared.table
+        else:
+            self._files = list_source(name, settings)
+            self.table = _survey(self, cache)
+            self._content = self.table.facts["content"]
         if not self.table.facts["documents"]:
             raise ValueError(f"data source {settings.path!r} holds no documents with text")
         if self.table.facts["least"] == self.table.facts["most"]:
@@ -83,8 +85,19 @@ class Source:
         Raises:
           ValueError: if the text is not that of the first reading.
         """
-        blocks = self._read() if self._memory is None else iter(self._memory)
-        return _with_text(_divided(blocks, self.cut)) if self.cut else blocks
+        if self.prepared is not None:
+            blocks = self.prepared.read()
+        else:
+            blocks = self._read() if self._memory is None else iter(self._memory)
+        return with_text(_divided(blocks, self.cut)) if self.cut else blocks
+
+    def pick(self, wanted: set[int]) -> Iterator[Document]:
+        """Blocks of the documents of these numbers, ascending."""
+        if self.prepared is not None and not self.cut:
+            return self.prepared.read(sorted(wanted))
+        last = max(wanted, default=-1)
+        blocks = itertools.takewhile(lambda pair: pair[0] <= last, numbered(self.read()))
+        return (block for number, block in blocks if number in wanted)
 
     def read_first(self) -> Iterator[Document]:
         """`read`, and remembers what is small."""
@@ -105,7 +118,7 @@ class Source:
 
     def _read(self) -> Iterator[Document]:
         content = Content()
-        for block in _with_text(self._read_files()):
+        for block in with_text(self._read_files()):
             content.update(block)
             yield block
         if self._content and content.digest() != self._content:
@@ -125,6 +138,15 @@ class Source:
         begun = openers(files.root, files.names, files.sizes) if files.sizes else itertools.repeat(None)
         for name, opener in zip(files.names, begun, strict=False):
             yield from read_file(files.root / name, name, self.name, self.settings, opener)
+
+
+def list_source(name: str, settings: DataSource) -> Listing:
+    """The files of a source of text; those that are not read are named in the log."""
+    built_in = settings.path in BUILT_IN
+    files = list_built_in(settings.path) if built_in else list_files(settings.path, BUILT_IN)
+    if files.left_out:
+        log.warning("%s: files that are not read: %s", name, few(files.left_out))
+    return files
 
 
 class Content:
@@ -174,7 +196,7 @@ def _survey(source: Source, cache: paths.Path) -> Kept:
     all, `content`, their digest, `least` and `most`, the ends of `share`.
     """
     key = key_of("table", *source.stamps)
-    return keep(cache, key, f"{source.name}: reading", lambda columns: _tabulate(source.read_first(), columns))
+    return keep(cache, key, f"{source.name}: reading", lambda columns: tabulate(source.read_first(), columns))
 
 
 def _divide(source: Source, cache: paths.Path, fraction: float) -> Kept:
@@ -190,13 +212,17 @@ def _divide(source: Source, cache: paths.Path, fraction: float) -> Kept:
                 "add documents"
             )
         source.cut = cut
-        return _tabulate(source.read(), columns, shares=[2**64 - 1, 0]) | {"cut": cut}
+        return tabulate(source.read(), columns, shares=[2**64 - 1, 0]) | {"cut": cut}
 
     return keep(cache, key_of("halves", table.facts["content"], fraction), f"{source.name}: dividing its text", build)
 
 
-def _tabulate(blocks: Iterable[Document], columns: Columns, shares: list[int] | None = None) -> dict[str, Any]:
-    """`shares`: of the documents, instead of those of their origins."""
+def tabulate(blocks: Iterable[Document], columns: Columns, shares: list[int] | None = None) -> dict[str, Any]:
+    """Appends a row for each document to the columns of `_survey`, and returns its facts.
+
+    Args:
+      shares: of the documents, instead of those of their origins.
+    """
     rows: list[tuple[int, int, int, int, int]] = []
     content, stripped = Content(), _Stripped()
     documents = total = size = characters = 0
@@ -230,7 +256,15 @@ def _tabulate(blocks: Iterable[Document], columns: Columns, shares: list[int] | 
     return {"documents": documents, "bytes": total, "characters": characters, **ends}
 
 
-def _with_text(blocks: Iterable[Document]) -> Iterator[Document]:
+def numbered(blocks: Iterable[Document]) -> Iterator[tuple[int, Document]]:
+    """Each block with its document's number."""
+    number = 0
+    for block in blocks:
+        yield number, block
+        number += not block.continues
+
+
+def with_text(blocks: Iterable[Document]) -> Iterator[Document]:
     """The blocks of documents that are more than white space."""
     waiting: list[Document] = []
     begun = False

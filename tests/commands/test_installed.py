@@ -63,7 +63,7 @@ def call(installed, tmp_path, monkeypatch):
 
 
 def test_every_command_says_what_it_takes(call):
-    for name in ("ling-train", "ling-sample", "ling-convert", "ling-evaluate"):
+    for name in ("ling-train", "ling-sample", "ling-convert", "ling-evaluate", "ling-prepare"):
         assert f"usage: {name}" in call(name, "--help")
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from ling_jax.config import DataConfig, DataSource
-from ling_jax.data import reading, remote, store, survey
+from ling_jax.data import prepare, reading, remote, store, survey
 from ling_jax.data.packing import Stream, build_stream
 from ling_jax.data.pipeline import Data, open_data, train_batches
 from ling_jax.data.sources import Corpus, read_corpus, source_names
@@ -547,3 +547,28 @@ def test_a_vocabulary_of_the_bytes_alone_has_two_bytes_a_token_in_the_bucket(pro
     for begin in (0, 17, len(stream.tokens_S) // 2, len(stream.tokens_S) - 5):
         for a, b in zip(stream.read(begin, begin + 300), local.read(begin, begin + 300), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_text_prepared_from_a_bucket_into_a_bucket_gives_the_rows_of_the_text(prose, bucket, tmp_path, monkeypatch):
+    upload(prose, f"{bucket}/prose")
+    data, config = opened(prose, tmp_path / "cache", tmp_path / "run")
+    monkeypatch.setattr(prepare, "PORTION", 1000)
+
+    def here(job, portions):
+        return (prepare.make_shard(job, number, portion) for number, portion in enumerate(portions))
+
+    source, folder = DataSource(path=f"{bucket}/prose"), f"{bucket}/made/prose.prepared"
+    made = prepare.prepare("prose", source, paths.at(folder), data.tokenizer, here)
+    assert len(made.facts["shards"]) > 1
+    found, _ = opened(folder, f"{bucket}/cache", tmp_path / "other")
+    assert {name: [d.text for d in documents] for name, documents in found.heldout.items()} == {
+        name: [d.text for d in documents] for name, documents in data.heldout.items()
+    }
+    batches = [train_batches(one.rows, config, 0) for one in (data, found)]
+    for one, other in itertools.islice(zip(*batches, strict=False), 5):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+    assert prepare.prepare("prose", source, paths.at(folder), data.tokenizer, here).checksum == made.checksum
+    delete(f"{folder}/shard-000001.tokens.npy")
+    with pytest.raises(ValueError, match=r"shard-000001\.tokens\.npy is missing.*run the `prepare` command"):
+        opened(folder, f"{bucket}/cache", tmp_path / "other")

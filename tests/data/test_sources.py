@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ling_jax.config import DataConfig, DataSource
-from ling_jax.data import built_in, reading, sources, store, survey
+from ling_jax.data import built_in, reading, shards, sources, store, survey
 from ling_jax.data.reading import Document, whole
 from ling_jax.data.sources import read_corpus
 from tests.support.texts import config_of, write_texts
@@ -117,7 +117,7 @@ def table_of(high: list[int], low: list[int] | None = None, kinds: list[int] | N
     return {
         "high": np.array(high, np.uint64),
         "low": np.array(low or [0] * count, np.uint64),
-        "kind": np.array(kinds or [survey.TEXT] * count, np.uint8),
+        "kind": np.array(kinds or [shards.TEXT] * count, np.uint8),
     }
 
 
@@ -143,7 +143,7 @@ def test_texts_are_equal_where_all_of_their_digest_is():
 
 
 def test_docstrings_go_with_a_dropped_copy_of_their_file():
-    kinds = [survey.CODE, survey.DERIVED, survey.CODE, survey.DERIVED, survey.CODE, survey.DERIVED]
+    kinds = [shards.CODE, shards.DERIVED, shards.CODE, shards.DERIVED, shards.CODE, shards.DERIVED]
     [dropped] = sources.duplicates([table_of([1, 2, 1, 3, 4, 2], kinds=kinds)], [np.zeros(6, bool)])
     assert dropped.tolist() == [False, False, True, True, False, True]
 
@@ -398,7 +398,7 @@ def test_blocks_change_no_digest_and_are_joined_again(text, block, limit):
     for piece in pieces:
         many.update(piece)
     assert one.digest() == many.digest()
-    assert texts(survey._with_text(blocks)) == (pieces if text.strip() else [])
+    assert texts(survey.with_text(blocks)) == (pieces if text.strip() else [])
     [short] = texts(whole(blocks, limit))
     assert short == text if len(text) <= limit else text.startswith(short) and 0 < len(short) <= limit
 

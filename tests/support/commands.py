@@ -7,10 +7,16 @@ from typing import Any
 from unittest import mock
 
 from ling_jax import evaluate
-from ling_jax.commands import convert, sample, train
+from ling_jax.commands import convert, prepare, sample, train
 from ling_jax.train import hardware
 
-MAINS = {"train.py": train.main, "sample.py": sample.main, "convert.py": convert.main, "evaluate": evaluate.main}
+MAINS = {
+    "train.py": train.main,
+    "sample.py": sample.main,
+    "convert.py": convert.main,
+    "evaluate": evaluate.main,
+    "prepare": prepare.main,
+}
 
 
 @contextlib.contextmanager
