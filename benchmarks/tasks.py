@@ -6,6 +6,7 @@ one JSON object; times are medians after a round that compiles.
 """
 
 import dataclasses
+import logging
 import statistics
 import sysconfig
 import time
@@ -45,8 +46,10 @@ class Command:
     checkpoint: str | None = None
     """A run or HF folder instead."""
     requests: int = 200
-    """Continuations to score, three to a context; a quarter as many answers."""
-    longest: int = 200
+    """Continuations to score, three to a context."""
+    answers: int = 48
+    """Prompts to answer."""
+    longest: int = 60
     """Most words of a context."""
     prompt: int = 20
     """Most words of a prompt to answer."""
@@ -61,7 +64,7 @@ class Command:
 
 
 def in_turns(together: Callable[[], list], alone: Callable[[], list], rounds: int) -> tuple[list, list, float, float]:
-    """What both give, and their median seconds after a first round."""
+    """Runs both in turns; what each gives, and their median seconds after a first round."""
     times: tuple[list[float], list[float]] = ([], [])
     found: list[list] = []
     for number in range(rounds + 1):
@@ -84,7 +87,7 @@ def make_requests(words: Sequence[str], command: Command) -> tuple[list[tuple[st
     contexts = [text(command.longest) for _ in range(-(-command.requests // 3))]
     pairs = [(contexts[i // 3], f" {text(4)}") for i in range(command.requests)]
     settings = {"until": ["no such text"], "max_gen_toks": command.new_tokens}
-    return pairs, [(text(command.prompt), settings) for _ in range(command.requests // 4)]
+    return pairs, [(text(command.prompt), settings) for _ in range(command.answers)]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -97,6 +100,8 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = Tokenizer.train(texts, model.config.vocab_size)
     pairs, asked = make_requests(" ".join(texts).split(), command)
     batched, single = (TaskModel(model, tokenizer, window=command.window, rows=n) for n in (command.batch_size, 1))
+    logging.getLogger("ling_jax.generate.tasks").setLevel(logging.WARNING)  # a line for each single request
+    COMPILED.clear()
     begun = time.perf_counter()
     batched.loglikelihood(pairs)
     batched.generate_until(asked)
@@ -116,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
     result = {
         "benchmark": "tasks",
         "model": command.checkpoint or command.config,
-        **{name: getattr(command, name) for name in ("requests", "new_tokens", "batch_size")},
+        **{name: getattr(command, name) for name in ("requests", "longest", "answers", "new_tokens", "batch_size")},
         "first_call_s": first,
         "compiled_programs": programs,
         "loglikelihoods_per_second": len(pairs) / score_s,
@@ -127,6 +132,7 @@ def main(argv: Sequence[str]) -> None:
         "answers_that_differ": sum(a != b for a, b in zip(answers, answers_alone, strict=True)),
     }
     tokens = sum(len(tokenizer.encode(context + continuation)) for context, continuation in pairs)
+    result["mean_tokens"] = tokens / len(pairs)
     report(result, 2.0 * count_params(model.config).active * tokens, score_s)
 
 

@@ -33,7 +33,7 @@ LONGEST_NAME = 100  # characters of the tasks in a file's name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """What is evaluated, and how; part of the record."""
+    """Tasks to evaluate, and how; part of the record."""
 
     tasks: tuple[str, ...]  # names or patterns of tasks, groups and tags
     window: int  # most tokens that are run at once
@@ -159,7 +159,7 @@ def chat_text(tokenizer: Tokenizer, history: Sequence[Any], add_generation_promp
 
 
 def evaluate_tasks(library: Any, model: TaskModel, tasks: list[Any], settings: TaskSettings) -> dict[str, Any]:
-    """What lm-eval finds: "results" by task and group, "versions", "n-shot", "n-samples", "higher_is_better"."""
+    """Runs tasks; returns lm-eval's "results" by task and group, "versions", "n-shot", "n-samples", ..."""
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that runs JAX
     with contextlib.redirect_stdout(sys.stderr):  # which it prints to
         return library.evaluator.simple_evaluate(

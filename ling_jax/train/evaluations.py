@@ -1,4 +1,4 @@
-"""What evaluation tasks found, kept in a run: `evaluations/STEP-TASKS.json`, one object each, and a table of them."""
+"""Results of evaluation tasks, kept in a run: `evaluations/STEP-TASKS.json`, one object each, and a table of them."""
 
 import html
 import json

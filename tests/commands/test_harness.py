@@ -101,7 +101,7 @@ def task_path(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def requests(monkeypatch) -> dict[str, list]:
-    """What lm-eval asked and was answered, by the kind of request."""
+    """Requests of lm-eval with their answers, by kind."""
     seen: dict[str, list] = {}
 
     def watch(name: str) -> None:
