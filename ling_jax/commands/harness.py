@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ling_jax.config.text import columns
-from ling_jax.convert.load import load_pretrained
+from ling_jax.convert.load import load_weights
 from ling_jax.convert.tokenizer import ends_of, tokenizer_of
 from ling_jax.convert.weights import CHECKPOINTS, StoredWeights, open_weights
 from ling_jax.data.tokenizer import Tokenizer
@@ -44,6 +44,8 @@ class TaskSettings:
 
 def library() -> Any:
     """The package; ValueError without it, or for an old one."""
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         found = importlib.import_module("lm_eval")
         importlib.import_module("lm_eval.evaluator")
@@ -53,7 +55,6 @@ def library() -> Any:
         raise ValueError(f"--tasks needs {missing}, which is not installed: pip install '{PACKAGE}'") from None
     if not hasattr(tasks.TaskManager, "load"):  # 0.4.13 has it
         raise ValueError(f"--tasks needs {PACKAGE}, and {found.__version__} is too old: pip install '{PACKAGE}'")
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
     datasets = importlib.import_module("datasets")
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request for each data set, local ones too
@@ -71,6 +72,8 @@ def load_tasks(library: Any, settings: TaskSettings, folder: str | None) -> list
     """
     if folder is not None and not local(folder, "--task-path").is_dir():
         raise ValueError(f"--task-path: no folder {folder}; it is the one that holds the tasks' .yaml files")
+    if not settings.tasks:
+        raise ValueError("--tasks names no task")
     index = _index(library, settings.tasks, folder)
     found = {}
     for name in settings.tasks:
@@ -103,6 +106,7 @@ def _load(index: Any, name: str) -> Any:
         loaded = index.load([name])
     except Exception as error:  # a task is a program of somebody's, with data of somebody else's
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"there is no {reason} in its file or its data" if isinstance(error, KeyError) else reason
         raise ValueError(f"task {name} cannot be loaded: {reason}") from error
     groups = loaded.get("groups") or {}
     return groups[name] if name in groups else list(loaded["tasks"].values())
@@ -185,8 +189,7 @@ def run_tasks(checkpoint: str, settings: TaskSettings, folder: str | None, batch
     tokenizer.check_fits(weights.config.vocab_size)
     tasks = load_tasks(package, settings, folder)
     stops = ends_of(checkpoint, tokenizer)
-    loaded = load_pretrained(checkpoint)
-    model = TaskModel(loaded, tokenizer, window=settings.window, rows=batch_size, stop_ids=stops)
+    model = TaskModel(load_weights(weights), tokenizer, window=settings.window, rows=batch_size, stop_ids=stops)
     found = evaluate_tasks(package, model, tasks, settings)
     names = ("results", "higher_is_better", "n-shot", "n-samples", "versions")
     record = {

@@ -233,13 +233,14 @@ def test_without_a_network(run, task_path, tmp_path, monkeypatch):
         ("chioces", "", "", ["no task, group or tag 'chioces'; names like it: choices"]),
         ("choices", "choices.jsonl", "gone.jsonl", ["task choices cannot be loaded", "gone.jsonl"]),
         ("choices", "dataset_path: json\n", "", ["task choices cannot be loaded"]),
+        ("choices", "test_split: test", "test_split: exam", ["task choices cannot be loaded: there is no 'exam' in"]),
         ("answers", "max_gen_toks: 6", "max_gen_toks: 60", ["task answers", "window of 32"]),
         ("answers", "max_gen_toks: 6", "max_gen_toks: 6\n  best_of: 6", ["task answers", "best_of"]),
         ("answers", "task: answers", "task: answers\nunsafe_code: true", ["task answers runs code"]),
     ],
 )
 def test_a_mistake_is_told_before_weights_are_read(run, task_path, monkeypatch, name, old, new, says):
-    monkeypatch.setattr(harness, "load_pretrained", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(harness, "load_weights", lambda *_, **__: 1 / 0)
     if not old:  # or all of lm-eval's own tasks would be listed, for ten seconds
         manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=task_path, include_defaults=False)
         monkeypatch.setattr(harness, "_index", lambda *_: manager)
