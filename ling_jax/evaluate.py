@@ -1,16 +1,19 @@
 """Scores a text: python -m ling_jax.evaluate --checkpoint DIR --text FILE
+Runs evaluation tasks: python -m ling_jax.evaluate --checkpoint DIR --tasks NAMES [--task-path DIR]
 
-Prints nats per token, perplexity and bits per byte; every byte is scored, after a start token, in windows
-that overlap by half.
+Of a text it prints nats per token, perplexity and bits per byte; every byte is scored, after a start token, in windows
+that overlap by half. Tasks are lm-eval's, an extra; their metrics are printed, and kept in the checkpoint's run.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import get_args
 
 import tyro
 
 from ling_jax.cli import program, run_main
+from ling_jax.commands.harness import TaskSettings, run_tasks
 from ling_jax.config import DataConfig, TrainConfig, layer_kinds
 from ling_jax.config.text import columns
 from ling_jax.convert.load import load_pretrained
@@ -27,12 +30,23 @@ from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_
 class EvaluateCommand:
     checkpoint: str
     """A run folder, its checkpoints/, one step of it, a HF folder, or a hub id (ORG/NAME or ORG/NAME@REVISION)."""
-    text: str
+    text: str | None = None
     """The UTF-8 text file to score, local or in a bucket."""
+    tasks: tuple[str, ...] = ()
+    """Tasks, groups or tags of lm-eval, or patterns of their names such as arc_*; apart by spaces or commas."""
+    task_path: str | None = None
+    """A folder of task files (.yaml) of your own, which go before those that come with lm-eval."""
+    num_fewshot: int | None = None
+    """Examples before each question; by default as many as a task says."""
+    limit: int | None = None
+    """Only the first so many documents of each task: to try it out."""
+    chat: bool = False
+    """Ask the tasks' questions in the chat template."""
     length: int | None = None
-    """Tokens per window; by default those of a row that the run was trained on, of other weights 512."""
+    """Tokens per window; by default those of a row that the run was trained on. Of other weights 512 for a text, and
+    all positions for tasks."""
     batch_size: int = 8
-    """Windows per call."""
+    """Windows of a text per call, or a task's answers that are generated side by side."""
     compare_slopes: bool = False
     """Of a model with linear attention: score it with its states decaying as each of the published codes has it, which
     no released config.json says. The best one is that of its training."""
@@ -52,20 +66,27 @@ def read_text(path: str) -> str:
     return text
 
 
-def window_of(checkpoint: str) -> int:
-    """Tokens of a row that a run was trained on; for other weights 512, or their positions if those are fewer."""
+def window_of(checkpoint: str, others: int = DataConfig().sequence_length) -> int:
+    """Tokens of a row that a run was trained on; for other weights `others`, or their positions if those are fewer."""
     weights = open_weights(checkpoint)
-    data = weights.run.data if isinstance(weights, StoredWeights) else DataConfig()
-    return min(data.sequence_length, weights.config.max_positions)
+    length = weights.run.data.sequence_length if isinstance(weights, StoredWeights) else others
+    return min(length, weights.config.max_positions)
+
+
+def checked_window(checkpoint: str, length: int | None, others: int = DataConfig().sequence_length) -> int:
+    """`length`, or without one `window_of`; ValueError if the model has fewer positions."""
+    length, limit = (
+        window_of(checkpoint, others) if length is None else length,
+        model_config_of(checkpoint).max_positions,
+    )
+    if not 2 <= length <= limit:
+        raise ValueError(f"length = {length} must be between 2 and the model's {limit} positions")
+    return length
 
 
 def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int, slopes: str | None = None) -> Score:
     """The score of one text under a checkpoint's model, if asked with other `slopes` (`model.slope_convention`)."""
-    if batch_size < 1:
-        raise ValueError(f"--batch-size = {batch_size} must be at least 1")
-    length, limit = window_of(checkpoint) if length is None else length, model_config_of(checkpoint).max_positions
-    if not 2 <= length <= limit:
-        raise ValueError(f"length = {length} must be between 2 and the model's {limit} positions")
+    length = checked_window(checkpoint, length)
     tokenizer = tokenizer_of(checkpoint)
     tokenizer.check_fits(model_config_of(checkpoint).vocab_size)
     model = load_pretrained(checkpoint)
@@ -77,12 +98,37 @@ def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int, sl
     return Score(score_rows(scorer, params, bias, part.rows, batch_size), part.tokens, part.bytes)
 
 
-def compared_slopes(command: EvaluateCommand) -> str:
+def task_table(command: EvaluateCommand) -> str:
+    """Runs the command's tasks; the table of their metrics."""
+    settings = TaskSettings(
+        tasks=tuple(name for names in command.tasks for name in names.split(",") if name),
+        window=checked_window(command.checkpoint, command.length, sys.maxsize),
+        num_fewshot=command.num_fewshot,
+        limit=command.limit,
+        chat=command.chat,
+    )
+    return run_tasks(command.checkpoint, settings, command.task_path, command.batch_size)
+
+
+def check(command: EvaluateCommand) -> None:
+    """Raises ValueError for flags that do not go together, or have no meaning."""
+    if (command.text is None) == (not command.tasks):
+        raise ValueError("give one of --text FILE and --tasks NAMES")
+    if command.tasks and command.compare_slopes:
+        raise ValueError("--compare-slopes goes with --text")
+    if not command.tasks and (command.task_path or command.num_fewshot is not None or command.limit or command.chat):
+        raise ValueError("--task-path, --num-fewshot, --limit and --chat go with --tasks")
+    for name, least in {"batch_size": 1, "limit": 1, "num_fewshot": 0}.items():
+        if (value := getattr(command, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} = {value} must be at least {least}")
+
+
+def compared_slopes(command: EvaluateCommand, text: str) -> str:
     """A table of the scores under each convention, the best first; ValueError for a model without linear attention."""
     config = model_config_of(command.checkpoint)
     if not any(kind.mixer == "linear" for kind in layer_kinds(config)):
         raise ValueError(f"--compare-slopes: {command.checkpoint} has no layers with linear attention")
-    text, scores = read_text(command.text), {}
+    scores = {}
     for name in get_args(Slopes):
         scores[name] = evaluate(command.checkpoint, text, command.length, command.batch_size, name)
     rows = [("slope_convention", "nats per token", "perplexity", "bits per byte")]
@@ -98,10 +144,15 @@ def main(argv: Sequence[str]) -> None:
     command = tyro.cli(
         EvaluateCommand, args=list(argv), prog=program("python -m ling_jax.evaluate"), description=__doc__
     )
-    if command.compare_slopes:
-        print(compared_slopes(command))
+    check(command)
+    if command.text is None:
+        print(task_table(command))
         return
-    score = evaluate(command.checkpoint, read_text(command.text), command.length, command.batch_size)
+    text = read_text(command.text)
+    if command.compare_slopes:
+        print(compared_slopes(command, text))
+        return
+    score = evaluate(command.checkpoint, text, command.length, command.batch_size)
     print(f"tokens          {score.tokens:,} ({score.bytes:,} bytes)")
     print(f"nats per token  {score.nats_per_token:.6f}")
     print(f"perplexity      {score.perplexity:.4f}")

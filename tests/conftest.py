@@ -55,7 +55,8 @@ SLOW = (
     "fp8_training", "same_bits", "earlier_run", "hub", "balance_run", "fp8_tpu", "context", "going_on", "errors",
     "clusters_docs", "checkpoint_buckets", "bucket_servers", "speculation_benchmark", "needle", "store", "adapter",
     "extending", "native_experts", "fp8", "score", "gpu_kernels", "h100", "linear_mesh", "linear_decoding",
-    "native_cached", "long_cache", "lightning_benchmark", "merge", "merge_memory",
+    "native_cached", "long_cache", "lightning_benchmark", "merge", "merge_memory", "harness", "tasks", "prepare",
+    "snapshots",
 )  # fmt: skip
 
 

@@ -229,6 +229,19 @@ class Tokenizer:
         """Ids of a conversation: exactly what this tokenizer's chat template renders, nothing added. So does
         transformers' `apply_chat_template`: a template that wants the start token writes it (Ling's does not).
 
+        Arguments and errors as in `chat_text`.
+        """
+        return self.encode(self.chat_text(messages, tools, add_generation_prompt, thinking), parse_special=True)
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+    ) -> str:
+        """The text of a conversation, as this tokenizer's chat template renders it.
+
         Args:
           thinking: whether the model is to reason before it answers; None leaves it to the template.
           The rest as in `chat.render`.
@@ -238,8 +251,7 @@ class Tokenizer:
         texts = {field: _token(self._config, field, self.name) for field in TOKEN_FIELDS}
         variables: dict[str, Any] = {field: text for field, text in texts.items() if text is not None}
         variables["enable_thinking"] = thinking
-        text = chat.render(messages, tools, add_generation_prompt, self._template_for(tools), variables)
-        return self.encode(text, parse_special=True)
+        return chat.render(messages, tools, add_generation_prompt, self._template_for(tools), variables)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""

@@ -36,7 +36,7 @@ from ling_jax.model.inputs import is_whole
 from ling_jax.model.model import Ling
 from ling_jax.parallel.mesh import make_mesh
 
-SHORTEST = 8  # tokens of a prompt run at once, at least: fewer are padded
+SHORTEST = 8  # tokens of a prompt run at once, at least
 LONGEST = 2**31 - 1  # steps of a call that ends when all rows have
 WATCHED = 16  # steps between looks for stop strings
 
@@ -103,12 +103,12 @@ def replay_ids(rows: Sequence[Sequence[np.ndarray]], length: int) -> np.ndarray:
     return ids_LBTK
 
 
-def _bucket(count: int, least: int = 1) -> int:
+def bucket(count: int, least: int = 1) -> int:
     """The next power of two, so that few shapes are compiled."""
     return max(1 << (count - 1).bit_length(), least)
 
 
-def _in_common(a: np.ndarray, b: np.ndarray) -> int:
+def in_common(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the longest common beginning."""
     size = min(len(a), len(b))
     differ = np.flatnonzero(a[:size] != b[:size])
@@ -130,6 +130,7 @@ class Engine:
       rows: requests that are decoded side by side; on a mesh, rounded up to a multiple of its batch shards.
       slots: most tokens of a request, prompt and answer.
       chunk: most tokens of a prompt that are run at once.
+      least: fewest; a shorter piece is padded. Shapes from one to the other are compiled as they come.
       stops: most `stop_ids` of a request.
       drafts: tokens that the MTP layer predicts at each step, for the next to verify; 0 decodes plainly.
       routing: record which experts each token went to.
@@ -144,18 +145,19 @@ class Engine:
         rows: int,
         slots: int,
         chunk: int = 512,
+        least: int = SHORTEST,
         stops: int = 8,
         drafts: int = 0,
         routing: bool = False,
         fp8: bool = False,
     ) -> None:
-        for name, value in {"rows": rows, "slots": slots, "chunk": chunk, "stops": stops}.items():
+        for name, value in {"rows": rows, "slots": slots, "chunk": chunk, "least": least, "stops": stops}.items():
             if value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
         check_drafts(model.config, drafts)
         if routing and not routed_layers(model.config, mtp=False):
             raise ValueError("routing = True needs a model with MoE layers, and this one has none")
-        self.config, self.slots, self.chunk, self.stops = model.config, slots, chunk, stops
+        self.config, self.slots, self.chunk, self.least, self.stops = model.config, slots, chunk, least, stops
         self.mesh = None if model.mesh.shape == ONE_DEVICE.shape else make_mesh(model.mesh)
         self.fp8, self.weights = fp8, serve(model, self.mesh, fp8)
         rows = -(-rows // self.shards) * self.shards
@@ -279,7 +281,7 @@ class Engine:
     def _usable(self, held: np.ndarray, prompt: int, tokens: np.ndarray) -> int:
         """How many of the tokens that a row holds serve another: their common beginning, but for the last, which is run
         for its logits; the MTP layer's entry for a token depends on the next one too."""
-        common = _in_common(held, tokens[:-1])
+        common = in_common(held, tokens[:-1])
         if self.rows.drafts_BP.shape[1]:
             common = max(common - 1, 0)
         return self.rows.cache.usable(common, len(held), prompt)
@@ -300,10 +302,10 @@ class Engine:
         known = {r: len(running.tokens) for r in placed if (running := self.running[r])}
         counts = {r: count - len(self.held[r]) for r, count in known.items()}
         while counts:
-            count = min(self.chunk, _bucket(max(counts.values()), SHORTEST))
+            count = min(self.chunk, bucket(max(counts.values()), self.least))
             here = len(self.running) // self.shards
             parts = [[row % here for row in counts if self._shard(row) == shard] for shard in range(self.shards)]
-            most = _bucket(max(map(len, parts)))
+            most = bucket(max(map(len, parts)))
             rows_R = np.array([part + [here] * (most - len(part)) for part in parts], np.int32).reshape(-1)
             self.rows = prefill(*self.weights, self.rows, rows_R, count, Kinds(True, True, True))
             kept = self.rows.drafts_BP.shape[1] + 1  # a state is kept so many tokens before the prompt's end
@@ -368,7 +370,7 @@ def stream(
         except ValueError as e:
             raise ValueError(f"prompt {row}: {e}") from None
         requests.append(replace(request, seed=(seed + row) % 2**32))
-    slots = _bucket(int(max(len(request.prompt) + request.max_new_tokens for request in requests)))
+    slots = bucket(int(max(len(request.prompt) + request.max_new_tokens for request in requests)))
     if every < 1:
         raise ValueError(f"every = {every} must be at least 1")
     replies = _replies(stop, tokenizer, len(rows))

@@ -73,12 +73,15 @@ class Asker:
                 yield reply.finish()
                 return
 
-    def complete(self, prompts: Sequence[Sequence[int]], samples: int) -> Iterator[tuple[int, int, str, Answer]]:
-        """(prompt, sample, text, answer) of every answer, each as it ends."""
+    def complete(
+        self, prompts: Sequence[Sequence[int]], samples: int, apart: int = 0
+    ) -> Iterator[tuple[int, int, str, Answer]]:
+        """(prompt, sample, text, answer) of every answer, each as it ends. The seeds of two prompts are `apart`: by
+        default the same numbers are drawn for all."""
         engine, running = self.engine, {}
         for i, ids in enumerate(prompts):
             for sample in range(samples):
-                running[engine.submit(self.request_of(ids, sample))] = (i, sample, self.reply())
+                running[engine.submit(self.request_of(ids, i * apart + sample))] = (i, sample, self.reply())
         while running:
             for update in engine.step():
                 i, sample, reply = running[update.ticket]

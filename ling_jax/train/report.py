@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from ling_jax.files.paths import at
+from ling_jax.files.paths import at, write_whole
+from ling_jax.train.evaluations import read_records, section
 from ling_jax.train.figures import FIGURES, Drawing, Run, new_figure, png
 from ling_jax.train.metrics import paused_collector, read_metrics
 
 REPORT_FILE = "report.html"
 REPORT_FOLDER = "report"
+MARKS = "<!-- evaluations -->", "<!-- end of evaluations -->"  # around what `show_evaluations` replaces
 
 CSS = """
 :root { color-scheme: light dark; --ink: #20242c; --soft: #5d6572; --line: #dfe2e7; --page: #fafbfc; --card: #ffffff; }
@@ -82,8 +84,17 @@ def write_report(
         path.write_bytes(data)
         sections.append(_figure_section(spec, alt, data))
     page = folder / REPORT_FILE
-    page.write_text(_page(title, summary, sections, sample, config))
+    page.write_text(_page(title, summary, sections, section(read_records(folder)), sample, config))
     return page
+
+
+def show_evaluations(run_dir: epath.PathLike) -> None:
+    """Brings the evaluations in a run's report up to date; a run without a report gets them with its first."""
+    page = at(run_dir) / REPORT_FILE
+    before, mark, rest = page.read_text().partition(MARKS[0]) if page.exists() else ("", "", "")
+    if mark:
+        after = rest.partition(MARKS[1])[2]
+        write_whole(page, f"{before}{MARKS[0]}\n{section(read_records(run_dir))}\n{MARKS[1]}{after}")
 
 
 def _figure_section(spec: Drawing, alt: str, data: bytes) -> str:
@@ -96,7 +107,12 @@ def _figure_section(spec: Drawing, alt: str, data: bytes) -> str:
 
 
 def _page(
-    title: str, summary: Mapping[str, str], figures: Sequence[str], sample: str | None, config: str | None
+    title: str,
+    summary: Mapping[str, str],
+    figures: Sequence[str],
+    evaluations: str,
+    sample: str | None,
+    config: str | None,
 ) -> str:
     rows = "\n".join(
         f'<tr><th scope="row">{html.escape(label)}</th><td>{html.escape(text)}</td></tr>'
@@ -107,6 +123,7 @@ def _page(
         parts.append(f"<section><h2>Summary</h2>\n<table><tbody>\n{rows}\n</tbody></table></section>")
     if figures:
         parts.append('<div class="figures">\n' + "\n".join(figures) + "\n</div>")
+    parts.append(f"{MARKS[0]}\n{evaluations}\n{MARKS[1]}")
     if sample is not None:
         parts.append(f'<section><h2>Sample</h2>\n<pre class="sample">{html.escape(sample)}</pre></section>')
     if config is not None:
