@@ -18,7 +18,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,10 +101,13 @@ class Checkpointer:
     """The steps of one run, in `directory` (local or in a bucket; made if missing, cleared of leftovers).
 
     When to save is the caller's decision. All processes make the same calls, each from one thread.
+
+    Args:
+      kept: steps that stay, whatever `config` says of others.
     """
 
-    def __init__(self, directory: str, config: CheckpointConfig):
-        self._directory, self._config = _absolute(directory), config
+    def __init__(self, directory: str, config: CheckpointConfig, kept: Collection[int] = ()):
+        self._directory, self._config, self._kept = _absolute(directory), config, kept
         self._saving: int | None = None  # the step being written
         self._remove_leftovers()
         barrier("leftovers are gone")
@@ -188,7 +191,8 @@ class Checkpointer:
 
     def _drop_old(self) -> None:
         steps, every = self.all_steps(), self._config.keep_every
-        self._drop([step for step in steps[: -self._config.keep_last] if not every or step % every])
+        old = [step for step in steps[: -self._config.keep_last] if not every or step % every]
+        self._drop([step for step in old if step not in self._kept])
 
     def _drop(self, steps: Sequence[int]) -> None:
         """Makes leftovers of steps, each at once: a step that is half there is none."""

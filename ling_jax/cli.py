@@ -52,6 +52,10 @@ class TrainCommand:
     """With --fresh: rename the folder of an earlier run instead of refusing."""
     from_step: int | None = None
     """Resume from this saved step instead of the latest; later ones are moved aside, and their metrics cut."""
+    from_stage: str | None = None
+    """Resume where this stage begins; what was saved later is moved aside. With --topology: the stage to plan."""
+    stop_after: str | None = None
+    """End when this stage has ended; the same command without it goes on."""
     init_from: str | None = None
     """A HF folder, hub id or checkpoint whose weights, and whose tokenizer, a new run starts from."""
     init_mtp: Mtp = "same"

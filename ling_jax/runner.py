@@ -17,15 +17,25 @@ from flax.traverse_util import flatten_dict
 
 from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, saved_steps
 from ling_jax.cli import TrainCommand
-from ling_jax.config import ModelConfig, RunConfig, architecture_diff, count_params, settings_diff
+from ling_jax.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    StageRun,
+    architecture_diff,
+    count_params,
+    settings_diff,
+)
 from ling_jax.convert.load import load_weights
 from ling_jax.convert.origin import Mtp, check_origin, origin_tokenizer
 from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
 from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of, open_weights
 from ling_jax.data.baselines import baselines
-from ling_jax.data.mixture import DataState, mixture_of, rows_of
+from ling_jax.data.mixture import DataState, mixture_of
+from ling_jax.data.packing import Rows
 from ling_jax.data.pipeline import Data, DataBatch, Earlier, open_data, train_batches
+from ling_jax.data.sources import source_names
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.buckets import bucket_of, is_bucket
@@ -188,7 +198,7 @@ def _step_back(run_dir: epath.Path, step: int, steps: list[int]) -> None:
         log.info("moved step %d to %s", later, aside)
 
 
-def _check_earlier_run(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any]) -> None:
+def _check_earlier_run(run_dir: epath.Path, stages: Sequence[StageRun], meta: Mapping[str, Any]) -> None:
     """Refuses to resume another architecture, listing the differences, and says which other settings differ; without a
     checkpoint, moves aside the tokenizer, and what came with weights, that an earlier attempt left."""
     if not meta:
@@ -197,6 +207,7 @@ def _check_earlier_run(run_dir: epath.Path, config: RunConfig, meta: Mapping[str
                 move(left, _aside(left))
         return
     saved, step = RunConfig.from_json(json.dumps(meta["config"])), meta["data"]["next_step"]
+    config = next((stage.config for stage in stages if stage.config.train.steps >= step), stages[-1].config)
     diff = architecture_diff(saved.model, config.model)
     if diff:
         raise ValueError(
@@ -205,7 +216,7 @@ def _check_earlier_run(run_dir: epath.Path, config: RunConfig, meta: Mapping[str
         )
     if changed := settings_diff(saved, config):
         log.warning("settings that differ from those of step %d (old -> new): %s", step, "; ".join(changed))
-    if (over := config.train.steps) <= step:
+    if (over := stages[-1].config.train.steps) <= step:
         log.info("already at step %d, %s --train.steps %d", step, "past" if over < step else "which is", over)
 
 
@@ -272,12 +283,13 @@ def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) 
 def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None) -> Data:
     """The run's data; process 0 also writes the run's folder, which the others compare with theirs. `meta` is of the
     latest checkpoint; `origin`, what a new run starts from."""
+    stages = config.stage_runs()
     if jax.process_index() == 0:
-        _check_earlier_run(run_dir, config, meta)
+        _check_earlier_run(run_dir, stages, meta)
     else:
         _check_shared(run_dir, config)
     folder, trained_with = str(run_dir / TOKENIZER), meta.get("tokenizer") or None
-    wanted = config.data
+    wanted = _all_sources(config, stages)
     if origin is not None:
         wanted = dataclasses.replace(wanted, tokenizer=origin_tokenizer(origin, wanted.tokenizer))
     earlier = Earlier(RunConfig.from_json(json.dumps(meta["config"])).data, meta["data"]) if meta else None
@@ -354,20 +366,32 @@ def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: s
     return prompt + tokenizer.decode(new)
 
 
-def _report(saver: RunSaver, step: int, data: Data, run_dir: epath.Path, seconds: float, sample: str | None) -> None:
-    """Writes report.html and logs its headline figures."""
+def _report(
+    saver: RunSaver,
+    stages: Sequence[StageRun],
+    step: int,
+    data: Data,
+    run_dir: epath.Path,
+    seconds: float,
+    took: Mapping[str, float],
+    sample: str | None,
+) -> None:
+    """Writes report.html and logs its headline figures; `took`, the seconds of each stage in this session."""
     config = saver.config
     others = baselines(data.training_sample(), [d.text for documents in data.heldout.values() for d in documents])
     records = read_metrics(run_dir)
     scores = next((r for r in reversed(records) if "eval/bits_per_byte" in r), {})
     counts = count_params(config.model)
     summary = {
-        "steps": f"{step} of {config.train.steps}",
+        "steps": f"{step} of {stages[-1].config.train.steps}",
         "tokens seen": f"{saver.read.tokens:,}",
         "parameters": f"{counts.total:,} in all, {counts.active:,} active per token",
         "wall time of this session": f"{seconds:.0f} s",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, {jax.device_count()} {jax.devices()[0].platform}",
     }
+    for stage in stages if config.stage else ():
+        summary[f"stage {stage.config.stage}"] = _told(stage, took.get(stage.config.stage))
+        log.info("stage %s: %s", stage.config.stage, summary[f"stage {stage.config.stage}"])
     if scores:
         summary["validation bits per byte"] = f"{scores['eval/bits_per_byte']:.3f} (step {scores['step']})"
         summary["validation nats per token"] = f"{scores['eval/nats_per_token']:.3f}"
@@ -375,6 +399,14 @@ def _report(saver: RunSaver, step: int, data: Data, run_dir: epath.Path, seconds
         log.info("validation bits per byte %.3f; the same bytes: %s", scores["eval/bits_per_byte"], text)
     path = write_report(run_dir, run_dir.name, summary, others, sample)
     log.info("report: %s", path)
+
+
+def _told(stage: StageRun, seconds: float | None) -> str:
+    """A stage in one line: its steps, rows and rate."""
+    data, rate, end = stage.config.data, stage.config.schedule.peak_lr, stage.config.train.steps
+    batch = f"{data.global_batch_size} rows of {data.sequence_length} tokens, learning rate {rate:g}"
+    time_taken = "" if seconds is None else f", {seconds:.0f} s"
+    return f"steps {stage.first_step + 1} to {end}, {batch}{time_taken}"
 
 
 def run_training(name: str, command: TrainCommand) -> int:
@@ -387,19 +419,38 @@ def run_training(name: str, command: TrainCommand) -> int:
         raise ValueError(f"--init-mtp {command.init_mtp} is about the weights of --init-from: give that too")
     run_dir = at(command.runs_dir) / (command.run or name)
     _check_buckets(command)
-    trainer = make_trainer(command.config)
+    command = _with_stages(command)
+    trainer = make_trainer(command.config.stage_runs()[0].config)
     with _claimed(run_dir, command) if jax.process_index() == 0 else contextlib.nullcontext():
         devices = trainer.compute.mesh.devices
         log.info("devices: %d %s", devices.size, devices.flat[0].device_kind)
         barrier("room is made")
-        return _train(run_dir, command, trainer)
+        return _train(run_dir, command)
 
 
-def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
+def _with_stages(command: TrainCommand) -> TrainCommand:
+    """The command with the step of --from-stage; ValueError for a stage that the run has not."""
+    stages = command.config.stage_runs()
+    names = [stage.config.stage for stage in stages if stage.config.stage]
+    for flag, name in (("--stop-after", command.stop_after), ("--from-stage", command.from_stage)):
+        if name is not None and name not in names:
+            raise ValueError(f"{flag} {name}: the run's stages are {', '.join(names) or 'none'}")
+    if command.from_stage is None:
+        return command
+    first = stages[names.index(command.from_stage)].first_step
+    if not first or command.from_step is not None:
+        why = "the run begins with it: --fresh does" if not first else "give that or --from-step"
+        raise ValueError(f"--from-stage {command.from_stage}: {why}")
+    return dataclasses.replace(command, from_step=first)
+
+
+def _train(run_dir: epath.Path, command: TrainCommand) -> int:
     started, lead = time.perf_counter(), jax.process_index() == 0
     config = _with_commits(command.config, run_dir, command.init_from)
     config = _with_origin(config, run_dir, command.init_from)
-    saver = RunSaver(Checkpointer(str(run_dir / CHECKPOINTS), config.checkpoint), config)
+    stages = config.stage_runs()
+    borders = [stage.first_step for stage in stages[1:]]
+    saver = RunSaver(Checkpointer(str(run_dir / CHECKPOINTS), config.checkpoint, borders), config)
     if config.checkpoint.snapshot_tokens:
         saver.snapshots = Snapshots(run_dir, config.checkpoint)
     with StopRequest().listening() as stop, contextlib.closing(saver):
@@ -410,47 +461,96 @@ def _train(run_dir: epath.Path, command: TrainCommand, trainer: Trainer) -> int:
             origin = _open_origin(command.init_from, config.model, command.init_mtp)
         data = lead_first("the data is open", lambda: _prepare(run_dir, config, meta, origin))
         check_same("the text", data.fingerprint())
-        saver.tokenizer = data.tokenizer.fingerprint
-        trainer = trainer.without_fp8(meta.get("fp8_fallen", []))
+        saver.tokenizer, read, took = data.tokenizer.fingerprint, data.state, {}
+        todo = _left(stages, meta["data"]["next_step"] if meta else 0, command.stop_after)
+        trainer = make_trainer(todo[0].config).without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, origin)
-        step = int(state.step)
-        saver.begin(step, data)
-        _log_start(config, step)
-        batches, held_out = _texts(trainer, data, saver, step)
-        with MetricsWriter(run_dir, step or None) if lead else contextlib.nullcontext() as writer:
-            try:
-                with Session(trainer, state, held_out, saver, writer, str(run_dir), stop) as session:
-                    session.run(batches)
-            except DivergedError as error:
-                log.error("stopped: %s", error)
-                return 1
-        if session.done < config.train.steps:
-            cause = "a signal to another process" if stop.received is None else stop.received.name
-            log.info("stopped by %s at step %d; run the same command to resume", cause, session.done)
-            return 0  # whoever sent the signal does not wait long
-    sample = _sample(trainer, session.state, data.tokenizer)
+        saver.begin(int(state.step), data)
+        with MetricsWriter(run_dir, int(state.step) or None) if lead else contextlib.nullcontext() as writer:
+            for stage in todo:
+                begun = time.perf_counter()
+                if trainer.config is not stage.config:
+                    trainer = make_trainer(stage.config).without_fp8(trainer.fallen)
+                state, saver.config = _entered(trainer, state, stage), stage.config
+                _log_start(stage.config, int(state.step))
+                batches, held_out = _texts(trainer, data, saver, int(state.step), read)
+                try:
+                    with Session(trainer, state, held_out, saver, writer, str(run_dir), stop) as session:
+                        session.run(batches)
+                except DivergedError as error:
+                    log.error("stopped: %s", error)
+                    return 1
+                if session.done < stage.config.train.steps:
+                    cause = "a signal to another process" if stop.received is None else stop.received.name
+                    log.info("stopped by %s at step %d; run the same command to resume", cause, session.done)
+                    return 0  # whoever sent the signal does not wait long
+                trainer, state, read = session.trainer, session.state, saver.read
+                took[stage.config.stage] = time.perf_counter() - begun
+    sample = _sample(trainer, state, data.tokenizer)
     if lead:
-        _report(saver, session.done, data, run_dir, time.perf_counter() - started, sample)
+        _report(saver, stages, int(state.step), data, run_dir, time.perf_counter() - started, took, sample)
     barrier("the report is written")
     return 0
 
 
-def _texts(trainer: Trainer, data: Data, saver: RunSaver, step: int) -> tuple[Iterator[DataBatch], dict[str, HeldOut]]:
-    """The batches from the step after `step` on, and the held-out text of each source."""
+def _left(stages: Sequence[StageRun], step: int, stop_after: str | None) -> list[StageRun]:
+    """The stages that are not done at a step, up to one by name; if all are, the last one, which then does nothing."""
+    names = [stage.config.stage for stage in stages]
+    last = len(stages) - 1 if stop_after is None else names.index(stop_after)
+    left = [stage for stage in stages[: last + 1] if stage.config.train.steps > step]
+    return left or [stages[last]]
+
+
+def _entered(trainer: Trainer, state: TrainState, stage: StageRun) -> TrainState:
+    """The state with which a stage goes on: at its beginning with new moments, if it says so. The count of updates,
+    which the learning rate follows, goes on."""
+    if not (stage.fresh_moments and stage.first_step and int(state.step) == stage.first_step):
+        return state
+    fresh: Any = trainer.new_state_from(state.params, state.bias).optimizer
+    before: Any = state.optimizer
+    return state._replace(optimizer=(*fresh[:-1], before[-1]))
+
+
+def _all_sources(config: RunConfig, stages: Sequence[StageRun]) -> DataConfig:
+    """The settings of all text that any stage reads, in rows as long as the longest."""
+    if not config.stages:
+        return config.data
+    sources = {source.path: source for stage in reversed(stages) for source in stage.config.data.sources}
+    longest = max(stage.config.data.sequence_length for stage in stages)
+    every = dataclasses.replace(
+        config.data, sources=tuple(sources.values()), sequence_length=longest, block_length=longest
+    )
+    for stage in stages:
+        if unknown := set(source_names(stage.config.data)) - set(source_names(every)):
+            raise ValueError(
+                f"stage {stage.config.stage!r}: data source {min(unknown)!r} is called as one of another stage; rename "
+                "its file or folder, or give a link to it"
+            )
+    return every
+
+
+def _texts(
+    trainer: Trainer, data: Data, saver: RunSaver, step: int, read: DataState | None
+) -> tuple[Iterator[DataBatch], dict[str, HeldOut]]:
+    """The batches from the step after `step` on, and the held-out text of each source; `read`: how far an earlier stage
+    or session has read."""
     config, steps = trainer.config.data, trainer.config.train.steps
-    mixture, saver.read = mixture_of(data.rows, config, data.state)
+    rows = {name: Rows(data.rows[name].stream, config.sequence_length) for name in source_names(config)}
+    mixture, saver.read = mixture_of(rows, config, read)
     saver.step_read = saver.read.tokens
-    mixture.announce(saver.read, rows_of(config, saver.read.tokens, max(steps - step, 0)))
+    to_come = config.tokens_of(saver.read.tokens, max(steps - step, 0))
+    mixture.announce(saver.read, to_come // config.sequence_length)
     held_out = {
         source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length)
         for source, documents in data.heldout.items()
     }
     here = rows_here(trainer.compute.mesh, config.global_batch_size).tolist()
-    return saver.watching(train_batches(data.rows, config, step, here, saver.read)), held_out
+    return saver.watching(train_batches(rows, config, step, here, saver.read)), held_out
 
 
 def _log_start(config: RunConfig, step: int) -> None:
     counts = count_params(config.model)
     left: Mapping[str, Any] = {"parameters": f"{counts.total:,}", "active": f"{counts.active:,}"}
     text = ", ".join(f"{value} {key}" for key, value in left.items())
-    log.info("training from step %d to %d: %s; the first step compiles", step, config.train.steps, text)
+    stage = f"stage {config.stage}, " if config.stage else ""
+    log.info("%straining from step %d to %d: %s; the first step compiles", stage, step, config.train.steps, text)

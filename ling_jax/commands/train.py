@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ling_jax.cli import parse_train, run_main
+from ling_jax.cli import TrainCommand, parse_train, run_main
+from ling_jax.config import RunConfig
 from ling_jax.model.model import sharding_table
 from ling_jax.parallel.processes import run_together
 from ling_jax.plan.plan import make_plan
@@ -22,14 +23,24 @@ def main(argv: Sequence[str]) -> int:
         print(sharding_table(config.model, config.mesh, config.train.param_dtype))
         return 0
     if command.topology is not None and command.suggest:
-        suggestion = suggest(command.config, command.topology, command.slices)
+        suggestion = suggest(planned(command), command.topology, command.slices)
         print(render_suggestion(name, suggestion))
         return 0 if suggestion.best else 3
     if command.topology is not None:
-        plan = make_plan(command.config, command.topology, command.slices)
+        plan = make_plan(planned(command), command.topology, command.slices)
         print(plan.to_json() if command.json else f"{render(plan)}\n\n{plan.to_json()}")
         return 0 if plan.memory.fits else 3
     return run_together(lambda: run_training(name, command))
+
+
+def planned(command: TrainCommand) -> RunConfig:
+    """The settings that are planned: those of the stage that --from-stage names, by default of the first."""
+    stages = {stage.config.stage: stage.config for stage in command.config.stage_runs()}
+    if command.from_stage is None:
+        return next(iter(stages.values()))
+    if command.from_stage not in stages:
+        raise ValueError(f"--from-stage {command.from_stage}: the run's stages are {', '.join(filter(None, stages))}")
+    return stages[command.from_stage]
 
 
 def run() -> None:

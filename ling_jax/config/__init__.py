@@ -1,5 +1,6 @@
 """Every setting, as frozen dataclasses; no arrays live here."""
 
+from ling_jax.config.data import DataConfig, DataSource
 from ling_jax.config.differences import architecture_diff, model_settings_diff
 from ling_jax.config.hf import FIXED_HF_FIELDS, MODEL_TYPES, REQUIRED_HF_FIELDS
 from ling_jax.config.layers import LayerKind, LayerRun, layer_kinds, layer_runs, routed_layers
@@ -9,14 +10,13 @@ from ling_jax.config.parameters import Counts, count_params, train_flops_per_tok
 from ling_jax.config.rope import RopeScaling
 from ling_jax.config.run import (
     CheckpointConfig,
-    DataConfig,
-    DataSource,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
     settings_diff,
 )
+from ling_jax.config.stages import Stage, StageRun
 
 __all__ = [
     "CheckpointConfig",
@@ -36,6 +36,8 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
+    "Stage",
+    "StageRun",
     "TrainConfig",
     "architecture_diff",
     "count_params",

@@ -9,72 +9,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ling_jax.config.checks import check, check_at_least
+from ling_jax.config.data import DataConfig, DataSource
 from ling_jax.config.mesh import ONE_DEVICE, MeshConfig
 from ling_jax.config.model import ModelConfig
 from ling_jax.config.rope import RopeScaling
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSource:
-    """Documents under one name.
-
-    `path` is a folder or file of .jsonl, .txt, .parquet or .json, all but parquet also packed as .gz or .zst, or one of
-    the built-in corpora: `python-stdlib` (any Python has it), `site-packages` (the installed requirements); see
-    docs/data.md.
-    """
-
-    path: str
-    weight: float = 1.0  # share of training tokens, relative to the other sources
-    licence: str = "unknown"  # used where a document does not state its own
-    text_field: str = "text"  # of a JSON object or parquet row
-    max_epochs: float | None = None  # how often it is read at most; its share then goes to the others in proportion
-
-    def __post_init__(self):
-        check(self.weight > 0, f"weight = {self.weight} of data source {self.path!r} must be positive")
-        often = self.max_epochs
-        check(often is None or often > 0, f"max_epochs = {often} of data source {self.path!r} must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    sources: tuple[DataSource, ...] = (DataSource(path="python-stdlib"),)
-    tokenizer: str | None = None  # a tokenizer.json, a folder with one, or a hub id; None trains one on the text
-    sequence_length: int = 512  # tokens per row
-    global_batch_size: int = 8  # rows per optimizer step
-    batch_ramp_from: int = 0  # rows of the first steps; 0: there is no ramp
-    batch_ramp_by: int = 0  # rows that are added at a time, until they are global_batch_size
-    batch_ramp_tokens: int = 0  # tokens over which that is done, evenly
-    holdout_fraction: float = 0.02  # share of files kept for validation, chosen by a hash of their path
-    holdout_max_bytes: int = 400_000  # of each source, scored at every validation
-    max_bytes: int | None = None  # use a seeded sample of each source of about this size
-    cache_dir: str = "~/.cache/ling_jax"  # of tokens, and of what is known of each document
-    seed: int = 0
-
-    def __post_init__(self):
-        check_at_least(self, 1, "sequence_length", "global_batch_size", "holdout_max_bytes")
-        check(len(self.sources) > 0, "data.sources is empty: name at least one")
-        check(0 < self.holdout_fraction < 1, f"holdout_fraction = {self.holdout_fraction} must be between 0 and 1")
-        self._check_ramp()
-
-    def _check_ramp(self) -> None:
-        first, by, tokens = self.batch_ramp_from, self.batch_ramp_by, self.batch_ramp_tokens
-        if first == by == tokens == 0:
-            return
-        said = f"data.batch_ramp_from = {first}, batch_ramp_by = {by} and batch_ramp_tokens = {tokens}"
-        check(min(first, by, tokens) > 0, f"{said} must be set together, each at least 1, or all 0: no ramp")
-        rows = self.global_batch_size
-        check(
-            first < rows and (rows - first) % by == 0,
-            f"{said} do not lead to data.global_batch_size = {rows}: batch_ramp_by must divide what is lacking",
-        )
-
-    def batch_at(self, tokens: int) -> int:
-        """Rows of a step before which so many tokens have been read, padding counted."""
-        if not self.batch_ramp_tokens:
-            return self.global_batch_size
-        increments = (self.global_batch_size - self.batch_ramp_from) // self.batch_ramp_by
-        done = min(increments * tokens // self.batch_ramp_tokens, increments)
-        return self.batch_ramp_from + done * self.batch_ramp_by
+from ling_jax.config.stages import Stage, StageRun, stage_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +44,13 @@ class ScheduleConfig:
 
     peak_lr: float = 3.36e-4
     warmup_steps: int = 2000
+    first_step: int = 0  # at which the warmup begins
     decay_fraction: float = 0.0  # share of the run's steps, at its end
     decay: Literal["linear", "cosine", "sqrt"] = "sqrt"  # sqrt: 1 - sqrt(share of the decay done)
     final_lr_fraction: float = 0.0
 
     def __post_init__(self):
-        check_at_least(self, 0, "peak_lr", "warmup_steps", "decay_fraction", "final_lr_fraction")
+        check_at_least(self, 0, "peak_lr", "warmup_steps", "first_step", "decay_fraction", "final_lr_fraction")
         check(self.decay_fraction <= 1, f"decay_fraction = {self.decay_fraction} must be at most 1")
 
 
@@ -179,6 +119,8 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = ONE_DEVICE
+    stages: tuple[Stage, ...] = ()  # one after the other, each with settings of its own; (): the run is one stage
+    stage: Annotated[str, tyro.conf.Suppress] = ""  # the one of several that these settings are of
     # Fields of `model` whose values are guesses, since no release of it is public: those of the weights that a run
     # starts from (--init-from) take their place.
     assumed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -207,6 +149,11 @@ class RunConfig:
         self.mesh.check_rows(rows, parts, length)
         if self.train.fp8:
             self.mesh.check_fp8(self.model)
+        self.stage_runs()
+
+    def stage_runs(self) -> tuple[StageRun, ...]:
+        """The run's stages with all of their settings; ValueError for one that cannot be."""
+        return stage_runs(self)
 
     @property
     def rows_per_device(self) -> int:
@@ -246,8 +193,8 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     check(not unknown, f"unknown {cls.__name__} field(s) {', '.join(unknown)}")
     built: dict[str, Any] = {}
     for name, value in values.items():
-        if name == "sources":
-            built[name] = tuple(_from_dict(DataSource, source) for source in value)
+        if name in ("sources", "stages") and value is not None:
+            built[name] = tuple(_from_dict(DataSource if name == "sources" else Stage, part) for part in value)
         elif isinstance(value, list):  # JSON has no tuples
             built[name] = tuple(value)
         elif name in nested and isinstance(value, Mapping):

@@ -178,18 +178,10 @@ class Mixture:
                             "its max_epochs would give its share to the others", name, MANY_EPOCHS)  # fmt: skip
 
 
-def rows_of(config: DataConfig, tokens: int, steps: int) -> int:
-    """How many rows the next steps have, after so many tokens."""
-    first = tokens
-    while steps and config.batch_at(tokens) < config.global_batch_size:
-        tokens += config.batch_at(tokens) * config.sequence_length
-        steps -= 1
-    return (tokens - first) // config.sequence_length + steps * config.global_batch_size
-
-
 def mixture_of(rows: Mapping[str, Rows], config: DataConfig, state: DataState | None) -> tuple[Mixture, DataState]:
     """The mixture of a run, and where it begins to read, or goes on after the `state` of an earlier session."""
-    mixture = Mixture(rows, config, config.sequence_length if state is None else state.block)
+    block = config.block_length or config.sequence_length
+    mixture = Mixture(rows, config, block if state is None else state.block)
     return mixture, mixture.start(state)
 
 

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from ling_jax.config import DataConfig
-from ling_jax.data.mixture import DataState, Draws, NextRow, mixture_of, rows_of
+from ling_jax.data.mixture import DataState, Draws, NextRow, mixture_of
 from ling_jax.data.packing import IGNORE, ROW, Rows, build_stream, pad
 from ling_jax.data.reading import Document
 from ling_jax.data.sources import Corpus, read_corpus, size, source_names, training_sample
@@ -175,10 +175,10 @@ def _check_sequence(earlier: Earlier, config: DataConfig) -> None:
             f"would come twice or never; give the old one, or {ANEW}"
         )
     block = state["read"]["block"] if "read" in state else saved.sequence_length
-    if config.sequence_length > block:
+    if (longest := max(config.sequence_length, config.block_length)) > block:
         raise ValueError(
-            f"data.sequence_length: {saved.sequence_length} -> {config.sequence_length}: the run reads its text in "
-            f"blocks of {block} tokens, and of longer rows a part would come twice; give at most {block}, or {ANEW}"
+            f"data.sequence_length: {saved.sequence_length} -> {longest}: the run reads its text in blocks of {block} "
+            f"tokens, and of longer rows a part would come twice; give at most {block}, or {ANEW}"
         )
 
 
@@ -282,7 +282,7 @@ def train_batches(
     """
     mixture, begin = mixture_of(rows, config, state)
     if state is None:
-        begin = mixture.draw(begin, rows_of(config, 0, start_step))[1]
+        begin = mixture.draw(begin, config.tokens_of(0, start_step) // config.sequence_length)[1]
     draws = Draws(mixture, begin, start_step, config)
     padding = {name: pad(np.empty(0, np.int32), config.sequence_length, name) for name in ROW}
     wanted = range(config.global_batch_size) if here is None else [int(row) for row in here]

@@ -21,7 +21,7 @@ from ling_jax.train.rounding import apply_updates
 
 
 def learning_rate(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Linear warmup from 0, constant, then the decay over the last `decay_fraction` of `steps`.
+    """Linear warmup from 0 from `first_step` on, constant, then the decay over the last `decay_fraction` of `steps`.
 
     The value at step 0 is that of the first update, 1/warmup_steps of the peak (report, section 3.2.1; WSM
     runs have no decay, section 3.2.3).
@@ -37,6 +37,8 @@ def learning_rate(config: ScheduleConfig, steps: int) -> optax.Schedule:
     def schedule(count):
         count = jnp.asarray(count, jnp.float32) + 1
         warm = jnp.minimum(count / max(config.warmup_steps, 1), 1.0)
+        if config.first_step:
+            warm = jnp.clip((count - config.first_step) / config.warmup_steps, 0.0, 1.0) if config.warmup_steps else 1.0
         if not decay_steps:  # the number of steps is then no part of the program: a longer run compiles nothing anew
             return warm * peak
         share = jnp.clip((count - (steps - decay_steps)) / max(decay_steps, 1), 0.0, 1.0)

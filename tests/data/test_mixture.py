@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ling_jax.config import DataConfig, DataSource
-from ling_jax.data import mixture as module
 from ling_jax.data.mixture import MANY_EPOCHS, DataState, Mixture, mixture_of
 from ling_jax.data.packing import IGNORE, Rows, Stream
 from ling_jax.data.pipeline import _before_places, train_batches
@@ -236,7 +235,7 @@ def test_the_batches_of_a_ramp_are_the_rows_of_the_sequence_then_padding_on_ever
     sizes = [int(batch.metrics["data/batch_size"]) for batch in steps]
     tokens = np.cumsum([0, *(size * 5 for size in sizes)])
     assert sizes == [config.batch_at(int(t)) for t in tokens[:-1]] and sizes[0] == 2 and sizes[-1] == 8
-    assert steps[-1].state.tokens == tokens[-1] and module.rows_of(config, 0, 16) == sum(sizes)
+    assert steps[-1].state.tokens == tokens[-1] and config.tokens_of(0, 16) == 5 * sum(sizes)
     sequence = itertools.islice(train_batches(rows, plain), sum(sizes))
     wanted = iter([batch.arrays for batch in sequence])
     for batch, size in zip(steps, sizes, strict=True):
