@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from ling_jax import runner
 from ling_jax.checkpoint import read_arrays
 from ling_jax.cli import parse_train
 from ling_jax.config import DataConfig, RunConfig, TrainConfig
@@ -176,6 +177,24 @@ def extended(folder: Path, name: str, origin: str | Path, *flags: str, code: int
     still = dict(**SPARSE, train__steps=2, train__eval_every=0, schedule__peak_lr=1e-9)
     args = [*train_args(folder, name, **still), *map(str, flags)]
     return call("train.py", *args, "--init-from", origin, code=code)[1]
+
+
+def test_what_was_assumed_gives_way_in_the_model_that_is_trained_too(folder, monkeypatch):
+    """Not only in the settings that the run saves."""
+    trained = []
+
+    def stopped(trainer, *rest):
+        trained.append(trainer.config.model)
+        raise ValueError("far enough")
+
+    real = runner._with_origin
+    monkeypatch.setattr(
+        runner, "_with_origin", lambda c, *rest: real(dataclasses.replace(c, assumed=("rope_theta",)), *rest)
+    )
+    monkeypatch.setattr(runner, "Session", stopped)
+    flags = ("--model.rope-theta", "77", "--model.max-position-embeddings", "64")
+    assert "far enough" in extended(folder, "guess", folder / "runs" / "short", *flags, code=2)
+    assert [model.rope_theta for model in trained] == [1e4]
 
 
 def other_text(folder: Path) -> Path:
