@@ -57,7 +57,7 @@ class TrainCommand:
     stop_after: str | None = None
     """End when this stage has ended; the same command without it goes on."""
     init_from: str | None = None
-    """A HF folder, hub id or checkpoint whose weights, and whose tokenizer, a new run starts from."""
+    """A HF folder, hub id, checkpoint or RUN@STEP whose weights, and whose tokenizer, a new run starts from."""
     init_mtp: Mtp = "same"
     """With --init-from, where one side has an MTP layer and the other has none. new: it starts from random weights;
     drop: it is left behind; same: that is an error."""

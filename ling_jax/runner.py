@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -419,13 +421,24 @@ def run_training(name: str, command: TrainCommand) -> int:
         raise ValueError(f"--init-mtp {command.init_mtp} is about the weights of --init-from: give that too")
     run_dir = at(command.runs_dir) / (command.run or name)
     _check_buckets(command)
-    command = _with_stages(command)
+    command = _with_stages(_with_step(command))
     trainer = make_trainer(command.config.stage_runs()[0].config)
     with _claimed(run_dir, command) if jax.process_index() == 0 else contextlib.nullcontext():
         devices = trainer.compute.mesh.devices
         log.info("devices: %d %s", devices.size, devices.flat[0].device_kind)
         barrier("room is made")
         return _train(run_dir, command)
+
+
+def _with_step(command: TrainCommand) -> TrainCommand:
+    """The command with the checkpoint that --init-from RUN@STEP means; ValueError for a step that the run has not."""
+    found = re.fullmatch(r"(.+)@(\d+)", command.init_from or "")
+    for run in (at(found[1]), at(command.runs_dir) / found[1]) if found else ():
+        if steps := saved_steps(run / CHECKPOINTS):
+            if int(found[2]) not in steps:
+                raise ValueError(f"--init-from {command.init_from}: {run} has the steps {', '.join(map(str, steps))}")
+            return dataclasses.replace(command, init_from=os.fspath(run / CHECKPOINTS / str(int(found[2]))))
+    return command  # a hub id, perhaps
 
 
 def _with_stages(command: TrainCommand) -> TrainCommand:

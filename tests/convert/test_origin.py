@@ -179,6 +179,15 @@ def extended(folder: Path, name: str, origin: str | Path, *flags: str, code: int
     return call("train.py", *args, "--init-from", origin, code=code)[1]
 
 
+def test_a_run_starts_from_a_step_of_another_by_its_name(folder):
+    extended(folder, "branch", "short@20")
+    short, branch = (flatten_dict(read_arrays(folder / "runs" / name)["params"]) for name in ("short", "branch"))
+    for path, weight in short.items():
+        np.testing.assert_allclose(branch[path], weight, atol=1e-6)
+    log = extended(folder, "other", "short@7", code=2)
+    assert f"--init-from short@7: {folder / 'runs' / 'short'} has the steps 20" in log
+
+
 def test_what_was_assumed_gives_way_in_the_model_that_is_trained_too(folder, monkeypatch):
     """Not only in the settings that the run saves."""
     trained = []
