@@ -33,6 +33,8 @@ class DataConfig:
     sequence_length: int = 512  # tokens per row
     global_batch_size: int = 8  # rows per optimizer step
     block_length: int = 0  # tokens of the longest rows that the run will ever have; 0: sequence_length
+    long_document: int = 0  # tokens of one document that make a row a long one; 0: no rows are told apart
+    long_share: float | None = None  # of the tokens, in long rows; None: as many as there are
     batch_ramp_from: int = 0  # rows of the first steps; 0: there is no ramp
     batch_ramp_by: int = 0  # rows that are added at a time, until they are global_batch_size
     batch_ramp_tokens: int = 0  # tokens over which that is done, evenly
@@ -50,6 +52,12 @@ class DataConfig:
         check(
             not block or block >= self.sequence_length,
             f"data.block_length = {block} must be at least data.sequence_length = {self.sequence_length}, or 0",
+        )
+        share = self.long_share
+        check_at_least(self, 0, "long_document")
+        check(
+            share is None or (self.long_document > 0 and 0 <= share < 1),
+            f"data.long_share = {share} must be from 0 to below 1, and data.long_document above 0",
         )
         self._check_ramp()
 

@@ -25,6 +25,7 @@ class Stage:
     tokens: int  # that it reads, padding counted; its last step may read beyond
     sources: tuple[DataSource, ...] | None = None
     sequence_length: int | None = None
+    long_share: float | None = None  # of the tokens, in rows that hold one long document (`data.long_document`)
     global_batch_size: int | None = None
     microbatches: int | None = None
     peak_lr: float | None = None
@@ -45,7 +46,7 @@ class Stage:
 
 # Where a stage's settings are in a RunConfig.
 PLACES = {
-    "data": ("sources", "sequence_length", "global_batch_size"),
+    "data": ("sources", "sequence_length", "long_share", "global_batch_size"),
     "schedule": ("peak_lr",),
     "train": ("microbatches", "bias_update_rate", "fp8", "only"),
     "model": ("rope_theta", "rope_scaling", "max_position_embeddings", "mtp_loss_scaling_factor"),

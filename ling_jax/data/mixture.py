@@ -15,13 +15,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import grain
+import numpy as np
 
-from ling_jax.config import DataConfig
-from ling_jax.data.packing import Rows
+from ling_jax.config import DataConfig, DataSource
+from ling_jax.data.packing import Rows, Stream
 from ling_jax.data.sources import source_names
+from ling_jax.data.store import parts
 
 log = logging.getLogger(__name__)
 
+LONG = " (long rows)"  # what the name of a source's long rows ends in
 MANY_EPOCHS = 4  # up to which repeated text is nearly as good as new (Muennighoff et al., arXiv 2305.16264)
 
 
@@ -59,13 +62,26 @@ class NextRow(NamedTuple):
 class _Source:
     """One source's rows by their place."""
 
-    def __init__(self, name: str, rows: Rows, block: int, seed: int, max_epochs: float | None):
-        self.name, self.block = name, block
+    def __init__(
+        self,
+        name: str,
+        rows: Rows,
+        block: int,
+        seed: int,
+        max_epochs: float | None,
+        only_D: np.ndarray | None = None,
+        key: str = "",
+    ):
+        """Args:
+        only_D: the blocks that it has, if it has not all.
+        key: of the source in a `DataState`; its name by default.
+        """
+        self.name, self.block, self.only_D = name, block, only_D
         self.last = max(len(rows.stream) - 1, 1)  # the stream's last token has no successor to predict
-        self.blocks = -(-self.last // block)
+        self.blocks = -(-self.last // block) if only_D is None else len(only_D)
         self.limit = None if max_epochs is None else round(max_epochs * self.blocks) * block
         # grain seeds epoch e with seed + e, so neighbouring seeds would share orders: ours are hashes.
-        digest = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
+        digest = int.from_bytes(hashlib.sha256(f"{seed}:{key or name}".encode()).digest()[:4])
         self.order: Any = grain.MapDataset.range(self.blocks).shuffle(digest).repeat()
 
     def is_open(self, place: int) -> bool:
@@ -78,7 +94,8 @@ class _Source:
     def piece(self, place: int, length: int) -> tuple[NextRow, int]:
         """The row of up to `length` tokens at a place, and the place behind it."""
         number, inside = divmod(place, self.block)
-        begin = self.order[number] * self.block + inside
+        block = self.order[number]
+        begin = (block if self.only_D is None else int(self.only_D[block])) * self.block + inside
         count = min(length, self.block - inside, self.last - begin)
         at_end = inside + length >= self.block or begin + length >= self.last
         return NextRow(self.name, begin, count), (number + 1) * self.block if at_end else place + length
@@ -90,10 +107,37 @@ class Mixture:
     def __init__(self, rows: Mapping[str, Rows], config: DataConfig, block: int):
         self.length = config.sequence_length
         asked = dict(zip(source_names(config), config.sources, strict=True))
-        self.sources = {name: _Source(name, rows[name], block, config.seed, s.max_epochs) for name, s in asked.items()}
         total = sum(source.weight for source in asked.values())
-        self.asked = {name: source.weight / total for name, source in asked.items()}
-        self.block = block
+        self.block, self.asked = block, {name: source.weight / total for name, source in asked.items()}
+        self.sources = {name: _Source(name, rows[name], block, config.seed, s.max_epochs) for name, s in asked.items()}
+        if config.long_document:
+            self._tell_apart(rows, config, asked)
+
+    def _tell_apart(self, rows: Mapping[str, Rows], config: DataConfig, asked: Mapping[str, DataSource]) -> None:
+        """Makes two sources of each that has long rows and others; the long ones get their share of the tokens."""
+        block, wanted, natural = self.block, config.long_share, {}
+        if config.long_document > block:
+            raise ValueError(
+                f"data.long_document = {config.long_document} must be at most the run's longest row, {block} tokens"
+            )
+        for name, settings in asked.items():
+            is_long = long_blocks(rows[name].stream, block, config.long_document)
+            natural[name] = float(is_long.mean())
+            for key, mine in ((name, ~is_long), (f"{name}{LONG}", is_long)):
+                found = np.flatnonzero(mine)
+                self.sources[key] = _Source(name, rows[name], block, config.seed, settings.max_epochs, found, key)
+        long_total = sum(share for name, share in self.asked.items() if natural[name])
+        if wanted and not long_total:
+            raise ValueError(
+                f"data.long_share = {wanted}, but no row of {block} tokens has {config.long_document} of one document: "
+                "lower data.long_document, or add longer documents"
+            )
+        for name, share in list(self.asked.items()):
+            part = natural[name] if wanted is None else wanted / long_total if natural[name] else 0.0
+            part = 1.0 if natural[name] == 1 else min(part, 1.0)  # it has no others
+            self.asked |= {name: share * (1 - part), f"{name}{LONG}": share * part}
+        self.sources = {key: source for key, source in self.sources.items() if self.asked[key] > 0}
+        self.asked = {key: self.asked[key] for key in self.sources}
 
     def start(self, earlier: DataState | None = None) -> DataState:
         """Where reading begins, or goes on after an earlier session, whose sources and shares may have been others."""
@@ -176,6 +220,25 @@ class Mixture:
             if epochs > MANY_EPOCHS:
                 log.warning("%s will have been read more than %d times: text that comes again teaches less and less; "
                             "its max_epochs would give its share to the others", name, MANY_EPOCHS)  # fmt: skip
+
+
+def long_blocks(stream: Stream, block: int, least: int) -> np.ndarray:
+    """bool [blocks]: which blocks of a stream have `least` tokens of one document, which is at most `block`."""
+    total = max(len(stream) - 1, 1)
+    changes = np.zeros(-(-total // block) + 1, np.int64)  # where runs of long blocks begin (1) and have ended (-1)
+    starts_D = stream.starts_D
+    for part in parts(len(starts_D)):
+        begins = np.asarray(starts_D[part])
+        ends = np.append(begins[1:], starts_D[part.stop] if part.stop < len(starts_D) else total)
+        big = ends - begins >= least
+        begins, ends = begins[big], np.minimum(ends[big], total)
+        first, last = begins // block, (ends - 1) // block
+        first += np.minimum(ends, (first + 1) * block) - begins < least
+        last -= ends - np.maximum(begins, last * block) < least
+        some = first <= last
+        np.add.at(changes, first[some], 1)
+        np.add.at(changes, last[some] + 1, -1)
+    return np.cumsum(changes[:-1]) > 0
 
 
 def mixture_of(rows: Mapping[str, Rows], config: DataConfig, state: DataState | None) -> tuple[Mixture, DataState]:

@@ -174,6 +174,11 @@ def _check_sequence(earlier: Earlier, config: DataConfig) -> None:
             f"data.seed: {saved.seed} -> {config.seed}: the run has read its text in the order of the former, so rows "
             f"would come twice or never; give the old one, or {ANEW}"
         )
+    if saved.long_document != config.long_document:
+        raise ValueError(
+            f"data.long_document: {saved.long_document} -> {config.long_document}: rows are read in another order, so "
+            f"some would come twice or never; give the old one, or {ANEW}"
+        )
     block = state["read"]["block"] if "read" in state else saved.sequence_length
     if (longest := max(config.sequence_length, config.block_length)) > block:
         raise ValueError(

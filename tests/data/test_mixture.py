@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ling_jax.config import DataConfig, DataSource
-from ling_jax.data.mixture import MANY_EPOCHS, DataState, Mixture, mixture_of
+from ling_jax.data.mixture import MANY_EPOCHS, DataState, Mixture, long_blocks, mixture_of
 from ling_jax.data.packing import IGNORE, Rows, Stream
 from ling_jax.data.pipeline import _before_places, train_batches
 
@@ -38,7 +38,7 @@ def mixture(sizes: list[int], weights: list[float], length: int, block: int = 0,
     return found, found.start()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.data(), st.integers(2, 12), st.integers(2, 9))
 def test_at_every_prefix_a_source_is_within_two_rows_of_its_share_padding_not_counted(data, count, length):
     weights = data.draw(st.lists(st.floats(0.001, 1.0), min_size=count, max_size=count))
@@ -67,7 +67,7 @@ def tokens_of(pieces: list, sizes: list[int]) -> Counter:
     return counts
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=4),
     st.integers(1, 12),
@@ -250,3 +250,62 @@ def test_the_batches_of_a_ramp_are_the_rows_of_the_sequence_then_padding_on_ever
     later = list(itertools.islice(train_batches(rows, config, 5, state=steps[4].state), 11))
     assert [batch.state for batch in later] == [batch.state for batch in steps[5:]]
     assert [b.state for b in itertools.islice(train_batches(rows, config, 5), 11)] == [b.state for b in later]
+
+
+# Rows of one long document.
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(2, 12), st.data())
+def test_a_block_is_long_where_one_document_has_enough_of_it(lengths, block, data):
+    least = data.draw(st.integers(1, block))
+    starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+    stream = Stream(np.arange(sum(lengths), dtype=np.uint32), starts)
+    total = max(sum(lengths) - 1, 1)
+    owner = np.repeat(np.arange(len(lengths)), lengths)[:total]
+    pieces = [owner[begin : begin + block] for begin in range(0, total, block)]
+    want = [bool((np.bincount(piece) >= least).any()) for piece in pieces]
+    assert long_blocks(stream, block, least).tolist() == want
+
+
+def long_and_short(length: int, **changes) -> tuple[Mixture, DataState]:
+    """Two sources: a third of the first's blocks of ten is one document's, none of the other's."""
+    lengths = [30, *[2] * 30] * 20
+    streams = [
+        Stream(np.arange(1800, dtype=np.uint32), np.cumsum([0, *lengths[:-1]], dtype=np.int64)),
+        Stream(np.arange(1800, dtype=np.uint32), np.arange(0, 1800, 3, dtype=np.int64)),
+    ]
+    config = replace(config_of([0.5, 0.5], length), block_length=10, long_document=10, **changes)
+    return mixture_of({str(i): Rows(stream, length) for i, stream in enumerate(streams)}, config, None)
+
+
+@pytest.mark.parametrize("length", [10, 5])
+def test_long_rows_have_their_share_of_the_tokens_at_every_length(length):
+    drawing, state = long_and_short(length, long_share=0.2)
+    rows, after = drawing.draw(state, 400)
+    is_long = [row.source == "0" and row.begin % 90 < 30 for row in rows]
+    assert abs(np.mean(is_long) - 0.2) < 0.01
+    assert abs(np.mean([row.source == "0" for row in rows]) - 0.5) < 0.01
+    assert drawing.metrics(after)["data/0 (long rows)/share"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_without_a_share_they_are_as_many_as_there_are_and_never_come_twice_when_one_follows():
+    drawing, state = long_and_short(5)
+    rows, after = drawing.draw(state, 300)
+    assert abs(np.mean([row.source == "0" and row.begin % 90 < 30 for row in rows]) - 0.5 / 2) < 0.1
+    later, begin = long_and_short(10, long_share=0.3)
+    rows += later.draw(later.start(after), 40)[0]
+    assert max(tokens_of(rows, [1800, 1800]).values()) == 1
+    assert begin.rows == 0
+
+
+def test_a_share_of_long_rows_that_are_not_there_is_refused():
+    rows = {"0": source_of(0, 100, 10)}
+    short = {"0": Rows(Stream(rows["0"].stream.tokens_S, np.arange(0, 100, 2, dtype=np.int64)), 10)}
+    config = replace(config_of([1.0], 10), long_document=8, long_share=0.2)
+    with pytest.raises(ValueError, match="long_share = 0.2, but no row of 10 tokens has 8 of one document"):
+        mixture_of(short, config, None)
+    with pytest.raises(ValueError, match="long_share = 0.2 must be from 0 to below 1, and data.long_document above 0"):
+        replace(config, long_document=0)
+    with pytest.raises(ValueError, match="long_document = 11 must be at most the run's longest row, 10 tokens"):
+        mixture_of(short, replace(config, long_document=11), None)
