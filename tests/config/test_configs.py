@@ -117,6 +117,29 @@ def test_full_size_runs_follow_the_published_recipe(name: str, peak_lr: float, r
     assert run.train.steps * rows * run.data.sequence_length == pytest.approx(20e12, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "peak_lr", "rows"), [("ling_mini_recipe", 3.36e-4, 4400), ("ling_1t_recipe", 1.86e-4, 18144)]
+)
+def test_the_recipes_are_what_was_published(name: str, peak_lr: float, rows: int):
+    stages = load(name).stage_runs()
+    names, configs = [stage.config.stage for stage in stages], [stage.config for stage in stages]
+    assert names == ["general_a", "general_b", "context", "thought"]
+    ends = [*(stage.first_tokens for stage in stages[1:]), stages[-1].first_tokens + 600e9]
+    assert ends == pytest.approx([10e12, 20e12, 20.15e12, 20.75e12], rel=1e-4)
+    assert [config.data.sequence_length for config in configs] == [4096, 4096, 32768, 32768]
+    assert [config.model.rope_theta for config in configs] == [1e4, 1e4, 6e5, 6e5]
+    assert [config.train.bias_update_rate for config in configs] == [1e-3, 1e-3, 1e-4, 1e-4]
+    assert [config.schedule.peak_lr for config in configs[:3]] == [peak_lr] * 3 and configs[
+        3
+    ].schedule.peak_lr > peak_lr
+    assert [config.schedule.warmup_steps for config in configs] == [2000, 0, 0, 0]
+    assert [config.data.batch_at(10**13) for config in configs] == [rows, rows, rows // 8, rows // 8]
+    shares = [{s.path: s.weight for s in config.data.sources} for config in configs]
+    assert shares[0] == {"general": 0.68, "reasoning": 0.32} and shares[2] == shares[1]
+    assert shares[1] == {"general": 0.54, "reasoning": 0.46} and shares[3]["general"] == 0.55
+    assert configs[2].data.long_share == 0.2 and configs[2].model.num_nextn_predict_layers == 1
+
+
 def test_a_run_too_large_to_serve_on_its_own_mesh_ends_without_a_sample(caplog):
     """Ling-1T over 1,024 devices: 4 GB of weights on each to train, but attention whole and 16 experts to serve."""
     mesh = MeshConfig(fsdp=64, expert=16)
