@@ -3,9 +3,9 @@
 Command:   python train.py ling_1t_recipe --data.tokenizer FILE, where the folders general/, reasoning/ and thought/
            hold text; then python convert.py merge --source runs/ling_1t_recipe/snapshots --last 32 --target DIR
 Hardware:  a TPU or GPU pod; never run at this size here. `--topology v5p:8x8x16 --from-stage context` plans a stage.
-Promise:   what is published, each figure as spec 4 has it; what is not is named in configs/__init__.py. Unknown too: the
-           steps in which the batch grew to 18144 rows over about the first 500B tokens (one published example starts at
-           3024: in sixths, here), and the rate of the last stage (1.5 times, here).
+Promise:   what is published, each figure as spec 4 has it; what is not is named in configs/__init__.py. Unknown too:
+           the steps in which the batch grew to 18144 rows over about the first 500B tokens (one published example
+           starts at 3024: in sixths, here), and the rate of the last stage (1.5 times, here).
 """
 
 import dataclasses

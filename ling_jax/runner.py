@@ -433,11 +433,14 @@ def run_training(name: str, command: TrainCommand) -> int:
 def _with_step(command: TrainCommand) -> TrainCommand:
     """The command with the checkpoint that --init-from RUN@STEP means; ValueError for a step that the run has not."""
     found = re.fullmatch(r"(.+)@(\d+)", command.init_from or "")
-    for run in (at(found[1]), at(command.runs_dir) / found[1]) if found else ():
+    if found is None:
+        return command
+    name, step = found[1], int(found[2])
+    for run in (at(name), at(command.runs_dir) / name):
         if steps := saved_steps(run / CHECKPOINTS):
-            if int(found[2]) not in steps:
+            if step not in steps:
                 raise ValueError(f"--init-from {command.init_from}: {run} has the steps {', '.join(map(str, steps))}")
-            return dataclasses.replace(command, init_from=os.fspath(run / CHECKPOINTS / str(int(found[2]))))
+            return dataclasses.replace(command, init_from=os.fspath(run / CHECKPOINTS / str(step)))
     return command  # a hub id, perhaps
 
 
