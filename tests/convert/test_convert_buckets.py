@@ -80,7 +80,7 @@ def test_a_checkpoint_in_a_bucket_has_the_bytes_it_has_on_a_disk(local, source, 
     assert states(tmp_path / "c") == states(tmp_path / "ours")
 
 
-@every_day("gs", "s3")
+@every_day("gs")
 @pytest.mark.parametrize("case", [nightly(FLOATS[0]), QUANTISED[0]], ids=lambda case: case.name)
 def test_from_a_bucket_to_a_bucket_and_back_every_byte_is_kept(case, bucket, tmp_path):
     upload(case, f"{bucket}/hf")

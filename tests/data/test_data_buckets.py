@@ -566,8 +566,8 @@ def test_text_prepared_from_a_bucket_into_a_bucket_gives_the_rows_of_the_text(pr
     }
     batches = [train_batches(one.rows, config, 0) for one in (data, found)]
     for one, other in itertools.islice(zip(*batches, strict=False), 5):
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
+        for name in one.arrays:
+            np.testing.assert_array_equal(one.arrays[name], other.arrays[name])
     assert prepare.prepare("prose", source, paths.at(folder), data.tokenizer, here).checksum == made.checksum
     delete(f"{folder}/shard-000001.tokens.npy")
     with pytest.raises(ValueError, match=r"shard-000001\.tokens\.npy is missing.*run the `prepare` command"):

@@ -45,7 +45,7 @@ def test_at_every_prefix_a_source_is_within_two_rows_of_its_share_padding_not_co
     sizes = data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))  # most have a short last row
     drawing, state = mixture(sizes, weights, length)
     shares, drawn = np.array(weights) / sum(weights), np.zeros(count)
-    for piece in drawing.draw(state, 300)[0]:
+    for piece in drawing.draw(state, 150)[0]:
         drawn[int(piece.source)] += piece.count
         assert np.abs(shares * drawn.sum() - drawn).max() <= 2 * length
 

@@ -66,7 +66,7 @@ def test_a_run_has_the_same_numbers_and_arrays_where_some_requests_fail(bucket, 
     assert complete_steps(f"{bucket}/runs/run") == [32, 40]
 
 
-@every_day("s3")
+@pytest.mark.nightly
 def test_a_conversion_there_and_back_gives_the_same_bytes_where_some_requests_fail(bucket, tmp_path):
     write_folder(tmp_path / "source", sharded=True)
     upload(tmp_path / "source", f"{bucket}/source")
@@ -225,7 +225,7 @@ def test_of_twenty_starts_at_once_one_holds(bucket, faults):
     assert names(f"{bucket}/run") == []
 
 
-@every_day("s3")
+@pytest.mark.nightly
 def test_of_twenty_that_find_a_dead_ones_lease_one_takes_it_over(bucket):
     assert start_at_once(f"{bucket}/run", 1, "dies") == ["held"]
     assert names(f"{bucket}/run") == [HOLDER]

@@ -20,7 +20,6 @@ from ling_jax.train.metrics import read_metrics
 from tests.support.buckets import (
     complete_steps,
     download,
-    every_day,
     get,
     names,
     new_bucket,
@@ -181,7 +180,7 @@ def test_two_processes_train_and_resume_in_a_bucket_as_in_local_folders(bucket, 
     assert_same_run(copy, local_pair / "runs" / "pair")
 
 
-@every_day("s3")
+@pytest.mark.nightly
 def test_after_two_sigkills_a_run_ends_with_the_numbers_of_one_that_was_left_alone(bucket, local, tmp_path):
     """`scripts/bucket_kills.py` does the same more often, and kills conversions too."""
     upload(local / "text", f"{bucket}/text")

@@ -4,11 +4,8 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,33 +16,12 @@ from ling_jax.train.metrics import read_metrics
 from scripts.same_bits import KINDS, compare
 from tests.support.commands import call
 from tests.support.marks import nightly
-from tests.support.runs import latest_step, lines_of, mount_prefix
+from tests.support.runs import is_saving, kill_at, latest_step, lines_of, mount_prefix
 from tests.tiny_run import REPO, SHARED, SPARSE, STEPS, numbers, run, start, train_args
 
 # Most moments are in or near a save or a validation. At sizes that one thread does alone, kills could not show that two
 # threads give other bits.
 OFTEN = dict(**SPARSE, **SHARED, train__eval_every=3, checkpoint__every=4)
-
-
-def is_saving(run_dir: Path) -> bool:
-    folder = run_dir / "checkpoints"
-    return folder.exists() and any("tmp" in name for name in os.listdir(folder))
-
-
-def kill_at(process: subprocess.Popen[str], run_dir: Path, moment: str, line: int, delay: float) -> None:
-    """SIGKILL, `delay` seconds after the start, after line `line` of the metrics, or after a later save began."""
-    begun = time.monotonic()
-    reached = {
-        "start": lambda: time.monotonic() > begun + 1.0,  # imports, data, restoring, compiling
-        "line": lambda: lines_of(run_dir) >= line,  # the next step, a validation, a save
-        "save": lambda: lines_of(run_dir) >= line and is_saving(run_dir),
-    }[moment]
-    while process.poll() is None and not reached():
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.kill()
-    _, log = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"it ended before its kill:\n{log}"
 
 
 @pytest.mark.parametrize("kills", [2, nightly(10)])

@@ -35,7 +35,7 @@ def expected() -> list[list[int]]:
     return recomputed(make_model(HYBRID), REQUESTS, 32)
 
 
-@pytest.mark.parametrize(("drafts", "chunk"), [(0, 4), (3, 16), nightly(1, 4), nightly(0, 1), nightly(8, 8)])
+@pytest.mark.parametrize(("drafts", "chunk"), [nightly(0, 4), (3, 16), nightly(1, 4), nightly(0, 1), nightly(8, 8)])
 def test_answers_are_those_of_full_recomputation(drafts, chunk):
     """Rows that end and are given away, prompts in pieces, drafts that stand and fall, an answer taken up again."""
     engine = Engine(make_model(HYBRID), rows=2, slots=32, chunk=chunk, drafts=drafts)
@@ -55,7 +55,7 @@ def test_answers_are_those_of_full_recomputation(drafts, chunk):
     assert sorted(a.ids for a in ends) == sorted([expected()[0], expected()[place]])
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("drafts", [nightly(0), 2])
 def test_a_prompt_is_run_once_for_all_its_samples(drafts, monkeypatch):
     """A row that has answered has its prompt's state beside its own, from which other samples of the prompt start; a
     chat goes on where it ended; another prompt that only begins the same is run."""

@@ -17,6 +17,7 @@ from ling_jax.kernels.fp8 import FP8Weight, quantise_weight, rows_product
 from ling_jax.kernels.weight import as_weight
 from ling_jax.model.model import split_model
 from tests.support.helpers import assert_close, jit, make_model, small
+from tests.support.marks import nightly
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -75,7 +76,7 @@ def test_many_rows_meet_weights_multiplied_out():
     assert_close(got, np.concatenate([x[:300] @ whole[0].T, x[300:] @ whole[2].T]))
 
 
-@pytest.mark.parametrize("mesh", [None, {"expert": 4}], ids=str)
+@pytest.mark.parametrize("mesh", [None, nightly({"expert": 4})], ids=str)
 def test_answers_in_fp8_are_those_of_the_weights_multiplied_out(mesh):
     config = small(vocab_size=64, max_position_embeddings=32)
     options = {} if mesh is None else {"mesh": MeshConfig(**mesh)}

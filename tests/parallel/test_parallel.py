@@ -34,8 +34,8 @@ def test_gathered_rows_and_keys_give_one_devices_numbers():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("expert8", {}),
-        ("data2-expert4", {}),
+        nightly("expert8", {}),
+        nightly("data2-expert4", {}),
         ("fsdp2-expert4", {}),
         ("fsdp2-expert4", {"dispatcher": "all_gather"}),
         ("tensor4", {}),

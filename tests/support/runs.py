@@ -1,6 +1,8 @@
 """Questions that tests ask of a run folder, and runs of several processes."""
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -59,6 +61,27 @@ def latest_step(run_dir: Path) -> int:
 def lines_of(run_dir: Path) -> int:
     file = run_dir / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def is_saving(run_dir: Path) -> bool:
+    folder = run_dir / "checkpoints"
+    return folder.exists() and any("tmp" in name for name in os.listdir(folder))
+
+
+def kill_at(process: subprocess.Popen[str], run_dir: Path, moment: str, line: int, delay: float) -> None:
+    """SIGKILL, `delay` seconds after the start, after line `line` of the metrics, or after a later save began."""
+    begun = time.monotonic()
+    reached = {
+        "start": lambda: time.monotonic() > begun + 1.0,  # imports, data, restoring, compiling
+        "line": lambda: lines_of(run_dir) >= line,  # the next step, a validation, a save
+        "save": lambda: lines_of(run_dir) >= line and is_saving(run_dir),
+    }[moment]
+    while process.poll() is None and not reached():
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    _, log = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"it ended before its kill:\n{log}"
 
 
 def free_port() -> int:

@@ -29,7 +29,11 @@ def trainer_of(only, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"optimizer": OptimizerConfig(eight_bit=True)}, nightly({"mesh": MeshConfig(fsdp=2, expert=2, tensor=2)})],
+    [
+        {},
+        nightly({"optimizer": OptimizerConfig(eight_bit=True)}),
+        nightly({"mesh": MeshConfig(fsdp=2, expert=2, tensor=2)}),
+    ],
     ids=str,
 )
 def test_only_what_matches_moves_even_with_moments_of_before(changes):

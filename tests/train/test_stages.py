@@ -1,5 +1,6 @@
 """A run in stages: each is trained with settings of its own, and it may stop and go on anywhere."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from ling_jax.train.metrics import read_metrics
 from ling_jax.train.state import make_trainer
 from tests.support.commands import call
 from tests.support.helpers import small
-from tests.tiny_run import SPARSE, numbers, train_args, write_text
+from tests.support.runs import kill_at, latest_step, lines_of
+from tests.tiny_run import SPARSE, numbers, start, train_args, write_text
 
 # 128 tokens a step in all stages but the last, whose rows are longer than a batch of the others.
 RECIPE = """
@@ -119,6 +121,21 @@ def test_a_run_that_is_stopped_after_a_stage_and_inside_one_goes_on_as_if_it_had
     log = train(folder, "stopped", "--from-stage", "thought")
     assert "resuming from step 18" in log and "stage thought, training from step 18 to 22" in log
     assert_same(folder, "stopped")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sigkills_at_borders_in_saves_and_in_steps_change_nothing(folder, seed):
+    draw, name = random.Random(seed), f"killed{seed}"
+    args = [str(folder / "recipe.py"), *train_args(folder, name, **TINY)[1:]]
+    run_dir, ends = folder / "runs" / name, []
+    for moment, line in (("line", 7), ("save", 8), ("line", 13), ("save", 14), ("start", 0), ("line", 19)):
+        process = start("train.py", *args)
+        kill_at(process, run_dir, moment, line + draw.randint(0, 1), draw.uniform(0, 0.1))
+        ends.append(f"{moment} {lines_of(run_dir)}/{latest_step(run_dir)}")
+    print("killed at (moment, lines / checkpoint):", ", ".join(ends))
+    train(folder, name)
+    assert_same(folder, name)
 
 
 def test_no_tokens_place_goes_back_where_rows_become_longer(folder):
