@@ -31,3 +31,15 @@ def report(result: dict[str, Any], useful_flops: float, seconds: float) -> None:
         },
     }
     print(json.dumps(result | common))
+
+
+def compiled_programs(part: str = "") -> list[str]:
+    """A list that grows by the name of each program that JAX compiles from now on, if it has `part` in it."""
+    found: list[str] = []
+
+    def note(event: str, seconds: float, fun_name: str = "", **_) -> None:
+        if event.endswith("/backend_compile_duration") and part in fun_name:
+            found.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return found

@@ -9,12 +9,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 import tyro
 from flax import nnx
 
-from benchmarks.common import report
+from benchmarks.common import compiled_programs, report
 from ling_jax.cli import named_config, run_main
 from ling_jax.config import ModelConfig, count_params
 from ling_jax.convert.load import load_pretrained
@@ -23,15 +22,7 @@ from ling_jax.model.model import Ling, split_model
 from ling_jax.train.loss import row_logprobs
 
 Pair = tuple[list[int], list[int]]
-COMPILED: list[str] = []  # programs of `score`
-
-
-def note_compilation(event: str, seconds: float, fun_name: str = "", **_) -> None:
-    if event.endswith("/backend_compile_duration") and "_scores" in fun_name:
-        COMPILED.append(fun_name)
-
-
-jax.monitoring.register_event_duration_secs_listener(note_compilation)
+COMPILED = compiled_programs("_scores")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

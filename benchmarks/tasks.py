@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 from flax import nnx
 
-from benchmarks.common import report
+from benchmarks.common import compiled_programs, report
 from ling_jax.cli import named_config, run_main
 from ling_jax.config import count_params
 from ling_jax.convert.load import load_pretrained
@@ -28,15 +27,7 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.generate.tasks import TaskModel
 from ling_jax.model.model import Ling
 
-COMPILED: list[str] = []
-
-
-def note_compilation(event: str, seconds: float, fun_name: str = "", **_) -> None:
-    if event.endswith("/backend_compile_duration"):
-        COMPILED.append(fun_name)
-
-
-jax.monitoring.register_event_duration_secs_listener(note_compilation)
+COMPILED = compiled_programs()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
