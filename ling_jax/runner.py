@@ -49,7 +49,7 @@ from ling_jax.generate.serving import serving_model
 from ling_jax.model.model import device_bytes, split_model
 from ling_jax.parallel.mesh import rows_here
 from ling_jax.parallel.processes import barrier, check_same, lead_first
-from ling_jax.snapshots import Snapshots
+from ling_jax.snapshots import SNAPSHOTS, Snapshots
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import write_report
 from ling_jax.train.session import DivergedError, Session, StopRequest
@@ -190,14 +190,15 @@ def _claimed(run_dir: epath.Path, command: TrainCommand) -> Iterator[None]:
 
 
 def _step_back(run_dir: epath.Path, step: int, steps: list[int]) -> None:
-    """Moves the checkpoints after `step` aside."""
+    """Moves the checkpoints and snapshots after `step` aside."""
     if step not in steps:
         raise ValueError(f"--from-step {step}: {run_dir / CHECKPOINTS} has the steps {steps or 'none'}")
-    aside = _aside(run_dir / CHECKPOINTS)
-    for later in (s for s in steps if s > step):
-        aside.mkdir(parents=True, exist_ok=True)
-        move(run_dir / CHECKPOINTS / str(later), aside / str(later))
-        log.info("moved step %d to %s", later, aside)
+    for folder in (run_dir / CHECKPOINTS, run_dir / SNAPSHOTS):
+        aside = _aside(folder)
+        for later in (s for s in saved_steps(folder) if s > step):
+            aside.mkdir(parents=True, exist_ok=True)
+            move(folder / str(later), aside / str(later))
+            log.info("moved %s of step %d to %s", folder.name, later, aside)
 
 
 def _check_earlier_run(run_dir: epath.Path, stages: Sequence[StageRun], meta: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ling_jax.checkpoint import Checkpointer, read_mean
+from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, read_mean
 from ling_jax.config import CheckpointConfig
 
 SNAPSHOTS = "snapshots"  # of a run's folder
@@ -39,14 +39,17 @@ class Snapshots:
 
     def merged(self, params: dict, bias: dict) -> tuple[dict, dict] | None:
         """The mean of the last `merge_snapshots`, of as many as there are; placed as the weights that are given. None
-        where there are fewer than two, or none is asked for."""
+        where there are fewer than two, or none is asked for. ValueError, with the remedy, for one that is damaged."""
         self._saved.wait()
         steps = self._saved.all_steps()[-self._config.merge_snapshots :] if self._config.merge_snapshots else []
         if len(steps) < 2:
             return None
         weights = {"params": params, "bias": bias}
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
-        mean = read_mean([self._folder / str(step) for step in steps], like)
+        try:
+            mean = read_mean([self._folder / str(step) for step in steps], like)
+        except DamagedCheckpoint as error:
+            raise ValueError(f"{error}. A run goes on without its snapshots: move {self._folder} away") from error
         return mean["params"], mean["bias"]
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import tokenizer_of
 from ling_jax.data.sources import read_corpus
 from ling_jax.files.paths import at
+from ling_jax.snapshots import Snapshots
 from ling_jax.train.metrics import read_metrics
 from tests.support.commands import call
 from tests.tiny_run import DENSE, numbers, train_args
@@ -77,6 +78,8 @@ def test_a_run_that_goes_on_from_an_earlier_step_takes_them_anew(folder):
     call("train.py", *args, "--train.steps", "18")
     call("train.py", *args, "--from-step", "10")
     whole, again = (folder / "runs" / name for name in ("whole", "again"))
+    [aside] = again.glob("snapshots.*")
+    assert sorted(path.name for path in aside.iterdir()) == ["12", "16"]  # and what they had made is not lost
     assert saved_steps(at(again / "snapshots")) == [16, 20, 24]
     assert list(numbers(read_metrics(again))) == list(numbers(read_metrics(whole)))
     for path, weight in flatten_dict(read_arrays(whole / "snapshots" / "24")).items():
@@ -103,6 +106,20 @@ def test_the_mean_is_float32_in_the_dtype_and_on_the_devices_of_what_it_is_for(t
     like["params"]["w"] = jax.ShapeDtypeStruct((16, 7), np.float32, sharding=places[0])
     with pytest.raises(ValueError, match=r"params/w: saved float32\[16, 6\], wanted float32\[16, 7\]"):
         read_mean([at(tmp_path / "0"), at(tmp_path / "1")], like)
+
+
+def test_a_snapshot_that_has_lost_a_file_is_named_with_the_remedy(tmp_path):
+    config = CheckpointConfig(snapshot_tokens=1, merge_snapshots=2)
+    snapshots, weights = Snapshots(at(tmp_path), config), {"w": jax.numpy.ones((4, 4))}
+    for step in (1, 2):
+        snapshots.save(step, weights, {}, {})
+    assert np.array_equal(snapshots.merged(weights, {})[0]["w"], weights["w"])
+    next(path for path in (tmp_path / "snapshots" / "1").rglob("*") if path.parent.name == "params.w").unlink()
+    with pytest.raises(
+        ValueError, match=r"snapshots/1 is damaged: .*A run goes on without its snapshots: move .* away"
+    ):
+        snapshots.merged(weights, {})
+    snapshots.close()
 
 
 def test_more_merged_than_kept_is_refused():
