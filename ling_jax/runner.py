@@ -198,7 +198,7 @@ def _step_back(run_dir: epath.Path, step: int, steps: list[int]) -> None:
         for later in (s for s in saved_steps(folder) if s > step):
             aside.mkdir(parents=True, exist_ok=True)
             move(folder / str(later), aside / str(later))
-            log.info("moved %s of step %d to %s", folder.name, later, aside)
+            log.info("moved step %d to %s", later, aside)
 
 
 def _check_earlier_run(run_dir: epath.Path, stages: Sequence[StageRun], meta: Mapping[str, Any]) -> None:
