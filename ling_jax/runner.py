@@ -356,16 +356,18 @@ def _first_state(trainer: Trainer, saver: RunSaver, origin: Weights | None) -> T
 
 
 def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "class") -> str | None:
-    """Continues a prompt, unless that would take too much of a device: to serve, weights are cut into fewer
-    pieces than to train."""
+    """Continues a prompt, if the run is to, unless that would take too much of a device: to serve, weights are cut into
+    fewer pieces than to train."""
+    if not trainer.config.train.sample_tokens:
+        return None
     model = trainer.compute.model(state.params, state.bias)
     size = sum(device_bytes(serving_model(model)).values())
     if size > SAMPLED:
         log.info("no sample of %.1f GB of weights a device: sample.py makes one, over a mesh that they fit", size / 1e9)
         return None
     ids = tokenizer.prefix_ids + tokenizer.encode(prompt)
-    room = trainer.config.model.max_positions - len(ids)
-    new = generate(model, [ids], min(96, room), temperature=TEMPERATURE, top_p=TOP_P, eos_ids=[tokenizer.eod_id])[0]
+    room = min(trainer.config.train.sample_tokens, trainer.config.model.max_positions - len(ids))
+    new = generate(model, [ids], room, temperature=TEMPERATURE, top_p=TOP_P, eos_ids=[tokenizer.eod_id])[0]
     return prompt + tokenizer.decode(new)
 
 

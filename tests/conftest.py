@@ -1,5 +1,6 @@
 """The setting of every test: the CPU as eight devices, a cache of compiled programs, and the golden cases' place."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level=0 {PATIENT
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Where an operation was written is of no use to a test, and to find it takes a twentieth of a trace's time; looking for
+# cycles among all the objects of a trace, as often as Python does by itself, takes as much again.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+gc.set_threshold(100_000, 20, 100)
 # A closed terminal's signal is as it is for a user, also where nohup started the suite.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

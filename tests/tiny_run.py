@@ -17,7 +17,7 @@ SIZES = {
     "model.num-experts-per-tok": 2, "model.n-group": 2, "model.topk-group": 1, "model.moe-intermediate-size": 16,
     "model.max-position-embeddings": 128, "data.sequence-length": 32, "data.global-batch-size": 4,
     "schedule.peak-lr": 0.005, "schedule.warmup-steps": 5, "schedule.decay-fraction": 0,
-    "train.steps": STEPS, "train.eval-every": 20, "checkpoint.every": 20,
+    "train.steps": STEPS, "train.eval-every": 20, "checkpoint.every": 20, "train.sample-tokens": 0,
 }  # fmt: skip
 # One layer and no MTP layer, where the model is not the subject: most of a tiny run's time is the compiler's.
 ONE_LAYER = dict(model__num_hidden_layers=1, model__num_nextn_predict_layers=0)

@@ -76,6 +76,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 1
     eval_every: int = 0  # steps between validations; 0: only at the end
+    sample_tokens: int = 96  # of the text that ends a run, in its report; 0: none
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
     profile_start: int = 10  # steps done before the profiler's window opens
     profile_steps: int = 0  # its length; 0: no profile
@@ -83,8 +84,9 @@ class TrainConfig:
     def __post_init__(self):
         check_at_least(self, 1, "steps", "microbatches", "log_every", "max_skipped_steps")
         check_at_least(
-            self, 0, "eval_every", "profile_steps", "bias_update_rate", "z_loss_coefficient", "fp8_watch_every"
-        )
+            self, 0, "eval_every", "sample_tokens", "profile_steps", "bias_update_rate", "z_loss_coefficient",
+            "fp8_watch_every",
+        )  # fmt: skip
         check(self.fp8 or not self.fp8_except, f"train.fp8_except = {self.fp8_except} does nothing: set train.fp8 too")
 
 

@@ -31,7 +31,7 @@ KEYS = {
 def folder(tmp_path_factory) -> Path:
     """A folder with a text corpus and the finished run `whole`."""
     folder = tmp_path_factory.mktemp("smoke")
-    run("train.py", *train_args(folder, "whole"))
+    run("train.py", *train_args(folder, "whole", train__sample_tokens=96))
     return folder
 
 
@@ -66,7 +66,11 @@ def test_a_run_learns_and_leaves_its_record_checkpoints_report_and_tokenizer(who
     assert RunConfig.from_json((whole / "config.json").read_text()).train.steps == STEPS
     assert {path.name for path in (whole / "report").iterdir()} >= {"loss.png", "bits_per_byte.png", "expert_load.png"}
     page = (whole / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 6 and not re.search(r'(src|href)="http', page)
+    assert (
+        "<h2>Sample</h2>" in page
+        and page.count("data:image/png;base64,") >= 6
+        and not re.search(r'(src|href)="http', page)
+    )
     tokenizer = {path.name for path in (whole / "tokenizer").iterdir()}
     assert tokenizer >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert list((whole / "tensorboard").iterdir())

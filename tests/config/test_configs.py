@@ -143,10 +143,11 @@ def test_the_recipes_are_what_was_published(name: str, peak_lr: float, rows: int
 def test_a_run_too_large_to_serve_on_its_own_mesh_ends_without_a_sample(caplog):
     """Ling-1T over 1,024 devices: 4 GB of weights on each to train, but attention whole and 16 experts to serve."""
     mesh = MeshConfig(fsdp=64, expert=16)
-    model = abstract_model(load("ling_1t").model, mesh=mesh)
+    config = load("ling_1t")
+    model = abstract_model(config.model, mesh=mesh)
     stored, served = (sum(device_bytes(m).values()) for m in (model, serving_model(model)))
     assert 3.9e9 < stored < 4.1e9 and 250e9 < served < 350e9
-    trainer = SimpleNamespace(compute=SimpleNamespace(model=lambda params, bias: model))
+    trainer = SimpleNamespace(config=config, compute=SimpleNamespace(model=lambda params, bias: model))
     state = SimpleNamespace(params=None, bias=None)
     with caplog.at_level("INFO"):
         assert _sample(trainer, state, None) is None

@@ -549,6 +549,7 @@ def test_a_vocabulary_of_the_bytes_alone_has_two_bytes_a_token_in_the_bucket(pro
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.nightly
 def test_text_prepared_from_a_bucket_into_a_bucket_gives_the_rows_of_the_text(prose, bucket, tmp_path, monkeypatch):
     upload(prose, f"{bucket}/prose")
     data, config = opened(prose, tmp_path / "cache", tmp_path / "run")

@@ -412,6 +412,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_went_through(tmp_path):
     assert_trees_equal(jax.device_get(resumed), jax.device_get(whole))
 
 
+@pytest.mark.nightly
 def test_the_loss_falls_as_with_float32_moments():
     """Seeds 0 to 3 end 0.22% higher at most; 1.7% at least if second moments may become 0, as in bitsandbytes (and with
     an embedding of 20 to 46 then, for 0.14)."""

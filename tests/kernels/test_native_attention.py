@@ -149,7 +149,7 @@ def shapes(draw) -> tuple[Shape, bool]:
     return Shape(draw(st.integers(1, 3)), queries, keys, groups, heads_per_group, width), causal
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shapes(), st.sampled_from(("float32", "bfloat16")), st.sampled_from((1, 3, 30, 1e9)), st.integers(0, 99))
 def check_random_shapes(shape, dtype, mean, seed) -> None:
     check(shape[0], dtype, shape[1], mean, seed=seed)

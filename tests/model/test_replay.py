@@ -24,6 +24,7 @@ from ling_jax.model.router import replayed
 from ling_jax.parallel.context import zigzag_order
 from ling_jax.parallel.mesh import BATCH_AXES, make_mesh, manual
 from tests.support.helpers import assert_close, documents, jit, make_model, random_weights, small
+from tests.support.marks import nightly
 
 PLAIN = small(num_hidden_layers=3, vocab_size=64)  # a dense layer and two of experts
 WITH_MTP = dataclasses.replace(PLAIN, num_nextn_predict_layers=1)
@@ -128,7 +129,7 @@ def test_the_mtp_layer_routes_by_itself_where_only_the_trunks_layers_are_given()
     assert np.abs(told.mtp_logits_BTV - own.mtp_logits_BTV).max() > 0.1
 
 
-MESHES = [{"expert": 4, "data": 2}, {"expert": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "expert": 2}]
+MESHES = [nightly({"expert": 4, "data": 2}), {"expert": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "expert": 2}]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

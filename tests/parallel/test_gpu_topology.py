@@ -144,6 +144,10 @@ def test_fp8_products_are_kernels_of_fp8_where_the_gpu_multiplies_it(devices):
     for lines in by_name.values():
         assert lines and all(line.count("f8E4M3FN>") >= 2 for line in lines)
     assert any("gpu_fp8_quantise" in line for line in calls) and "gpu_grouped" not in text
+
+
+@pytest.mark.nightly
+def test_older_gpus_have_no_kernels_of_fp8():
     older = lowered_step(topology_devices("a100:8", 1), fp8=True)
     assert "gpu_fp8" not in older and "gpu_attention" in older
 

@@ -37,7 +37,7 @@ def test_gathered_rows_and_keys_give_one_devices_numbers():
         nightly("expert8", {}),
         nightly("data2-expert4", {}),
         ("fsdp2-expert4", {}),
-        ("fsdp2-expert4", {"dispatcher": "all_gather"}),
+        nightly("fsdp2-expert4", {"dispatcher": "all_gather"}),
         ("tensor4", {}),
     ],
 )

@@ -129,6 +129,7 @@ def test_tensor_and_context_parallel_steps_compile_with_the_exchanges_and_the_ke
     assert kernels(text) == KERNELS
 
 
+@pytest.mark.nightly
 def test_two_groups_of_a_hybrid_compile_with_rows_cut_over_devices(devices):
     """The two repeats are one program, whose states go to the devices that have their heads and back."""
     hybrid = dataclasses.replace(MODEL, num_hidden_layers=4, layer_group_size=2, group_norm_size=2)

@@ -7,11 +7,12 @@ import pytest
 
 from benchmarks import long_cache
 from tests.support.helpers import small
+from tests.support.marks import nightly
 
 ARGS = ("--batch", "2", "--context", "40", "--steps", "2", "--rounds", "3")
 
 
-@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize("group", [nightly(0), 2])
 def test_both_models_are_timed_and_their_keys_and_values_counted(group, monkeypatch, capsys):
     model = small(num_hidden_layers=4, max_position_embeddings=128)
     monkeypatch.setattr(long_cache, "COPIED", 1000)

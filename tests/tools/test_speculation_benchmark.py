@@ -74,6 +74,7 @@ def test_all_figures_are_finite_and_agree(run_dir, capsys):
     assert any(line.split()[:1] == ["speedup_over_predicted"] for line in lines)
 
 
+@pytest.mark.nightly
 def test_the_timed_parts_do_what_the_engine_does(run_dir, monkeypatch):
     """At every step they draw the same tokens and make the same drafts."""
     model, drafted = load_pretrained(run_dir), []

@@ -240,6 +240,7 @@ def test_a_step_that_is_not_finite_changes_nothing(eight_bit):
     assert_trees_equal(jax.device_get(got), jax.device_get((state.params, state.optimizer)))
 
 
+@pytest.mark.nightly
 def test_eight_bit_moments_and_bfloat16_parameters_learn_together():
     """Four bytes a parameter."""
     losses = train("stochastic", STEPS, eight_bit=True)[1]

@@ -76,7 +76,7 @@ def batch_of(answers: list[Any]) -> tuple[dict[str, np.ndarray], float]:
     return {**batch, "routing_ids": replay_ids([[answer.routing] for answer in answers], LENGTH)}, even_BT.mean()
 
 
-@pytest.mark.parametrize("mesh", [nightly({}), {"fsdp": 2, "expert": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [{}, nightly({"fsdp": 2, "expert": 2})], ids=str)
 def test_a_caller_draws_answers_with_the_weights_of_now_between_steps(mesh, tmp_path):
     """From the second turn on nothing is compiled, though every turn has new weights."""
     trainer, saver, compiled, shares = trainer_of(**mesh), Saver(), [], []
