@@ -135,7 +135,9 @@ def test_a_rows_states_are_as_large_as_their_formula_says():
     assert drafted.kinds["linear_moe"].state_LBHCC.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, expert=2, tensor=2), nightly(MeshConfig(data=4, tensor=2))])
+@pytest.mark.parametrize(
+    "mesh", [nightly(MeshConfig(fsdp=2, expert=2, tensor=2)), nightly(MeshConfig(data=4, tensor=2))]
+)
 def test_a_mesh_answers_as_one_device(mesh):
     answers = dict(Engine(make_model(HYBRID, mesh=mesh), rows=8, slots=32, chunk=8, drafts=2).run(REQUESTS, 4))
     assert [answers[i].ids for i in range(len(REQUESTS))] == expected()

@@ -21,7 +21,7 @@ from ling_jax.kernels.swiglu import routed_swiglu
 from ling_jax.kernels.weight import LayerWeight, PlainWeight
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
-from tests.support.helpers import QUICK, assert_close, assert_gradient_close, assert_trees_equal, tiny
+from tests.support.helpers import QUICK, assert_close, assert_gradient_close, assert_trees_equal, small, tiny
 
 # (N, K, E, D, F): one of all; what no vector divides; more than one item of an expert; few rows each.
 SHAPES = ((1, 1, 2, 5, 3), (37, 3, 8, 33, 21), (300, 2, 4, 64, 96), (40, 4, 30, 16, 40))
@@ -218,7 +218,7 @@ def updates(trainer, gradients, apply):
 
 def run_config(**changes) -> RunConfig:
     schedule = ScheduleConfig(peak_lr=0.02, warmup_steps=3)
-    return RunConfig(model=tiny(), schedule=schedule, train=TrainConfig(steps=9), **changes)
+    return RunConfig(model=small(), schedule=schedule, train=TrainConfig(steps=9), **changes)
 
 
 def test_adamw_equals_optax_clipped_or_not_and_a_step_that_is_not_ok_changes_nothing():

@@ -55,7 +55,7 @@ def test_two_processes_train_stop_and_resume_as_one_does(tmp_path, monkeypatch):
     assert [process.returncode for process in processes] == [0, 0], logs
     assert f"resuming from step {step}" in logs[0] and (pair / "report.html").exists()
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
-    run("train.py", *train_args(tmp_path, "one", **goes_on))
+    call("train.py", *train_args(tmp_path, "one", **goes_on))
     assert_goes_on_alike(pair, one, 0, step + 8)  # in one process, not interrupted
 
 

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from ling_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, count_params
+from ling_jax.parallel.mesh import make_mesh
 from ling_jax.plan import suggest
 from ling_jax.plan.count import Count, Key, Work, key_of
 from ling_jax.plan.hardware import chip_of, peak_flops, wires_of
@@ -247,7 +248,7 @@ def test_no_scope_beats_the_hardware(topology):
 
 
 def test_an_axis_has_the_links_of_the_dims_it_lies_along():
-    _, mesh = count(run_config(mesh={"fsdp": 16, "expert": 4}), "v5p:4x4x4")
+    mesh = make_mesh(MeshConfig(fsdp=16, expert=4), devices("v5p:4x4x4"))
     fsdp, expert = wires_of(mesh, ("fsdp",)), wires_of(mesh, ("expert",))
     assert sorted([len(fsdp), len(expert)]) == [1, 2] and {wire.ring for wire in fsdp + expert} == {4}
     assert {wire.name for wire in fsdp}.isdisjoint(wire.name for wire in expert)

@@ -58,6 +58,7 @@ def dry() -> Report:
     return report("--parts", *KERNELS)
 
 
+@pytest.mark.nightly
 def test_every_case_is_there_and_none_has_failed(dry):
     assert dry.cases.keys() == CASES
     assert [case for case in dry.cases.values() if "error" in case] == dry.end["failed"] == []
@@ -67,6 +68,7 @@ def test_every_case_is_there_and_none_has_failed(dry):
     assert dry.machine["device"] == "cpu" and dry.machine["dry"]
 
 
+@pytest.mark.nightly
 def test_every_form_agrees_with_its_reference(dry):
     """To the rounding of bfloat16, which results and the operands of attention's products have."""
     run = {name: case for name, case in dry.cases.items() if "skipped" not in case}
@@ -79,6 +81,7 @@ def test_every_form_agrees_with_its_reference(dry):
     assert wrong == {}
 
 
+@pytest.mark.nightly
 def test_every_case_has_its_figures_and_a_line_of_the_table(dry):
     lines = dry.table.splitlines()
     for name, case in dry.cases.items():

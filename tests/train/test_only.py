@@ -1,6 +1,7 @@
 """Training some modules: the others, their moments and the expert biases keep every bit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -37,10 +38,13 @@ def trainer_of(only, **changes):
     ids=str,
 )
 def test_only_what_matches_moves_even_with_moments_of_before(changes):
-    """A step of all, then one of some: without gradients, moments alone would move weights."""
-    everything, some = trainer_of((), **changes), trainer_of(PATTERNS, **changes)
+    """Without gradients, moments alone would move weights."""
+    some = trainer_of(PATTERNS, **changes)
     _, params, bias = random_weights(HYBRID)
-    state, _ = make_train_step(everything)(everything.new_state_from(params, bias), BATCH)
+    state = some.new_state_from(params, bias)
+    mu, nu = (jax.tree.map(lambda a: a + jnp.asarray(1, a.dtype), m) for m in state.optimizer[1][1:3])
+    moved = state.optimizer[1]._replace(mu=mu, nu=nu)
+    state = state._replace(optimizer=(state.optimizer[0], moved, *state.optimizer[2:]))
     before = jax.device_get(state)
     after, metrics = make_train_step(some)(state, BATCH)
     after = jax.device_get(after)
