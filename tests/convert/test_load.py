@@ -18,7 +18,7 @@ from ling_jax.checkpoint import Checkpointer
 from ling_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from ling_jax.convert.weights import HFFolder
 from ling_jax.model.model import split_model
-from ling_jax.runner import RunSaver
+from ling_jax.saver import RunSaver
 from ling_jax.train.state import make_trainer
 from tests.support.helpers import assert_close, assert_trees_equal, make_model, small
 from tests.support.hf_folders import CONFIG, INDEX, SHARDS, edit_json, edit_tensors, error_of, write_folder

@@ -32,7 +32,7 @@ from ling_jax.config.mesh import split_of
 from ling_jax.parallel.mesh import make_mesh
 from ling_jax.parallel.rules import spec_of
 from ling_jax.plan.plan import shard_bytes, topology_devices
-from ling_jax.runner import RunSaver
+from ling_jax.saver import RunSaver
 from ling_jax.train.adam8 import (
     Coded,
     block_dim,

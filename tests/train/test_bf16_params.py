@@ -34,7 +34,7 @@ from ling_jax.convert.to_hf import to_hf
 from ling_jax.kernels.rows import table_rows
 from ling_jax.model.model import split_model
 from ling_jax.parallel.mesh import make_mesh
-from ling_jax.runner import RunSaver
+from ling_jax.saver import RunSaver
 from ling_jax.train.metrics import read_metrics
 from ling_jax.train.rounding import apply_updates, random_bits, to_bfloat16
 from ling_jax.train.state import Trainer, TrainState, make_trainer
