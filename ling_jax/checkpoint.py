@@ -173,14 +173,14 @@ class Checkpointer:
 
         ValueError if there is no such step; or one listing all that differs from `like`, before reading.
         """
-        return read_arrays(self._folder(step), like, whole=True)
+        return read_arrays(self.folder(step), like, whole=True)
 
     def read_meta(self, step: int | None) -> dict[str, Any]:
-        return read_meta(self._folder(step))
+        return read_meta(self.folder(step))
 
     def shapes(self, step: int | None) -> dict[str, Any]:
         """`read_shapes` of a step."""
-        return read_shapes(self._folder(step))
+        return read_shapes(self.folder(step))
 
     def drop_after(self, step: int) -> None:
         """Removes the steps after one at which a run goes on, which it will make anew."""
@@ -204,7 +204,8 @@ class Checkpointer:
                 (self._directory / DELETING).mkdir(exist_ok=True)
                 folder.rename(self._directory / DELETING / str(step))
 
-    def _folder(self, step: int | None) -> epath.Path:
+    def folder(self, step: int | None) -> epath.Path:
+        """The folder of a step, by default of the latest; ValueError if there is none."""
         steps = self.all_steps()
         wanted = max(steps, default=None) if step is None else step
         if wanted not in steps:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -31,6 +31,7 @@ from ling_jax.parallel.processes import worker_id
 
 log = logging.getLogger(__name__)
 
+InitOptimizer = Literal["fresh", "continued"]
 COMPILED_BYTES = 4 << 30
 NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where JAX looks for a GPU too
 # Beside the package in a checkout, inside it where it is installed.
@@ -61,6 +62,9 @@ class TrainCommand:
     init_mtp: Mtp = "same"
     """With --init-from, where one side has an MTP layer and the other has none. new: it starts from random weights;
     drop: it is left behind; same: that is an error."""
+    init_optimizer: InitOptimizer = "fresh"
+    """With --init-from RUN@STEP. continued: moments, schedule, step and places in the text go on as in a resume, in a
+    run of its own; fresh: a new run starts at step 0 with the weights alone."""
     print_config: bool = False
     """Print the resolved configuration and stop."""
     print_sharding: bool = False

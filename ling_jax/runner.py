@@ -14,7 +14,7 @@ import flax
 import jax
 from etils import epath
 
-from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, saved_steps
+from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, find_checkpoint, read_shapes, saved_steps
 from ling_jax.cli import TrainCommand
 from ling_jax.config import (
     DataConfig,
@@ -26,7 +26,7 @@ from ling_jax.config import (
     settings_diff,
 )
 from ling_jax.convert.load import load_weights
-from ling_jax.convert.origin import Mtp, check_origin, origin_tokenizer
+from ling_jax.convert.origin import check_origin, origin_tokenizer
 from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
 from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of, open_weights
@@ -113,22 +113,24 @@ def _step_back(run_dir: epath.Path, step: int, steps: list[int]) -> None:
             log.info("moved step %d to %s", later, aside)
 
 
-def _check_earlier_run(run_dir: epath.Path, stages: Sequence[StageRun], meta: Mapping[str, Any]) -> None:
-    """Refuses to resume another architecture, listing the differences, and says which other settings differ; without a
-    checkpoint, moves aside the tokenizer, and what came with weights, that an earlier attempt left."""
-    if not meta:
-        for left in (run_dir / TOKENIZER, run_dir / HF):  # of other text or another vocabulary, perhaps; never deleted
-            if left.exists():
-                move(left, _aside(left))
-        return
+def _move_leftovers(run_dir: epath.Path) -> None:
+    """Moves aside the tokenizer, and what came with weights, that an earlier attempt at a new run left."""
+    for left in (run_dir / TOKENIZER, run_dir / HF):  # of other text or another vocabulary, perhaps; never deleted
+        if left.exists():
+            move(left, _aside(left))
+
+
+def _check_earlier(stages: Sequence[StageRun], meta: Mapping[str, Any], place: str, remedy: str) -> None:
+    """Refuses to go on with another architecture, listing the differences, and says which other settings differ.
+
+    Args:
+      meta: of the checkpoint to go on from, which is in `place`.
+    """
     saved, step = RunConfig.from_json(json.dumps(meta["config"])), meta["data"]["next_step"]
     config = next((stage.config for stage in stages if stage.config.train.steps >= step), stages[-1].config)
     diff = architecture_diff(saved.model, config.model)
     if diff:
-        raise ValueError(
-            f"{run_dir} holds a run of another architecture: " + "; ".join(diff) + " (saved -> wanted). "
-            "Choose another --run, or start over with --fresh --move-aside"
-        )
+        raise ValueError(f"{place} holds a run of another architecture: {'; '.join(diff)} (saved -> wanted). {remedy}")
     if changed := settings_diff(saved, config):
         log.warning("settings that differ from those of step %d (old -> new): %s", step, "; ".join(changed))
     if (over := stages[-1].config.train.steps) <= step:
@@ -197,10 +199,16 @@ def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) 
 
 def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None) -> Data:
     """The run's data; process 0 also writes the run's folder, which the others compare with theirs. `meta` is of the
-    latest checkpoint; `origin`, what a new run starts from."""
+    checkpoint to go on from; `origin`, what a new run starts from."""
     stages = config.stage_runs()
     if jax.process_index() == 0:
-        _check_earlier_run(run_dir, stages, meta)
+        if origin is not None or not meta:
+            _move_leftovers(run_dir)
+        if meta:
+            remedy = "Choose another --run, or start over with --fresh --move-aside"
+            if origin is not None:
+                remedy = "Its moments fit no other: give its configuration, or leave --init-optimizer out"
+            _check_earlier(stages, meta, str(run_dir if origin is None else origin.folder), remedy)
     else:
         _check_shared(run_dir, config)
     folder, trained_with = str(run_dir / TOKENIZER), meta.get("tokenizer") or None
@@ -235,29 +243,56 @@ def _check_shared(run_dir: epath.Path, config: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def _way_out() -> Iterator[None]:
-    """Adds to what is said of the run's own damaged checkpoint how to go on."""
+def _way_out(origin: epath.Path | None) -> Iterator[None]:
+    """Adds to what is said of a damaged checkpoint how to go on: of the run's own, or of the `origin` of a new run."""
     try:
         yield
     except DamagedCheckpoint as error:
         if error.good is None:
             raise
-        raise ValueError(f"{error}. To go on from there: the same command with --from-step {error.good}") from error
+        flag = f"--from-step {error.good}" if origin is None else f"--init-from {origin.parent / str(error.good)}"
+        raise ValueError(f"{error}. To go on from there: the same command with {flag}") from error
 
 
-def _open_origin(path: str, model: ModelConfig, mtp: Mtp) -> Weights:
-    """The weights that a new run starts from; ValueError if they do not fit its model."""
-    check_origin(path, model, mtp)
-    return open_weights(path, mtp=mtp == "same")
+def _origin_checkpoint(path: str) -> epath.Path:
+    """The checkpoint that a new run continues with --init-optimizer continued; ValueError if it has no moments."""
+    folder = find_checkpoint(path)
+    with _way_out(folder):
+        if "optimizer" in read_shapes(folder):
+            return folder
+    raise ValueError(
+        f"--init-optimizer continued: {folder} has weights and no moments of an optimizer; name a step of a run's "
+        f"{CHECKPOINTS}/, or leave the flag out to start at step 0"
+    )
+
+
+def _beginning(saver: RunSaver, command: TrainCommand) -> tuple[dict[str, Any], Weights | None]:
+    """The metadata of the checkpoint to go on from, {} if there is none; and the weights that a new run starts from.
+
+    Raises:
+      ValueError: if they do not fit the run's model, or the step to go on from is the last or later.
+    """
+    if command.init_from is None or saver.checkpointer.all_steps():
+        with _way_out(None):
+            return saver.meta(), None
+    if command.init_optimizer == "fresh":
+        check_origin(command.init_from, saver.config.model, command.init_mtp)
+        return {}, open_weights(command.init_from, mtp=command.init_mtp == "same")
+    saver.origin = _origin_checkpoint(command.init_from)
+    with _way_out(saver.origin):
+        meta = saver.meta()
+    step, last = meta["data"]["next_step"], _left(saver.config.stage_runs(), 0, command.stop_after)[-1]
+    if step >= (end := last.config.train.steps):
+        raise ValueError(f"--init-from {saver.origin} has done {step} steps, and the run ends after {end}: raise that")
+    return meta, open_weights(command.init_from)
 
 
 def _first_state(trainer: Trainer, saver: RunSaver, origin: Weights | None) -> TrainState:
-    """The latest checkpoint of the run; without one, the weights of `origin` or new ones. An MTP layer that `origin`
-    does not give is new."""
-    step = saver.checkpointer.latest_step()
-    if step is not None:
-        log.info("resuming from step %d", step)
-        with _way_out():
+    """The checkpoint to go on from; without one, the weights of `origin` or new ones. An MTP layer that `origin` does
+    not give is new."""
+    if (start := saver.start()) is not None:
+        log.info("resuming from step %s%s", start.name, f" of {start}" if start == saver.origin else "")
+        with _way_out(saver.origin):
             return saver.restore(trainer)
     if origin is None:
         return trainer.new_state()
@@ -334,9 +369,13 @@ def run_training(name: str, command: TrainCommand) -> int:
     """
     if command.init_mtp != "same" and command.init_from is None:
         raise ValueError(f"--init-mtp {command.init_mtp} is about the weights of --init-from: give that too")
+    if command.init_optimizer != "fresh" and (command.init_from is None or command.init_mtp != "same"):
+        raise ValueError(
+            "--init-optimizer continued goes on with a checkpoint as it is: give --init-from RUN@STEP and no --init-mtp"
+        )
     run_dir = at(command.runs_dir) / (command.run or name)
     _check_buckets(command)
-    command = _with_stages(_with_step(command))
+    command = _with_stages(_with_step(command, run_dir))
     trainer = make_trainer(command.config.stage_runs()[0].config)
     with _claimed(run_dir, command) if jax.process_index() == 0 else contextlib.nullcontext():
         devices = trainer.compute.mesh.devices
@@ -345,18 +384,26 @@ def run_training(name: str, command: TrainCommand) -> int:
         return _train(run_dir, command)
 
 
-def _with_step(command: TrainCommand) -> TrainCommand:
-    """The command with the checkpoint that --init-from RUN@STEP means; ValueError for a step that the run has not."""
-    found = re.fullmatch(r"(.+)@(\d+)", command.init_from or "")
-    if found is None:
-        return command
-    name, step = found[1], int(found[2])
-    for run in (at(name), at(command.runs_dir) / name):
-        if steps := saved_steps(run / CHECKPOINTS):
+def _with_step(command: TrainCommand, run_dir: epath.Path) -> TrainCommand:
+    """The command with the checkpoint that --init-from RUN@STEP means, and without --init-from for a run that has
+    begun and needs its origin no more.
+
+    Raises:
+      ValueError: for a step that the other run has not, or the run's own.
+    """
+    begun = not command.fresh and bool(saved_steps(run_dir / CHECKPOINTS))
+    if found := re.fullmatch(r"(.+)@(\d+)", command.init_from or ""):
+        name, step = found[1], int(found[2])
+        for run in (at(name), at(command.runs_dir) / name):
+            if os.path.abspath(run) == os.path.abspath(run_dir):
+                hint = f"choose another --run, or go back with --from-step {step}"
+                raise ValueError(f"--init-from {command.init_from} is the run itself: {hint}")
+            if begun or not (steps := saved_steps(run / CHECKPOINTS)):
+                continue
             if step not in steps:
                 raise ValueError(f"--init-from {command.init_from}: {run} has the steps {', '.join(map(str, steps))}")
             return dataclasses.replace(command, init_from=os.fspath(run / CHECKPOINTS / str(step)))
-    return command  # a hub id, perhaps
+    return dataclasses.replace(command, init_from=None) if begun else command  # a hub id, perhaps
 
 
 def _with_stages(command: TrainCommand) -> TrainCommand:
@@ -385,11 +432,7 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
     if config.checkpoint.snapshot_tokens:
         saver.snapshots = Snapshots(run_dir, config.checkpoint)
     with StopRequest().listening() as stop, contextlib.closing(saver):
-        with _way_out():
-            meta = saver.meta()
-        origin = None
-        if command.init_from is not None and not meta:
-            origin = _open_origin(command.init_from, config.model, command.init_mtp)
+        meta, origin = _beginning(saver, command)
         data = lead_first("the data is open", lambda: _prepare(run_dir, config, meta, origin))
         check_same("the text", data.fingerprint())
         saver.tokenizer, read, took = data.tokenizer.fingerprint, data.state, {}

@@ -8,10 +8,11 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax.serialization import from_state_dict, to_state_dict
 from flax.traverse_util import flatten_dict
 
-from ling_jax.checkpoint import Checkpointer
+from ling_jax.checkpoint import Checkpointer, read_arrays, read_meta, read_shapes
 from ling_jax.config import RunConfig
 from ling_jax.data.mixture import DataState
 from ling_jax.data.pipeline import Data, DataBatch
@@ -31,6 +32,7 @@ class RunSaver:
     tokenizer: str = ""  # its fingerprint
     text: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `Data.facts`
     snapshots: Snapshots | None = None
+    origin: epath.Path | None = None  # the checkpoint of another run that a new one continues
     read: DataState = DataState(0, 0, 0, {}, {}, {})  # up to the batch that was handed out last
     step_read: int = 0  # tokens up to the step that was done last
 
@@ -77,29 +79,37 @@ class RunSaver:
         if self.snapshots is not None:
             self.snapshots.begin(step)
 
+    def start(self) -> epath.Path | None:
+        """The checkpoint to go on from: the run's latest; before it has one, its `origin`."""
+        return self.checkpointer.folder(None) if self.checkpointer.all_steps() else self.origin
+
     def meta(self) -> dict[str, Any]:
-        """The metadata saved with the latest state; empty before the first."""
-        return self.checkpointer.read_meta(None) if self.checkpointer.all_steps() else {}
+        """The metadata of the checkpoint to go on from; empty if there is none."""
+        start = self.start()
+        return {} if start is None else read_meta(start)
 
     def restore(self, trainer: Trainer) -> TrainState:
-        """The latest state, each device reading its own shards, whatever mesh it was saved from."""
+        """The state to go on from, each device reading its own shards, whatever mesh it was saved from."""
+        start = self.start()
+        assert start is not None
         shapes, shardings = jax.eval_shape(trainer.init), trainer.shardings()
         like = jax.tree.map(
             lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-            to_state_dict(self._as_saved(trainer, shapes)),
+            to_state_dict(_as_saved(trainer, shapes, start)),
             to_state_dict(shardings),
         )
-        restored: Any = from_state_dict(shapes, self.checkpointer.restore(None, like))
+        restored: Any = from_state_dict(shapes, read_arrays(start, like, whole=True))
         return restored._replace(params=jax.tree.map(lambda a, b: a.astype(b.dtype), restored.params, shapes.params))
 
-    def _as_saved(self, trainer: Trainer, shapes: TrainState) -> TrainState:
-        """`shapes`, with vectors in bfloat16 where an older version kept them so beside its bfloat16 matrices."""
-        if trainer.compute.options["param_dtype"] == jnp.float32:
-            return shapes
-        saved: dict[Any, Any] = flatten_dict(self.checkpointer.shapes(None).get("params", {}))
 
-        def leaf(path: Any, wanted: jax.ShapeDtypeStruct, matrix: bool) -> jax.ShapeDtypeStruct:
-            found = saved.get(tuple(key.key for key in path), wanted)
-            return wanted if matrix else jax.ShapeDtypeStruct(wanted.shape, found.dtype)
+def _as_saved(trainer: Trainer, shapes: TrainState, start: epath.Path) -> TrainState:
+    """The `shapes` with vectors in bfloat16 where an older version kept them so beside its bfloat16 matrices."""
+    if trainer.compute.options["param_dtype"] == jnp.float32:
+        return shapes
+    saved: dict[Any, Any] = flatten_dict(read_shapes(start).get("params", {}))
 
-        return shapes._replace(params=jax.tree_util.tree_map_with_path(leaf, shapes.params, trainer.update.mask))
+    def leaf(path: Any, wanted: jax.ShapeDtypeStruct, matrix: bool) -> jax.ShapeDtypeStruct:
+        found = saved.get(tuple(key.key for key in path), wanted)
+        return wanted if matrix else jax.ShapeDtypeStruct(wanted.shape, found.dtype)
+
+    return shapes._replace(params=jax.tree_util.tree_map_with_path(leaf, shapes.params, trainer.update.mask))

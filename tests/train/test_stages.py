@@ -21,7 +21,7 @@ from ling_jax.runner import _entered
 from ling_jax.train.metrics import read_metrics
 from ling_jax.train.state import make_trainer
 from tests.support.commands import call
-from tests.support.helpers import small
+from tests.support.helpers import assert_trees_equal, small
 from tests.support.runs import kill_at, latest_step, lines_of
 from tests.tiny_run import SPARSE, numbers, start, train_args, write_text
 
@@ -136,6 +136,16 @@ def test_sigkills_at_borders_in_saves_and_in_steps_change_nothing(folder, seed):
     print("killed at (moment, lines / checkpoint):", ", ".join(ends))
     train(folder, name)
     assert_same(folder, name)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("border", [8, 18])
+def test_a_run_that_branches_off_at_a_border_ends_as_the_one_it_left(folder, border):
+    run = f"branch{border}"
+    train(folder, run, "--init-from", f"whole@{border}", "--init-optimizer", "continued")
+    whole, mine = (list(numbers(read_metrics(folder / "runs" / name))) for name in ("whole", run))
+    assert mine == whole[border:]
+    assert_trees_equal(read_arrays(step_of(folder, run, 24)), read_arrays(step_of(folder, "whole", 24)))
 
 
 def test_no_tokens_place_goes_back_where_rows_become_longer(folder):
