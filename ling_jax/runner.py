@@ -48,7 +48,7 @@ from ling_jax.parallel.mesh import rows_here
 from ling_jax.parallel.processes import barrier, check_same, lead_first
 from ling_jax.saver import RunSaver
 from ling_jax.snapshots import SNAPSHOTS, Snapshots
-from ling_jax.train.metrics import MetricsWriter, read_metrics
+from ling_jax.train.metrics import MetricsWriter, WandbRun, read_metrics, wandb_library
 from ling_jax.train.report import write_report
 from ling_jax.train.session import DivergedError, Session, StopRequest
 from ling_jax.train.state import Trainer, TrainState, make_trainer
@@ -373,6 +373,8 @@ def run_training(name: str, command: TrainCommand) -> int:
         raise ValueError(
             "--init-optimizer continued goes on with a checkpoint as it is: give --init-from RUN@STEP and no --init-mtp"
         )
+    if (project := command.config.train.wandb_project) is not None and jax.process_index() == 0:
+        wandb_library(project)
     run_dir = at(command.runs_dir) / (command.run or name)
     _check_buckets(command)
     command = _with_stages(_with_step(command, run_dir))
@@ -426,13 +428,14 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
     started, lead = time.perf_counter(), jax.process_index() == 0
     config = _with_commits(command.config, run_dir, command.init_from)
     config = _with_origin(config, run_dir, command.init_from)
-    stages = config.stage_runs()
+    stages, project = config.stage_runs(), config.train.wandb_project
     borders = [stage.first_step for stage in stages[1:]]
     saver = RunSaver(Checkpointer(str(run_dir / CHECKPOINTS), config.checkpoint, borders), config)
     if config.checkpoint.snapshot_tokens:
         saver.snapshots = Snapshots(run_dir, config.checkpoint)
     with StopRequest().listening() as stop, contextlib.closing(saver):
         meta, origin = _beginning(saver, command)
+        wandb = WandbRun(run_dir, project, dataclasses.asdict(config)) if project is not None and lead else None
         data = lead_first("the data is open", lambda: _prepare(run_dir, config, meta, origin))
         check_same("the text", data.fingerprint())
         saver.tokenizer, read, took = data.tokenizer.fingerprint, data.state, {}
@@ -440,7 +443,7 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
         trainer = make_trainer(todo[0].config).without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, origin)
         saver.begin(int(state.step), data)
-        with MetricsWriter(run_dir, int(state.step) or None) if lead else contextlib.nullcontext() as writer:
+        with MetricsWriter(run_dir, int(state.step) or None, wandb) if lead else contextlib.nullcontext() as writer:
             for stage in todo:
                 begun = time.perf_counter()
                 if trainer.config is not stage.config:

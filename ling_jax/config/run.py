@@ -75,6 +75,7 @@ class TrainConfig:
     bias_update_rate: float = 1e-3
     seed: int = 0
     log_every: int = 1
+    wandb_project: str | None = None  # of Weights & Biases, which the metrics go to as well: ling-jax[wandb]
     eval_every: int = 0  # steps between validations; 0: only at the end
     sample_tokens: int = 96  # of the text that ends a run, in its report; 0: none
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops

@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl` (the truth), TensorBoard events (a view of it), and the progress display.
+"""The record of a run: `metrics.jsonl` (the truth), TensorBoard and wandb (views of it), and the progress display.
 
 One JSON object per logged step, `step` first, then the keys in the caller's order. Scalars unless noted:
 
@@ -21,12 +21,14 @@ Only process 0 holds a `MetricsWriter` or a `Progress`.
 import contextlib
 import datetime
 import gc
+import importlib
 import json
 import logging
 import os
 import pathlib
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+WANDB_ID = "wandb_id"  # a file of the run's folder
 
 
 @contextlib.contextmanager
@@ -158,6 +161,54 @@ class _TensorBoard:
             self._scratch.cleanup()
 
 
+def wandb_library(project: str) -> Any:
+    """The package wandb, which `train.wandb_project` needs; ValueError without it."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError(
+            f'train.wandb_project = {project!r} needs wandb: pip install "ling-jax[wandb]", or leave the setting out'
+        ) from None
+
+
+class WandbRun:
+    """Scalars as a run of a project at Weights & Biases, under one id for all sessions of a run.
+
+    WANDB_MODE=offline and wandb's other variables mean what they mean to it. What it has of a step stays: it ignores a
+    step that a resume does once more.
+    """
+
+    def __init__(self, run_dir: epath.Path, project: str, settings: Mapping[str, Any]):
+        """Args:
+        settings: of the run, for wandb's table of them.
+        """
+        wandb, file = wandb_library(project), run_dir / WANDB_ID
+        if not file.exists():
+            write_whole(file, uuid.uuid4().hex[:8])
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=file.read_text(),
+                name=run_dir.name,
+                resume="allow",
+                dir=None if is_bucket(run_dir) else os.fspath(run_dir),
+                config=dict(settings),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"train.wandb_project = {project!r}: {error} Or set WANDB_MODE=offline, or leave the setting out"
+            ) from error
+        logger.info("wandb: %s", os.path.dirname(self._run.dir) if self._run.offline else self._run.url)
+
+    def append(self, step: int, record: Mapping[str, Any]) -> None:
+        self._run.log({key: value for key, value in record.items() if isinstance(value, int | float)}, step=step)
+
+    def close(self) -> None:
+        """Returns once all of it is on disk, or uploaded."""
+        self._run.finish()
+
+
 def _plain(key: str, value: Any) -> Any:
     """A number or a flat list of numbers for JSON, bit for bit; NaN and infinities, which JSON lacks, become None."""
     if value is None:
@@ -171,13 +222,13 @@ def _plain(key: str, value: Any) -> Any:
 
 
 class MetricsWriter:
-    """Appends steps to `run_dir`/metrics.jsonl and `run_dir`/tensorboard.
+    """Appends steps to `run_dir`/metrics.jsonl, to `run_dir`/tensorboard, and to wandb where it is given.
 
     In a bucket lines are uploaded once a minute and at `flush` (see `files.lines`), so call `flush` before saving a
     checkpoint: then the record is never shorter than what a resume starts from.
     """
 
-    def __init__(self, run_dir: epath.PathLike, resume_step: int | None = None):
+    def __init__(self, run_dir: epath.PathLike, resume_step: int | None = None, wandb: WandbRun | None = None):
         """Opens the record of a run.
 
         Args:
@@ -190,7 +241,7 @@ class MetricsWriter:
         path = folder / METRICS_FILE
         _cut_back(path, self._last_step)
         self._lines = open_lines(path)
-        self._tensorboard = _TensorBoard(folder / TENSORBOARD_FOLDER, self._last_step + 1)
+        self._tensorboard, self._wandb = _TensorBoard(folder / TENSORBOARD_FOLDER, self._last_step + 1), wandb
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Logs one step.
@@ -208,6 +259,8 @@ class MetricsWriter:
             self._lines.append(json.dumps(record, allow_nan=False).encode())
             del record["step"]
             self._tensorboard.append(step, record)
+            if self._wandb is not None:
+                self._wandb.append(step, record)
         except OSError as error:
             raise ValueError(
                 f"cannot write the metrics of step {step} in {self._folder}: {error.strerror}; make room there and "
@@ -223,6 +276,8 @@ class MetricsWriter:
     def close(self) -> None:
         self._lines.close()
         self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

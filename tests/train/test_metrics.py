@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import struct
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ import rich.console
 from etils import epath
 from tensorboardX import writer as tensorboard
 
+from ling_jax.files.paths import at
 from ling_jax.train import metrics
-from ling_jax.train.metrics import MetricsWriter, Progress, read_metrics
+from ling_jax.train.metrics import MetricsWriter, Progress, WandbRun, read_metrics
+from tests.support.commands import call
 
 
 def _write(run_dir, steps, resume_step=None, loss=lambda step: 1.0 / step):
@@ -164,6 +168,62 @@ def test_flush_leaves_no_event_behind(tmp_path):
 
 
 METRICS = {"train/loss": 2.34567, "train/tokens_per_second": 12345.6, "moe/load_max_over_mean": 1.5}
+
+
+def _wandb_sessions(run_dir):
+    """(id, project, name, settings, {step: {key: value}}) of each session that wandb kept, the earliest first."""
+    from wandb.proto import wandb_internal_pb2 as records
+
+    for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+        data, run, history = io.BytesIO(file.read_bytes()), None, {}
+        data.read(7)  # the format's mark; then records below 32 KB, each whole: checksum, length, type
+        while header := data.read(7):
+            record = records.Record.FromString(data.read(struct.unpack("<IHB", header)[1]))
+            if record.HasField("run"):
+                run = record.run
+            elif record.HasField("history"):
+                items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+                history[record.history.step.num] = {key: json.loads(items[key]) for key in items if key[0] != "_"}
+        settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+        yield run.run_id, run.project, run.display_name, settings, history
+
+
+def test_wandb_has_the_scalars_of_every_session_under_one_id(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="of requirements-test.txt; make the environment anew")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir = at(tmp_path / "run")
+    run_dir.mkdir()
+    for first, resume_step in ((1, None), (3, 2)):
+        run = WandbRun(run_dir, "tests", {"train": {"steps": 4}})
+        with MetricsWriter(run_dir, resume_step, run) as writer:
+            for step in (first, first + 1):
+                writer.write(step, {"train/loss": step / 4, "moe/dropped": step, "none": None, "list": [1.0]})
+    wandb.teardown()
+    first, second = _wandb_sessions(tmp_path / "run")
+    assert first[:3] == second[:3] == ((run_dir / "wandb_id").read_text(), "tests", "run")
+    assert first[3]["train"] == {"steps": 4}
+    expected = {step: {"train/loss": step / 4, "moe/dropped": step} for step in range(1, 5)}
+    assert first[4] | second[4] == expected and len(first[4]) == len(second[4]) == 2
+
+
+def test_without_wandb_the_message_says_what_to_install_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    _, log = call("train.py", "ling_tiny", "--runs-dir", tmp_path, "--train.wandb-project", "x", code=2)
+    assert "train.wandb_project = 'x' needs wandb: pip install \"ling-jax[wandb]\"" in log
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_that_cannot_start_is_one_error(tmp_path, monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def init(**settings):
+        raise Refused("No API key configured.")
+
+    stand_in = types.SimpleNamespace(init=init, Error=Refused, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with pytest.raises(ValueError, match="'x': No API key configured. Or set WANDB_MODE=offline, or leave"):
+        WandbRun(at(tmp_path), "x", {})
 
 
 def test_without_a_terminal_the_first_and_last_step_are_logged(caplog):
