@@ -10,8 +10,8 @@ class DataSource:
     """Documents under one name.
 
     `path` is a folder or file of .jsonl, .txt, .parquet or .json, all but parquet also packed as .gz or .zst, or one of
-    the built-in corpora: `python-stdlib` (any Python has it), `site-packages` (the installed requirements); see
-    docs/data.md.
+    the built-in corpora: `python-stdlib` (any Python has it), `site-packages` (the installed requirements),
+    `worked-arithmetic` and `retrieval` (made as they are read); see docs/data.md.
     """
 
     path: str

@@ -1,4 +1,5 @@
-"""The corpora that every installation has: Python's own library, and the packages that this one requires."""
+"""The corpora that every installation has: Python's own library, the packages that this one requires, and what is made
+(`ling_jax.data.made`)."""
 
 import ast
 import logging
@@ -10,13 +11,14 @@ from pathlib import Path
 
 from etils import epath
 
+from ling_jax.data.made import MADE, VERSION, documents
 from ling_jax.data.reading import Document, Listing, stamp
 
 log = logging.getLogger(__name__)
 
 STDLIB = "python-stdlib"
 SITE_PACKAGES = "site-packages"
-BUILT_IN = (STDLIB, SITE_PACKAGES)
+BUILT_IN = (STDLIB, SITE_PACKAGES, *MADE)
 # Packages under permissive licences that a run's requirements bring along.
 PACKAGE_LICENCES = {
     "chex": "Apache-2.0", "etils": "Apache-2.0", "flax": "Apache-2.0", "grain": "Apache-2.0", "jax": "Apache-2.0",
@@ -32,7 +34,9 @@ TOPICS = "pydoc_data/topics.py"  # the chapters of `help()`, as code
 
 
 def list_built_in(name: str) -> Listing:
-    """The .py files of a built-in corpus, in the order in which they are read."""
+    """The .py files of a built-in corpus, in the order in which they are read; of one that is made, a name for all."""
+    if name in MADE:
+        return Listing(epath.Path(), [name], [f"0 bytes of files, version {VERSION}"], 0.0, [])
     root = Path(sysconfig.get_path("stdlib" if name == STDLIB else "purelib"))
     packages = [""] if name == STDLIB else [package for package in PACKAGE_LICENCES if (root / package).is_dir()]
     names = [file for package in packages for file in python_files(root, package)]
@@ -45,7 +49,11 @@ def list_built_in(name: str) -> Listing:
 
 def read_built_in(name: str, files: Listing) -> Iterator[Document]:
     """The chapters of `help()`, for Python's library, and each file as a document, followed by one with its longer
-    docstrings. Each package has its own licence."""
+    docstrings. Each package has its own licence. What is made is nobody's."""
+    if name in MADE:
+        for number, text in enumerate(documents(name)):
+            yield Document(text, name, "CC0-1.0", "text", f"{name}:{number}")
+        return
     if name == STDLIB:
         from pydoc_data import topics
 
