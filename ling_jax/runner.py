@@ -26,6 +26,7 @@ from ling_jax.config import (
     settings_diff,
 )
 from ling_jax.convert.load import load_weights
+from ling_jax.convert.merge import merge_snapshots
 from ling_jax.convert.origin import check_origin, origin_tokenizer
 from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
@@ -39,7 +40,7 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.buckets import bucket_of, is_bucket
 from ling_jax.files.one_writer import OneWriter
-from ling_jax.files.paths import at, check_bucket, move, write_whole
+from ling_jax.files.paths import aside, at, check_bucket, move, write_whole
 from ling_jax.files.whole import read_json
 from ling_jax.generate.engine import generate
 from ling_jax.generate.serving import serving_model
@@ -49,6 +50,7 @@ from ling_jax.parallel.processes import barrier, check_same, lead_first
 from ling_jax.saver import RunSaver
 from ling_jax.snapshots import SNAPSHOTS, Snapshots
 from ling_jax.train.metrics import MetricsWriter, WandbRun, read_metrics, wandb_library
+from ling_jax.train.needle import Needles, prepare_needles
 from ling_jax.train.report import write_report
 from ling_jax.train.session import DivergedError, Session, StopRequest
 from ling_jax.train.state import Trainer, TrainState, make_trainer
@@ -67,11 +69,6 @@ def _check_buckets(command: TrainCommand) -> None:
     asked = [command.runs_dir, command.init_from, data.tokenizer, data.cache_dir, *(s.path for s in data.sources)]
     for path in {bucket_of(path): path for path in asked if path is not None and is_bucket(path)}.values():
         check_bucket(at(path))
-
-
-def _aside(path: epath.Path) -> epath.Path:
-    """A name beside `path` that nothing has."""
-    return path.parent / f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.{time.time_ns() % 10**6:06d}"
 
 
 @contextlib.contextmanager
@@ -94,9 +91,9 @@ def _claimed(run_dir: epath.Path, command: TrainCommand) -> Iterator[None]:
                 _step_back(run_dir, command.from_step, steps)
             yield
             return
-        aside = _aside(run_dir)
-        writer.move(aside)
-        log.info("moved the earlier run to %s", aside)
+        elsewhere = aside(run_dir)
+        writer.move(elsewhere)
+        log.info("moved the earlier run to %s", elsewhere)
     with OneWriter(run_dir):
         yield
 
@@ -106,18 +103,18 @@ def _step_back(run_dir: epath.Path, step: int, steps: list[int]) -> None:
     if step not in steps:
         raise ValueError(f"--from-step {step}: {run_dir / CHECKPOINTS} has the steps {steps or 'none'}")
     for folder in (run_dir / CHECKPOINTS, run_dir / SNAPSHOTS):
-        aside = _aside(folder)
+        elsewhere = aside(folder)
         for later in (s for s in saved_steps(folder) if s > step):
-            aside.mkdir(parents=True, exist_ok=True)
-            move(folder / str(later), aside / str(later))
-            log.info("moved step %d to %s", later, aside)
+            elsewhere.mkdir(parents=True, exist_ok=True)
+            move(folder / str(later), elsewhere / str(later))
+            log.info("moved step %d to %s", later, elsewhere)
 
 
 def _move_leftovers(run_dir: epath.Path) -> None:
     """Moves aside the tokenizer, and what came with weights, that an earlier attempt at a new run left."""
     for left in (run_dir / TOKENIZER, run_dir / HF):  # of other text or another vocabulary, perhaps; never deleted
         if left.exists():
-            move(left, _aside(left))
+            move(left, aside(left))
 
 
 def _check_earlier(stages: Sequence[StageRun], meta: Mapping[str, Any], place: str, remedy: str) -> None:
@@ -349,7 +346,8 @@ def _report(
         summary["validation nats per token"] = f"{scores['eval/nats_per_token']:.3f}"
         text = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
         log.info("validation bits per byte %.3f; the same bytes: %s", scores["eval/bits_per_byte"], text)
-    path = write_report(run_dir, run_dir.name, summary, others, sample)
+    ends = {stage.config.stage: stage.config.train.steps for stage in stages if config.stage}
+    path = write_report(run_dir, run_dir.name, summary, others, sample, ends)
     log.info("report: %s", path)
 
 
@@ -450,9 +448,9 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
                     trainer = make_trainer(stage.config).without_fp8(trainer.fallen)
                 state, saver.config = _entered(trainer, state, stage), stage.config
                 _log_start(stage.config, int(state.step))
-                batches, held_out = _texts(trainer, data, saver, int(state.step), read)
+                batches, held_out, needles = _texts(trainer, data, saver, int(state.step), read)
                 try:
-                    with Session(trainer, state, held_out, saver, writer, str(run_dir), stop) as session:
+                    with Session(trainer, state, held_out, saver, writer, str(run_dir), stop, needles) as session:
                         session.run(batches)
                 except DivergedError as error:
                     log.error("stopped: %s", error)
@@ -466,6 +464,8 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
     sample = _sample(trainer, state, data.tokenizer)
     if lead:
         _report(saver, stages, int(state.step), data, run_dir, time.perf_counter() - started, took, sample)
+        if config.checkpoint.write_merged and int(state.step) >= stages[-1].config.train.steps:
+            merge_snapshots(run_dir, stages[-1])
     barrier("the report is written")
     return 0
 
@@ -508,9 +508,9 @@ def _all_sources(config: RunConfig, stages: Sequence[StageRun]) -> DataConfig:
 
 def _texts(
     trainer: Trainer, data: Data, saver: RunSaver, step: int, read: DataState | None
-) -> tuple[Iterator[DataBatch], dict[str, HeldOut]]:
-    """The batches from the step after `step` on, and the held-out text of each source; `read`: how far an earlier stage
-    or session has read."""
+) -> tuple[Iterator[DataBatch], dict[str, HeldOut], Needles]:
+    """The batches from the step after `step` on, the held-out text of each source, and needles; `read`: how far an
+    earlier stage or session has read."""
     config, steps = trainer.config.data, trainer.config.train.steps
     rows = {name: Rows(data.rows[name].stream, config.sequence_length) for name in source_names(config)}
     mixture, saver.read = mixture_of(rows, config, read)
@@ -522,7 +522,8 @@ def _texts(
         for source, documents in data.heldout.items()
     }
     here = rows_here(trainer.compute.mesh, config.global_batch_size).tolist()
-    return saver.watching(train_batches(rows, config, step, here, saver.read)), held_out
+    batches = saver.watching(train_batches(rows, config, step, here, saver.read))
+    return batches, held_out, prepare_needles(data.tokenizer, trainer.config)
 
 
 def _log_start(config: RunConfig, step: int) -> None:

@@ -3,6 +3,9 @@
 A sentence with a secret number stands somewhere in a long text, and the model is asked for the number. For every length
 and depth, as a table and a picture: in how many trials the greedy answer holds the number, and by how many nats the
 number is likelier there than another one, which says something about a model that is too small to answer, too.
+
+It asks in words, for models that were trained on language. A run of any size can look for needles of its own tokens at
+every validation (`train.eval_needle`).
 """
 
 import bisect
@@ -13,7 +16,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -23,37 +26,16 @@ from ling_jax.config.text import columns
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import ends_of, tokenizer_of
 from ling_jax.convert.weights import model_config_of
+from ling_jax.data.made import FILLER
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.evaluate import read_text
 from ling_jax.generate.engine import Engine, Request
 from ling_jax.generate.sampling import Sampling
+from ling_jax.train.needle import heat_map
 
 log = logging.getLogger("needle")
 
 SHORTEST = 512  # tokens; the first length by default
-# Without a number or a name, in any order.
-FILLER = (
-    "The morning train was late again, and nobody on the platform seemed to mind.",
-    "A good soup needs time more than it needs salt.",
-    "She left the window open so that the smell of rain could come in.",
-    "Most of the old maps in the library had been drawn by people who never travelled.",
-    "The river runs slower in autumn, when the mills upstream are closed.",
-    "He mended the chair with glue, patience and a piece of string.",
-    "It is easier to plant a tree than to keep it alive.",
-    "The dog slept by the stove and woke only when the door opened.",
-    "In the valley below, the bells rang for no reason that anyone could remember.",
-    "Bread was baked before sunrise and sold before noon.",
-    "Every wall of the house leaned a little towards the sea.",
-    "The children counted the boats and quarrelled about the colour of the sails.",
-    "An empty bottle stood on the table next to a letter without a stamp.",
-    "Snow had covered the road, the fence and most of the barn.",
-    "The teacher wrote a long word on the board and asked who could read it.",
-    "There was a small market behind the church where farmers sold honey and wool.",
-    "Wind moved through the tall grass like a slow thought.",
-    "He always read the last page of a book first.",
-    "The clock in the hall was wrong, but everyone had grown used to it.",
-    "They painted the kitchen yellow and regretted it within a week.",
-)
 NAMES = ("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Dublin", "Nairobi", "Prague", "Havana", "Athens")
 BACK = 100  # tokens; how far before the asked place the needle may stand to be between two sentences
 FORCED = 1e9  # added to the logit of a token that is to be drawn
@@ -255,25 +237,16 @@ def draw_figure(cells: Cells, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     most = max(float(np.abs(means_DLR[..., 1]).max()), 1.0)
     found, nats = figure.subplots(1, 2)
-    _heat_map(found, means_DLR[..., 0], "{:.0%}", cmap="YlGnBu", vmin=0, vmax=1)
-    _heat_map(nats, means_DLR[..., 1], "{:+.1f}", cmap="RdBu", vmin=-most, vmax=most)
+    heat_map(found, means_DLR[..., 0], "{:.0%}", cmap="YlGnBu", vmin=0, vmax=1)
+    heat_map(nats, means_DLR[..., 1], "{:+.1f}", cmap="RdBu", vmin=-most, vmax=most)
     for axes, name in ((found, "answers with the number"), (nats, "nats over another number")):
         axes.set_title(name, fontsize=9)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
         axes.set_xlabel("tokens", fontsize=8)
         axes.set_ylabel("depth of the needle", fontsize=8)
-        axes.spines[:].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
-
-
-def _heat_map(axes: Any, values_DL: np.ndarray, form: str, **style: Any) -> None:
-    """Coloured cells with their numbers in them."""
-    image = axes.imshow(values_DL, aspect="auto", **style)
-    for (row, column), value in np.ndenumerate(values_DL):
-        color = "white" if np.mean(image.cmap(image.norm(value))[:3]) < 0.5 else "black"
-        axes.text(column, row, form.format(value), ha="center", va="center", size=8, color=color)
 
 
 def check(command: Command, lengths: Sequence[int], limit: int) -> None:

@@ -9,6 +9,7 @@ from ling_jax.config.model import ModelConfig
 from ling_jax.config.parameters import Counts, count_params, train_flops_per_token
 from ling_jax.config.rope import RopeScaling
 from ling_jax.config.run import (
+    NEEDLE_TOKENS,
     CheckpointConfig,
     OptimizerConfig,
     RunConfig,
@@ -19,6 +20,7 @@ from ling_jax.config.run import (
 from ling_jax.config.stages import Stage, StageRun
 
 __all__ = [
+    "NEEDLE_TOKENS",
     "CheckpointConfig",
     "Counts",
     "DataConfig",

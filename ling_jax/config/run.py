@@ -15,6 +15,8 @@ from ling_jax.config.model import ModelConfig
 from ling_jax.config.rope import RopeScaling
 from ling_jax.config.stages import Stage, StageRun, stage_runs
 
+NEEDLE_TOKENS = 256  # the shortest row that needles are looked for in
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -77,6 +79,7 @@ class TrainConfig:
     log_every: int = 1
     wandb_project: str | None = None  # of Weights & Biases, which the metrics go to as well: ling-jax[wandb]
     eval_every: int = 0  # steps between validations; 0: only at the end
+    eval_needle: int = 0  # rows of each length in which every validation looks for needles too; 0: none
     sample_tokens: int = 96  # of the text that ends a run, in its report; 0: none
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
     profile_start: int = 10  # steps done before the profiler's window opens
@@ -85,8 +88,8 @@ class TrainConfig:
     def __post_init__(self):
         check_at_least(self, 1, "steps", "microbatches", "log_every", "max_skipped_steps")
         check_at_least(
-            self, 0, "eval_every", "sample_tokens", "profile_steps", "bias_update_rate", "z_loss_coefficient",
-            "fp8_watch_every",
+            self, 0, "eval_every", "eval_needle", "sample_tokens", "profile_steps", "bias_update_rate",
+            "z_loss_coefficient", "fp8_watch_every",
         )  # fmt: skip
         check(self.fp8 or not self.fp8_except, f"train.fp8_except = {self.fp8_except} does nothing: set train.fp8 too")
 
@@ -99,6 +102,7 @@ class CheckpointConfig:
     snapshot_tokens: int = 0  # tokens between snapshots of weights and expert biases alone, to be merged; 0: none
     keep_snapshots: int = 8
     merge_snapshots: int = 0  # every validation scores the mean of the last so many too; 0: none
+    write_merged: bool = False  # the run's last act: that mean of its last stage, as a checkpoint, RUN/merged
 
     def __post_init__(self):
         check_at_least(self, 1, "every", "keep_last", "keep_snapshots")
@@ -109,6 +113,7 @@ class CheckpointConfig:
             f"checkpoint.merge_snapshots = {merged} must be between 2 and keep_snapshots = {kept}, and "
             "checkpoint.snapshot_tokens above 0",
         )
+        check(merged > 0 or not self.write_merged, "checkpoint.write_merged needs checkpoint.merge_snapshots above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +141,11 @@ class RunConfig:
             length <= limit,
             f"data.sequence_length = {length} exceeds the model's {limit} positions; shorten it, or raise "
             "max_position_embeddings or set rope_scaling",
+        )
+        check(
+            not self.train.eval_needle or limit >= NEEDLE_TOKENS,
+            f"train.eval_needle = {self.train.eval_needle} looks in rows of {NEEDLE_TOKENS} tokens at least, and the "
+            f"model has {limit} positions: set it to 0, or raise max_position_embeddings",
         )
         rows, parts = self.data.global_batch_size, self.train.microbatches
         check(

@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from ling_jax.checkpoint import finish_checkpoint, make_checkpoint, read_meta, saved_steps
-from ling_jax.config import architecture_diff, model_settings_diff
+from ling_jax.config import StageRun, architecture_diff, model_settings_diff
 from ling_jax.convert.audit import Audit
 from ling_jax.convert.fp8 import FP8
 from ling_jax.convert.mapping import ArrayPath
@@ -55,11 +56,12 @@ from ling_jax.convert.weights import (
 )
 from ling_jax.files.arrays import Index, Layout, Part, chunk_of, write_chunks
 from ling_jax.files.buckets import reaching
-from ling_jax.files.paths import at, check_bucket
+from ling_jax.files.paths import aside, at, check_bucket, move
 from ling_jax.snapshots import SNAPSHOTS
 
 log = logging.getLogger(__name__)
 
+MERGED = "merged"  # of a run's folder
 READ_BYTES = 8 << 20  # of float32 values, read at a time: memory of this size is used again, a larger one's is new
 
 
@@ -101,6 +103,24 @@ def merge(
     place = new_place(target)
     log.info("averaging %s", lineage.render())
     return _write(Average(found, lineage.weights), lineage, source, target, place, shard)
+
+
+def merge_snapshots(run_dir: epath.Path, stage: StageRun) -> None:
+    """Writes the mean of a stage's last `checkpoint.merge_snapshots`, which its last validation scored, as a
+    checkpoint, `run_dir`/merged. One of an earlier end of the run is moved aside. ValueError as `merge`."""
+    snapshots, target = run_dir / SNAPSHOTS, run_dir / MERGED
+    steps = [step for step in saved_steps(snapshots) if step > stage.first_step]
+    steps = steps[-stage.config.checkpoint.merge_snapshots :]
+    if len(steps) < 2:
+        log.warning("nothing to merge: %s has the steps %s of the last stage, and it takes two", snapshots, steps)
+        return
+    if target.exists():
+        if Lineage.from_json(read_meta(target)[LINEAGE]).steps == tuple(steps):
+            return
+        move(target, aside(target))
+    begun = time.perf_counter()
+    merge(os.fspath(snapshots), os.fspath(target), steps=steps)
+    log.info("merged snapshots %s into %s, %.0f s", steps, target, time.perf_counter() - begun)
 
 
 def _folder(source: str) -> epath.Path:

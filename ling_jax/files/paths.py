@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -83,6 +84,11 @@ def made_locally(folder: epath.Path) -> Iterator[str]:
         for file in sorted(pathlib.Path(scratch).rglob("*")):
             if file.is_file():
                 write_whole(folder / file.relative_to(scratch).as_posix(), file.read_bytes())
+
+
+def aside(path: epath.Path) -> epath.Path:
+    """A name beside `path` that nothing has."""
+    return path.parent / f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.{time.time_ns() % 10**6:06d}"
 
 
 def move(path: epath.Path, to: epath.Path) -> None:

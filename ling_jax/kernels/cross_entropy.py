@@ -73,10 +73,14 @@ def target_logprobs_and_entropy(
 
 
 def target_scores(
-    x_ND: jax.Array, w_VD: jax.Array, whole_rows: Callable[[jax.Array], jax.Array], targets_N: jax.Array
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    whole_rows: Callable[[jax.Array], jax.Array],
+    targets_N: jax.Array,
+    vocab_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(float32 [N], bool [N]): `target_logprobs`, and whether no token is likelier than the target."""
-    swept = _sweep(x_ND, w_VD, whole_rows, targets_N, None)
+    swept = _sweep(x_ND, w_VD, whole_rows, targets_N, vocab_axis)
     return swept.picked_N - swept.lse_N, swept.picked_N >= swept.top_N
 
 

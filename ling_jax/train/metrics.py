@@ -14,6 +14,7 @@ One JSON object per logged step, `step` first, then the keys in the caller's ord
   fp8/lost/<module>/<operand>, fp8/cosine/<module>/<operand>           lists, layers of a stack in order
   mem/peak_bytes
   eval/<source>/nats_per_token, eval/<source>/bits_per_byte, eval/bits_per_byte
+  eval/needle/<tokens>/accuracy, eval/needle/<tokens>/accuracy_per_depth   (the latter a list, from the beginning on)
 
 Only process 0 holds a `MetricsWriter` or a `Progress`.
 """

@@ -140,19 +140,20 @@ def logprobs(model: Ling, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.A
       targets_BT: int32 ids; the value of a place without one (`train.loss.IGNORE`) has no meaning: mask it.
     """
     flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    logprobs_N = target_logprobs(flat_ND, *model.head(flat_ND.dtype), targets_BT.reshape(-1), _vocab_axis())
+    logprobs_N = target_logprobs(flat_ND, *model.head(flat_ND.dtype), targets_BT.reshape(-1), vocab_axis())
     return logprobs_N.reshape(targets_BT.shape)
 
 
 def logprobs_and_entropy(model: Ling, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`logprobs`, and the entropy of the whole distribution at each place, in nats: float32 [B, T] both."""
     flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    both = target_logprobs_and_entropy(flat_ND, *model.head(flat_ND.dtype), targets_BT.reshape(-1), _vocab_axis())
+    both = target_logprobs_and_entropy(flat_ND, *model.head(flat_ND.dtype), targets_BT.reshape(-1), vocab_axis())
     logprobs_N, entropy_N = both
     return logprobs_N.reshape(targets_BT.shape), entropy_N.reshape(targets_BT.shape)
 
 
-def _vocab_axis() -> str | None:
+def vocab_axis() -> str | None:
+    """The mesh axis over which the vocabulary is split, inside a manual region; None where it is whole."""
     return "tensor" if axis_size("tensor") > 1 else None
 
 

@@ -11,6 +11,7 @@ from ling_jax.files.paths import at, write_whole
 from ling_jax.train.evaluations import read_records, section
 from ling_jax.train.figures import FIGURES, Drawing, Run, new_figure, png
 from ling_jax.train.metrics import paused_collector, read_metrics
+from ling_jax.train.needle import NEEDLE
 
 REPORT_FILE = "report.html"
 REPORT_FOLDER = "report"
@@ -50,6 +51,7 @@ def write_report(
     summary: Mapping[str, str],
     baselines: Mapping[str, float] | None = None,
     sample: str | None = None,
+    stages: Mapping[str, int] | None = None,
 ) -> epath.Path:
     """Draws `run_dir`/report/*.png and writes `run_dir`/report.html, from metrics.jsonl and config.json.
 
@@ -61,6 +63,7 @@ def write_report(
       summary: rows of the table on top, label to text.
       baselines: label to bits per byte of the held-out text, drawn beside the validation curve.
       sample: text that the model wrote.
+      stages: the last step of each stage, by name.
     Returns:
       The path of report.html.
     Raises:
@@ -70,10 +73,10 @@ def write_report(
     config_path = folder / "config.json"
     config = config_path.read_text() if config_path.exists() else None
     first = json.loads(config).get("model", {}).get("first_k_dense_replace", 0) if config else 0
-    run = Run(read_metrics(folder), baselines or {}, first)
+    run = Run(read_metrics(folder), baselines or {}, first, stages or {})
     (folder / REPORT_FOLDER).mkdir(parents=True, exist_ok=True)
     sections = []
-    for spec in FIGURES:
+    for spec in (*FIGURES, NEEDLE):
         figure = new_figure(spec.height)
         alt = spec.draw(figure, run)
         path = folder / REPORT_FOLDER / f"{spec.name}.png"

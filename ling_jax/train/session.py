@@ -19,6 +19,7 @@ from ling_jax.parallel.processes import AnyProcess, CompiledTogether, leave_term
 from ling_jax.train.fp8 import beyond, loss_metrics, losses
 from ling_jax.train.hardware import peak_flops, peak_memory_bytes
 from ling_jax.train.metrics import MetricsWriter, Progress
+from ling_jax.train.needle import Needles, NeedleScorer, make_needle_scorer, needle_metrics
 from ling_jax.train.objective import Batch, Metrics, check_batch
 from ling_jax.train.state import Trainer, TrainState
 from ling_jax.train.step import make_train_step, make_watcher
@@ -182,10 +183,11 @@ def _profiler(trainer: Trainer, run_dir: str) -> Iterator[Callable[[int], None]]
             trace.close()
 
 
-def _programs(trainer: Trainer) -> tuple[Callable, Callable, Callable]:
-    """The step, the scorer of held-out text, and what measures FP8."""
+def _programs(trainer: Trainer) -> tuple[Callable, Callable, NeedleScorer, Callable]:
+    """The step, the scorers of held-out text and of needles, and what measures FP8."""
     step = CompiledTogether("the step", make_train_step(trainer))
-    return step, make_scorer(trainer.compute), CompiledTogether("the measurement of FP8", make_watcher(trainer))
+    watch = CompiledTogether("the measurement of FP8", make_watcher(trainer))
+    return step, make_scorer(trainer.compute), make_needle_scorer(trainer.compute), watch
 
 
 def _measure(trainer: Trainer, step: int, sums: Any, recorder: _Recorder) -> Trainer:
@@ -216,6 +218,7 @@ class Session:
       writer: cut back to `state.step` already; None on all processes but the first.
       run_dir: the run's folder.
       stop: of this process; all stop together, one step later, where there are several.
+      needles: what is looked for beside `held_out`.
     """
 
     def __init__(
@@ -227,10 +230,11 @@ class Session:
         writer: MetricsWriter | None,
         run_dir: str,
         stop: StopRequest,
+        needles: Needles | None = None,
     ) -> None:
         self.trainer, self.state, self.held_out, self.saver = trainer, state, held_out, saver
-        self.writer, self.run_dir, self.stop = writer, run_dir, stop
-        self.step_fn, self.scorer, self.watch = _programs(trainer)
+        self.writer, self.run_dir, self.stop, self.needles = writer, run_dir, stop, needles or {}
+        self.step_fn, self.scorer, self.needle_scorer, self.watch = _programs(trainer)
         self.done = int(state.step)  # steps
         self.saved = self.done if self.done else -1
         self.here = rows_here(trainer.compute.mesh, trainer.config.data.global_batch_size)
@@ -317,7 +321,7 @@ class Session:
         kept = _measure(self.trainer, self.done, self.watch(*self.weights, batch), self.recorder)
         if kept is not self.trainer:
             self.trainer = kept
-            self.step_fn, self.scorer, self.watch = _programs(kept)
+            self.step_fn, self.scorer, self.needle_scorer, self.watch = _programs(kept)
 
     def _validate(self) -> None:
         self.recorder.fetch()
@@ -325,5 +329,6 @@ class Session:
         metrics = score_metrics(validate(self.scorer, *self.weights, self.held_out, rows))
         if (merged := self.saver.merged(self.state)) is not None:
             metrics |= merged_metrics(validate(self.scorer, *merged, self.held_out, rows))
+        metrics |= needle_metrics(self.needle_scorer, *self.weights, self.needles, self.trainer.config)
         self.recorder.flush(metrics)
         self.recorder.restart_clock()

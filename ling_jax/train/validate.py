@@ -78,7 +78,7 @@ def packed_windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, stri
     return out
 
 
-def _batches(rows: Mapping[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(rows: Mapping[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
     """Whole batches of `size` rows; the last is filled up with padding."""
     count = rows["tokens"].shape[0]
     for start in range(0, count, size):
@@ -108,7 +108,7 @@ def make_scorer(compute: Compute) -> Callable[[dict, dict, Mapping[str, np.ndarr
 
 def score_rows(scorer: Callable, params: dict, bias: dict, rows: Mapping[str, np.ndarray], batch_size: int) -> float:
     """Summed nats of all targets in `rows`."""
-    return float(sum(float(scorer(params, bias, batch)) for batch in _batches(rows, batch_size)))
+    return float(sum(float(scorer(params, bias, batch)) for batch in batches(rows, batch_size)))
 
 
 class HeldOut(NamedTuple):

@@ -1,6 +1,7 @@
 """Snapshots of weights: taken at an interval of tokens, kept by their own rule, merged and scored during a run."""
 
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from ling_jax.checkpoint import Checkpointer, read_arrays, read_mean, read_meta, saved_steps
-from ling_jax.config import CheckpointConfig, DataConfig, DataSource
+from ling_jax.config import CheckpointConfig, DataConfig, DataSource, RunConfig, StageRun
 from ling_jax.convert.load import load_pretrained
+from ling_jax.convert.merge import merge_snapshots
 from ling_jax.convert.tokenizer import tokenizer_of
+from ling_jax.convert.weights import LINEAGE
 from ling_jax.data.sources import read_corpus
 from ling_jax.files.paths import at
 from ling_jax.snapshots import Snapshots
@@ -29,7 +32,7 @@ TINY = dict(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    call("train.py", *train_args(folder, "whole", **TINY))
+    call("train.py", *train_args(folder, "whole", **TINY), "--checkpoint.write-merged")
     return folder
 
 
@@ -71,6 +74,31 @@ def test_their_mean_is_scored_as_the_merged_checkpoint_is(folder, tmp_path):
     for key, place in (("merged_", tmp_path / "merged"), ("", run)):
         assert score_of(place, folder) == pytest.approx(found[key], rel=1e-5)
     assert found["merged_"] != found[""]
+
+
+def test_a_runs_last_act_is_to_write_their_mean(folder):
+    run = folder / "runs" / "whole"
+    assert read_meta(run / "merged")[LINEAGE]["steps"] == [16, 20, 24]
+    each = [flatten_dict(read_arrays(run / "snapshots" / str(step))) for step in (16, 20, 24)]
+    for path, weight in flatten_dict(read_arrays(run / "merged")).items():
+        np.testing.assert_allclose(weight, np.mean([np.float64(one[path]) for one in each], 0), atol=1e-6)
+
+
+def test_it_is_written_once_and_one_of_an_earlier_end_is_not_lost(folder, tmp_path):
+    whole, run = folder / "runs" / "whole", at(tmp_path / "run")
+    shutil.copytree(whole / "tokenizer", run / "tokenizer")
+    stage = StageRun(RunConfig.from_json((whole / "config.json").read_text()), first_step=12)
+    for step in (12, 16, 20, 24):  # the first is of the stage before
+        if step == 24:
+            before = read_meta(run / "merged")
+            merge_snapshots(run, stage)
+            assert read_meta(run / "merged") == before and before[LINEAGE]["steps"] == [16, 20]
+        shutil.copytree(whole / "snapshots" / str(max(step, 16)), run / "snapshots" / str(step))
+        merge_snapshots(run, stage)
+        assert (run / "merged").exists() == (step >= 20)
+    assert read_meta(run / "merged")[LINEAGE]["steps"] == [16, 20, 24]
+    [earlier] = run.glob("merged.*")
+    assert read_meta(earlier) == before
 
 
 def test_a_run_that_goes_on_from_an_earlier_step_takes_them_anew(folder):
@@ -127,3 +155,5 @@ def test_more_merged_than_kept_is_refused():
         CheckpointConfig(snapshot_tokens=10, merge_snapshots=9)
     with pytest.raises(ValueError, match="and checkpoint.snapshot_tokens above 0"):
         CheckpointConfig(merge_snapshots=4)
+    with pytest.raises(ValueError, match="write_merged needs checkpoint.merge_snapshots above 0"):
+        CheckpointConfig(write_merged=True)
