@@ -117,6 +117,22 @@ def test_full_size_runs_follow_the_published_recipe(name: str, peak_lr: float, r
     assert run.train.steps * rows * run.data.sequence_length == pytest.approx(20e12, rel=1e-4)
 
 
+def test_the_recipe_for_a_laptop_is_the_published_one_on_another_scale():
+    run = load("recipe_tiny")
+    stages = [stage.config for stage in run.stage_runs()]
+    assert [config.stage for config in stages] == ["general", "reasoning", "context", "thought", "yarn"]
+    assert [config.data.sequence_length for config in stages] == [256, 256, 1024, 1024, 4096]
+    assert [config.model.max_positions for config in stages] == [256, 256, 1024, 1024, 4096]
+    assert {config.data.global_batch_size * config.data.sequence_length for config in stages} == {4096}
+    general = [config.data.sources[0].weight / sum(s.weight for s in config.data.sources) for config in stages]
+    assert general == pytest.approx([0.68, 0.54, 0.54, 0.55, 0.55])
+    first, last = stages[0], stages[-1]
+    assert last.train.bias_update_rate == first.train.bias_update_rate / 10
+    assert last.model.rope_theta == 16 * first.model.rope_theta and last.schedule.peak_lr > first.schedule.peak_lr
+    assert stages[2].data.long_share == 0.2 and first.data.long_share is None
+    assert run.checkpoint.write_merged and sum(stage.tokens for stage in run.stages) == 2_800_000
+
+
 @pytest.mark.parametrize(
     ("name", "peak_lr", "rows"), [("ling_mini_recipe", 3.36e-4, 4400), ("ling_1t_recipe", 1.86e-4, 18144)]
 )

@@ -1,5 +1,6 @@
 """A run in stages: each is trained with settings of its own, and it may stop and go on anywhere."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +37,10 @@ def config():
         Stage(name="general", tokens=1000, sources=(replace(a, weight=0.7), replace(b, weight=0.3))),
         Stage(name="reasoning", tokens=768, sources=(replace(a, weight=0.4), replace(b, weight=0.6))),
         Stage(name="context", tokens=512, sequence_length=64, global_batch_size=2, rope_theta=40000.0,
-              bias_update_rate=1e-4),
+              max_position_embeddings=256, bias_update_rate=1e-4),
         Stage(name="thought", tokens=512, peak_lr=0.01, warmup_steps=2, fresh_moments=True),
         Stage(name="yarn", tokens=500, sequence_length=256, global_batch_size=1,
-              rope_scaling=RopeScaling(factor=2.0, original_max_position_embeddings=128)),
+              rope_scaling=RopeScaling(factor=2.0, original_max_position_embeddings=256)),
     )
     base = tiny()
     return replace(base, schedule=replace(base.schedule, decay_fraction=0.0), stages=stages)
@@ -88,9 +89,28 @@ def test_every_checkpoint_carries_its_stages_model(folder):
     models = {name: load_pretrained(str(step_of(folder, "whole", end))).config for name, end in ENDS.items()}
     assert [model.rope_theta for model in models.values()] == [10000.0] * 2 + [40000.0] * 3
     assert models["thought"].rope_scaling is None
-    assert models["yarn"].rope_scaling == RopeScaling(factor=2.0, original_max_position_embeddings=128)
+    assert models["yarn"].rope_scaling == RopeScaling(factor=2.0, original_max_position_embeddings=256)
     for name, end in ENDS.items():
         assert read_meta(step_of(folder, "whole", end))["config"]["stage"] == name
+
+
+def test_every_border_is_exported_with_its_stages_config_json(folder, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+    wanted = {
+        "general": (10000.0, None, 128), "reasoning": (10000.0, None, 128), "context": (40000.0, None, 256),
+        "thought": (40000.0, None, 256), "yarn": (40000.0, yarn, 256),
+    }  # fmt: skip
+    for name, end in ENDS.items():
+        source, target = step_of(folder, "whole", end), tmp_path / name
+        call("convert.py", "to-hf", "--source", source, "--target", target)
+        exported = json.loads((target / "config.json").read_text())
+        theta, scaling, positions = wanted[name]
+        assert (exported["rope_theta"], exported["max_position_embeddings"]) == (theta, positions)
+        said = exported["rope_scaling"]
+        assert said == scaling or (scaling is not None and scaling.items() <= said.items())
+        ours, theirs = (load_pretrained(str(path)).config for path in (source, target))
+        training = dict(hf_json=ours.hf_json, mtp_loss_scaling_factor=ours.mtp_loss_scaling_factor)
+        assert replace(theirs, **training) == ours  # so what is computed from them is equal
 
 
 def test_the_log_and_the_report_tell_of_each_stage(folder):
