@@ -27,13 +27,13 @@ def config() -> RunConfig:
         return tuple(DataSource(path=name, weight=weight) for name, weight in weights.items())
 
     stages = (
-        Stage(name="general", tokens=820_000, sources=mixed(0.68, 0.12, 0.20)),
-        Stage(name="reasoning", tokens=820_000, sources=mixed(0.54, 0.16, 0.30)),
+        Stage(name="general", tokens=820_000, sources=mixed(0.68, 0.08, 0.24)),
+        Stage(name="reasoning", tokens=820_000, sources=mixed(0.54, 0.12, 0.34)),
         Stage(
             name="context", tokens=600_000, sequence_length=LONGER, global_batch_size=STEP // LONGER, long_share=0.2,
             rope_theta=160_000.0, max_position_embeddings=LONGER, bias_update_rate=1e-3,
         ),
-        Stage(name="thought", tokens=400_000, sources=mixed(0.55, 0.20, 0.25), peak_lr=4e-3, warmup_steps=10),
+        Stage(name="thought", tokens=400_000, sources=mixed(0.55, 0.15, 0.30), peak_lr=4e-3, warmup_steps=10),
         Stage(
             name="yarn", tokens=160_000, sequence_length=LONGEST, global_batch_size=STEP // LONGEST,
             rope_scaling=RopeScaling(factor=LONGEST / LONGER, original_max_position_embeddings=LONGER),

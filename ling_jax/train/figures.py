@@ -8,8 +8,7 @@ Legend: S logged steps, L MoE layers.
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ class Run:
     records: Sequence[MetricsRecord]
     baselines: Mapping[str, float]
     first_moe_layer: int
-    stages: Mapping[str, int] = MappingProxyType({})  # the last step of each, by name; of a run that has several
+    stages: Mapping[str, int] = field(default_factory=dict)  # the last step of each, by name; of a run that has several
 
     @property
     def last_step(self) -> int:
