@@ -135,12 +135,12 @@ def test_the_picture_has_a_panel_for_each_stage_that_was_tested():
 
     records = [record(2, 256), {"step": 3}, record(4, 256), record(6, 256, 1024), {"step": 9}]
     figure = new_figure()
-    said = needle._draw_needle(figure, Run(records, {}, 0, {"general": 4, "context": 8, "yarn": 9}))
+    said = str(needle._draw_needle(figure, Run(records, {}, 0, {"general": 4, "context": 8, "yarn": 9})))
     assert [axes.get_title() for axes in figure.axes] == ["general", "context"]
     assert figure.axes[1].images[0].get_array().shape == (DEPTHS, 2)
     assert "general 40% at 256 tokens; context 60% at 256 tokens, 60% at 1,024 tokens" in said
     figure = new_figure()
-    assert "60% at 1,024 tokens" in needle._draw_needle(figure, Run(records, {}, 0))
+    assert "60% at 1,024 tokens" in str(needle._draw_needle(figure, Run(records, {}, 0)))
     assert [axes.get_title() for axes in figure.axes] == ["step 6"]
     assert needle._draw_needle(new_figure(), Run([{"step": 1}], {}, 0)) is None
 
