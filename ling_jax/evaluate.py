@@ -23,7 +23,7 @@ from ling_jax.files.paths import at
 from ling_jax.kernels.lightning import Slopes
 from ling_jax.model.model import split_model
 from ling_jax.train.compute import make_compute
-from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_rows
+from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_held_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int, sl
     part = prepare_held_out(tokenizer, [text], length)
     train = TrainConfig(dtype="float32" if model.dtype == "float32" else "bfloat16", remat="none")
     scorer = make_scorer(make_compute(config, train))
-    return Score(score_rows(scorer, params, bias, part.rows, batch_size), part.tokens, part.bytes)
+    return score_held_out(scorer, params, bias, part, batch_size)
 
 
 def task_table(command: EvaluateCommand) -> str:

@@ -517,8 +517,9 @@ def _texts(
     saver.step_read = saver.read.tokens
     to_come = config.tokens_of(saver.read.tokens, max(steps - step, 0))
     mixture.announce(saver.read, to_come // config.sequence_length)
+    longest = config.block_length or config.sequence_length
     held_out = {
-        source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length)
+        source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length, longest)
         for source, documents in data.heldout.items()
     }
     here = rows_here(trainer.compute.mesh, config.global_batch_size).tolist()

@@ -240,6 +240,25 @@ def _draw_bits_per_byte(figure: Any, run: Run) -> str | None:
     return "Bits per byte of held-out text over steps; at the end: " + ", ".join(levels) + "."
 
 
+def _draw_positions(figure: Any, run: Run) -> str | None:
+    head = "eval/nats_per_token/position_"
+    keys = {key for r in run.records for key, value in r.items() if key.startswith(head) and value is not None}
+    if len(keys) < 2:
+        return None
+    from matplotlib import colormaps
+
+    axes, said = figure.add_subplot(), []
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(keys)))
+    for color, key in zip(colors, sorted(keys, key=lambda key: int(key.rpartition("-")[2])), strict=True):
+        line = series(run.records, key)
+        begin, end = map(int, key.removeprefix(head).split("-"))
+        said.append(f"{begin:,} to {end:,}, last {_last(line)}")
+        _plot(axes, line, color, said[-1], marker="o", markersize=3)
+    _style(axes, "validation (nats per token)", run.last_step)
+    _legend(axes, loc="upper right")
+    return "Held-out loss by a token's position in its document, over steps: " + "; ".join(said) + "."
+
+
 def _draw_learning_rate(figure: Any, run: Run) -> str | None:
     rate = series(run.records, "train/learning_rate")
     if not len(rate.steps):
@@ -435,6 +454,10 @@ FIGURES = (
     Drawing(
         "bits_per_byte", "Validation, bits per byte", 3.7, _draw_bits_per_byte,
         "Every held-out byte is scored. Dashed: what simpler models and compressors need for the same bytes.",
+    ),
+    Drawing(
+        "positions", "Validation by position", 3.7, _draw_positions,
+        "Of each range, the documents that reach its end: the same tokens at every step.",
     ),
     Drawing("learning_rate", "Learning rate", 3.7, _draw_learning_rate, ""),
     Drawing(

@@ -13,8 +13,12 @@ One JSON object per logged step, `step` first, then the keys in the caller's ord
   fp8/lost_max, fp8/cosine_min               of all modules, operands and layers, every `train.fp8_watch_every` steps
   fp8/lost/<module>/<operand>, fp8/cosine/<module>/<operand>           lists, layers of a stack in order
   mem/peak_bytes
-  eval/<source>/nats_per_token, eval/<source>/bits_per_byte, eval/bits_per_byte
+  eval/<source>/nats_per_token, eval/<source>/bits_per_byte
+  eval/nats_per_token, eval/bits_per_byte    of all sources together
+  eval/nats_per_token/position_<A>-<B>       tokens A to B - 1 of held-out documents that have B or more
   eval/needle/<tokens>/accuracy, eval/needle/<tokens>/accuracy_per_depth   (the latter a list, from the beginning on)
+  eval/merged_nats_per_token, eval/merged_bits_per_byte                of the mean of the last snapshots
+  data/<source>/share, data/<source>/epochs  drawn since the shares are what they are, padding not counted; how often
 
 Only process 0 holds a `MetricsWriter` or a `Progress`.
 """

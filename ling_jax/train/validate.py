@@ -1,6 +1,10 @@
-"""Scoring held-out text: every token once, in nats, and per byte.
+"""Scoring held-out text: every token once, in nats, per byte, and by its position in its document.
 
-Legend: B rows, T tokens.
+Positions are told apart in buckets, each as long as all before it. A bucket holds targets of documents that reach its
+end and of no others, so every document of a bucket has the same weight in it, and a bucket is the same tokens whatever
+the length of a row.
+
+Legend: B rows, T tokens, P buckets.
 """
 
 import math
@@ -8,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -17,16 +22,21 @@ from ling_jax.parallel.mesh import TOKEN_AXES, psum
 from ling_jax.parallel.processes import CompiledTogether
 from ling_jax.train.compute import Compute
 from ling_jax.train.fp8 import with_codes
-from ling_jax.train.loss import IGNORE, target_nll
-from ling_jax.train.objective import MODEL_FIELDS
+from ling_jax.train.loss import IGNORE
+from ling_jax.train.objective import MODEL_FIELDS, logprobs
+
+FIRST_BUCKET = 512  # tokens of the first bucket
+BUCKETS = 12  # up to position 2^20
+NO_BUCKET = -1
 
 
 class Score(NamedTuple):
-    """Sums over a text: nats, predicted tokens, UTF-8 bytes."""
+    """Sums over a text: nats, predicted tokens, UTF-8 bytes; `buckets` float64 [P, 2], the nats and tokens of each."""
 
     nats: float
     tokens: int
     bytes: int
+    buckets: np.ndarray
 
     @property
     def nats_per_token(self) -> float:
@@ -45,11 +55,31 @@ def add_scores(scores: Sequence[Score]) -> Score:
     return Score(*(sum(values) for values in zip(*scores, strict=True)))
 
 
-def packed_windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, stride: int) -> dict[str, np.ndarray]:
-    """All texts' scoring windows, several short ones sharing a row as separate segments: int32 [rows, length]."""
+def bucket_ends() -> list[int]:
+    """The position before which each bucket ends; it begins where the one before ends."""
+    return [FIRST_BUCKET << number for number in range(BUCKETS)]
+
+
+def _buckets(places: np.ndarray, size: int) -> np.ndarray:
+    """int32: the buckets of positions in a document, of those buckets that end within its first `size` tokens."""
+    whole = [end for end in bucket_ends() if end <= size]
+    found = np.searchsorted(whole, places, side="right")
+    return np.where(found < len(whole), found, NO_BUCKET).astype(np.int32)
+
+
+def packed_windows(
+    tokenizer: Tokenizer, texts: Sequence[str], length: int, stride: int, longest: int = 0
+) -> dict[str, np.ndarray]:
+    """All texts' scoring windows, several short ones sharing a row as separate segments: int32 [rows, length].
+
+    `bucket` is that of the target, up to the position `longest`.
+    """
     pieces: list[dict[str, np.ndarray]] = []
+    prefix = tokenizer.scoring_prefix
     for ids in tokenizer.encode_batch(texts):
-        rows = scoring_windows(ids, tokenizer.scoring_prefix, length, stride)
+        rows = scoring_windows(ids, prefix, length, stride)
+        places = stride * np.arange(len(rows["tokens"]))[:, None] + np.arange(length) + 1 - len(prefix)
+        rows["bucket"] = _buckets(places, min(len(ids), longest))
         for row in range(rows["tokens"].shape[0]):
             real = rows["segment_ids"][row] > 0
             pieces.append({name: value[row][real] for name, value in rows.items()})
@@ -65,13 +95,13 @@ def packed_windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, stri
             row = len(room) - 1
         packed[row].append(piece)
         room[row] -= size
-    out = {name: np.zeros((len(packed), length), np.int32) for name in ("tokens", "positions", "segment_ids")}
+    out = {name: np.zeros((len(packed), length), np.int32) for name in ("tokens", "positions", "segment_ids", "bucket")}
     out["targets"] = np.full((len(packed), length), IGNORE, np.int32)
     for row, row_pieces in enumerate(packed):
         at = 0
         for segment, piece in enumerate(row_pieces, 1):
             span = slice(at, at + len(piece["tokens"]))
-            for name in ("tokens", "positions", "targets"):
+            for name in ("tokens", "positions", "targets", "bucket"):
                 out[name][row, span] = piece[name]
             out["segment_ids"][row, span] = segment
             at = span.stop
@@ -93,22 +123,20 @@ def batches(rows: Mapping[str, np.ndarray], size: int) -> Iterator[dict[str, np.
         yield batch
 
 
-def make_scorer(compute: Compute) -> Callable[[dict, dict, Mapping[str, np.ndarray]], jax.Array]:
-    """Returns scorer(params, bias, batch) -> the batch's summed nats; the MTP layer does not run. `batch` is the
-    whole one, the same on every process, in one shape."""
+def make_scorer(compute: Compute) -> Callable[[dict, dict, Mapping[str, np.ndarray]], tuple[jax.Array, jax.Array]]:
+    """Returns scorer(params, bias, batch) -> the batch's summed nats, and float32 [P], those of each bucket; the MTP
+    layer does not run. `batch` is the whole one, the same on every process, in one shape."""
 
     def nll(params, bias, batch):
         model = compute.model(with_codes(params, compute.quantise(params), {}), bias)
         out = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], mtp=False)
-        return psum(target_nll(model, out.hidden_BTD, batch["targets"]), *TOKEN_AXES)
+        nats_BT = -jnp.where(batch["targets"] >= 0, logprobs(model, out.hidden_BTD, batch["targets"]), 0)
+        mine_BTP = batch["bucket"][:, :, None] == jnp.arange(BUCKETS)
+        sums = nats_BT.sum(), jnp.where(mine_BTP, nats_BT[:, :, None], 0).sum((0, 1))
+        return psum(sums, *TOKEN_AXES)
 
-    fields = {**MODEL_FIELDS, "targets": "BT"}
+    fields = {**MODEL_FIELDS, "targets": "BT", "bucket": "BT"}
     return CompiledTogether("the scorer", jax.jit(compute.on_shards(nll, fields, PartitionSpec())))
-
-
-def score_rows(scorer: Callable, params: dict, bias: dict, rows: Mapping[str, np.ndarray], batch_size: int) -> float:
-    """Summed nats of all targets in `rows`."""
-    return float(sum(float(scorer(params, bias, batch)) for batch in batches(rows, batch_size)))
 
 
 class HeldOut(NamedTuple):
@@ -121,21 +149,34 @@ class HeldOut(NamedTuple):
     def tokens(self) -> int:
         return int((self.rows["targets"] >= 0).sum())
 
+    def bucket_tokens(self) -> np.ndarray:
+        """int64 [P]: the targets of each bucket."""
+        found = self.rows["bucket"][(self.rows["targets"] >= 0) & (self.rows["bucket"] >= 0)]
+        return np.bincount(found, minlength=BUCKETS)
 
-def prepare_held_out(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> HeldOut:
-    """Windows of `length` that overlap by half, so that a token has at least length/2 of context."""
-    rows = packed_windows(tokenizer, texts, length, max(length // 2, 1))
+
+def prepare_held_out(tokenizer: Tokenizer, texts: Sequence[str], length: int, longest: int = 0) -> HeldOut:
+    """Windows of `length` that overlap by half, so that a token has at least length/2 of context; buckets as in
+    `packed_windows`."""
+    rows = packed_windows(tokenizer, texts, length, max(length // 2, 1), longest)
     return HeldOut(rows, sum(len(text.encode()) for text in texts))
+
+
+def score_held_out(scorer: Callable, params: dict, bias: dict, part: HeldOut, batch_size: int) -> Score:
+    """The score of all targets of a held-out text."""
+    nats, by_bucket = 0.0, np.zeros(BUCKETS)
+    for batch in batches(part.rows, batch_size):
+        batch_nats, batch_buckets = jax.device_get(scorer(params, bias, batch))
+        nats += float(batch_nats)
+        by_bucket += batch_buckets
+    return Score(nats, part.tokens, part.bytes, np.stack([by_bucket, part.bucket_tokens()], 1))
 
 
 def validate(
     scorer: Callable, params: dict, bias: dict, held_out: Mapping[str, HeldOut], batch_size: int
 ) -> dict[str, Score]:
     """The score of each source."""
-    return {
-        source: Score(score_rows(scorer, params, bias, part.rows, batch_size), part.tokens, part.bytes)
-        for source, part in held_out.items()
-    }
+    return {source: score_held_out(scorer, params, bias, part, batch_size) for source, part in held_out.items()}
 
 
 def score_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
@@ -145,7 +186,13 @@ def score_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
         metrics[f"eval/{source}/nats_per_token"] = score.nats_per_token
         metrics[f"eval/{source}/bits_per_byte"] = score.bits_per_byte
     total = add_scores(list(scores.values()))
-    return metrics | {"eval/nats_per_token": total.nats_per_token, "eval/bits_per_byte": total.bits_per_byte}
+    metrics |= {"eval/nats_per_token": total.nats_per_token, "eval/bits_per_byte": total.bits_per_byte}
+    begin = 0
+    for end, (nats, tokens) in zip(bucket_ends(), total.buckets, strict=True):
+        if tokens:
+            metrics[f"eval/nats_per_token/position_{begin}-{end}"] = float(nats / tokens)
+        begin = end
+    return metrics
 
 
 def merged_metrics(scores: Mapping[str, Score]) -> dict[str, float]:

@@ -13,7 +13,10 @@ from ling_jax.train.figures import Series, bin_table, decimate, expert_load_figu
 from ling_jax.train.metrics import MetricsWriter, read_metrics
 from ling_jax.train.report import CSS, write_report
 
-ALL = {"loss", "bits_per_byte", "learning_rate", "mixture", "grad_norm", "expert_load", "expert_bias", "throughput"}
+ALL = {
+    "loss", "bits_per_byte", "positions", "learning_rate", "mixture", "grad_norm", "expert_load", "expert_bias",
+    "throughput",
+}  # fmt: skip
 BASELINES = {"gzip -9": 2.04, "xz -9": 1.75, "byte trigram": 2.61}
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -36,6 +39,7 @@ def _record(step, layers=3):
     }
     if step % 5 == 1:
         record |= {"eval/a/nats_per_token": 3.0, "eval/a/bits_per_byte": 2.0, "eval/bits_per_byte": 2.0}
+        record |= {f"eval/nats_per_token/position_{span}": 2.5 for span in ("512-1024", "0-512")}
     return record
 
 
@@ -124,7 +128,7 @@ def test_nulls_and_missing_keys_leave_gaps_only(tmp_path):
     holes = _record(3) | {"moe/load_max_over_mean_per_layer": [nan, 1.0, nan], "moe/bias_min_per_layer": [nan] * 3}
     _run(tmp_path, [empty, {}, _record(2), holes, {"train/loss": nan}])
     write_report(tmp_path, "t", {}, BASELINES)
-    assert set(_pngs(tmp_path)) == ALL - {"bits_per_byte"}
+    assert set(_pngs(tmp_path)) == ALL - {"bits_per_byte", "positions"}
 
 
 def test_figures_without_data_are_left_out_and_old_ones_removed(tmp_path):
