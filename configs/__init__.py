@@ -2,7 +2,16 @@
 
 import dataclasses
 
-from ling_jax.config import DataConfig, DataSource, ModelConfig, RunConfig, ScheduleConfig, Stage, TrainConfig
+from ling_jax.config import (
+    DataConfig,
+    DataSource,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    Stage,
+    TrainConfig,
+    by_tag,
+)
 
 PRETRAINING_TOKENS = 20 * 10**12
 SEQUENCE_LENGTH = 4096
@@ -38,22 +47,22 @@ def in_stages(run: RunConfig, higher_lr: float) -> RunConfig:
       run: its settings at 4K, with the published batch and rate.
       higher_lr: of the last stage.
     """
-    general, reasoning, thought = (DataSource(path=name) for name in ("general", "reasoning", "thought"))
-
-    def mixed(first: float, second: float, third: float = 0.0) -> tuple[DataSource, ...]:
-        shares = zip((general, reasoning, thought), (first, second, third), strict=True)
-        return tuple(dataclasses.replace(source, weight=share) for source, share in shares if share)
-
+    general = DataSource(path="general", tag="general")
+    reasoning, thought = (DataSource(path=name, tag="reasoning") for name in ("reasoning", "thought"))
+    sources = (general, reasoning)
     rows = run.data.global_batch_size // 8
     stages = (
-        Stage(name="general_a", tokens=10 * TRILLION, sources=mixed(0.68, 0.32)),
-        Stage(name="general_b", tokens=10 * TRILLION, sources=mixed(0.54, 0.46)),
+        Stage(name="general_a", tokens=10 * TRILLION, sources=by_tag(sources, {"general": 0.68, "reasoning": 0.32})),
+        Stage(name="general_b", tokens=10 * TRILLION, sources=by_tag(sources, {"general": 0.54, "reasoning": 0.46})),
         Stage(
             name="context", tokens=150 * BILLION, sequence_length=32768, global_batch_size=rows, long_share=0.2,
             rope_theta=600_000.0, max_position_embeddings=32768, bias_update_rate=1e-4,
         ),
-        # General 55, reasoning 45, of which the report does not say how much is chains of thought: half, here.
-        Stage(name="thought", tokens=600 * BILLION, sources=mixed(0.55, 0.225, 0.225), peak_lr=higher_lr),
+        Stage(
+            name="thought", tokens=600 * BILLION, peak_lr=higher_lr,
+            # The report does not say how much of the reasoning is chains of thought: half, here.
+            sources=by_tag((*sources, thought), {"general": 0.55, "reasoning": 0.45}),
+        ),
     )  # fmt: skip
     model = dataclasses.replace(run.model, rope_theta=10_000.0, max_position_embeddings=4096)
     data = dataclasses.replace(run.data, block_length=32768, long_document=32768)

@@ -1,6 +1,6 @@
 """Every setting, as frozen dataclasses; no arrays live here."""
 
-from ling_jax.config.data import DataConfig, DataSource
+from ling_jax.config.data import DataConfig, DataSource, by_tag
 from ling_jax.config.differences import architecture_diff, model_settings_diff
 from ling_jax.config.hf import FIXED_HF_FIELDS, MODEL_TYPES, REQUIRED_HF_FIELDS
 from ling_jax.config.layers import LayerKind, LayerRun, layer_kinds, layer_runs, routed_layers
@@ -42,6 +42,7 @@ __all__ = [
     "StageRun",
     "TrainConfig",
     "architecture_diff",
+    "by_tag",
     "count_params",
     "layer_kinds",
     "layer_runs",

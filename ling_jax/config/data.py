@@ -1,6 +1,7 @@
 """The settings of a run's text."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ling_jax.config.checks import check, check_at_least
 
@@ -19,11 +20,32 @@ class DataSource:
     licence: str = "unknown"  # used where a document does not state its own
     text_field: str = "text"  # of a JSON object or parquet row
     max_epochs: float | None = None  # how often it is read at most; its share then goes to the others in proportion
+    tag: str = ""  # its kind of text, such as "reasoning": shares are logged by tag too, and `by_tag` mixes by it
 
     def __post_init__(self):
         check(self.weight > 0, f"weight = {self.weight} of data source {self.path!r} must be positive")
         often = self.max_epochs
         check(often is None or often > 0, f"max_epochs = {often} of data source {self.path!r} must be positive")
+        check("/" not in self.tag, f"tag = {self.tag!r} of data source {self.path!r} must have no slash")
+
+
+def by_tag(sources: Sequence[DataSource], shares: Mapping[str, float]) -> tuple[DataSource, ...]:
+    """The sources of a mixture that is given by tag, such as {"general": 68, "reasoning": 32}.
+
+    Each tag has its share of the tokens, of which each of its sources has a part by its `weight` among them. Sources of
+    tags that have no share are left out.
+
+    Raises:
+      ValueError: for a share that is not positive, a tag that no source has, or a source without a tag.
+    """
+    if untagged := [source.path for source in sources if not source.tag]:
+        raise ValueError(f"data source {untagged[0]!r} has no tag: of a mixture that is given by tag, each needs one")
+    totals = {tag: sum(source.weight for source in sources if source.tag == tag) for tag in shares}
+    for tag, share in shares.items():
+        check(share > 0, f"the share {share} of the tag {tag!r} must be positive; leave out a tag that has none")
+        known = ", ".join(sorted({source.tag for source in sources}))
+        check(totals[tag] > 0, f"the tag {tag!r} has a share, but no data source: their tags are {known or 'none'}")
+    return tuple(replace(s, weight=shares[s.tag] * s.weight / totals[s.tag]) for s in sources if s.tag in shares)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,7 @@ class Mixture:
         total = sum(source.weight for source in asked.values())
         self.block, self.asked = block, {name: source.weight / total for name, source in asked.items()}
         self.sources = {name: _Source(name, rows[name], block, config.seed, s.max_epochs) for name, s in asked.items()}
+        self.tags = {name: source.tag for name, source in asked.items() if source.tag}
         if config.long_document:
             self._tell_apart(rows, config, asked)
 
@@ -185,12 +186,15 @@ class Mixture:
         )
 
     def metrics(self, state: DataState) -> dict[str, float]:
-        """The share that each of several sources has of the tokens drawn since the shares are what they are, and how
-        often it has been read; {} for one alone."""
+        """The share that each of several sources has of the tokens drawn since the shares are what they are, and each
+        tag, and how often each source has been read; {} for one alone."""
         if len(self.sources) == 1:
             return {}
         total = max(sum(state.drawn.values()), 1)
         shares = {f"data/{name}/share": state.drawn.get(name, 0) / total for name in self.sources}
+        for tag in dict.fromkeys(self.tags.values()):
+            drawn = (state.drawn.get(name, 0) for name in self.sources if self.tags.get(name.removesuffix(LONG)) == tag)
+            shares[f"data/tag_{tag}"] = sum(drawn) / total
         return shares | {f"data/{name}/epochs": s.epochs(state.places[name]) for name, s in self.sources.items()}
 
     def planned(self, state: DataState, rows: int) -> dict[str, int]:

@@ -282,10 +282,18 @@ def _draw_mixture(figure: Any, run: Run) -> str | None:
         read = series(run.records, f"data/{source}/epochs")
         said.append(f"{source} {_last(share, '.1%')} of the tokens, read {_last(read, '.2f')} times")
         _plot(axes, share, color, said[-1])
+    for tag in dict.fromkeys(key.removeprefix("data/tag_") for r in run.records for key in r if _is_tag(key)):
+        share = series(run.records, f"data/tag_{tag}")
+        said.append(f"tag {tag}: {_last(share, '.1%')}")
+        _plot(axes, share, INK, said[-1], linestyle=(0, (4, 3)), linewidth=1.0)
     axes.set_ylim(0, 1)
     _style(axes, "share of the tokens", run.last_step)
     _legend(axes, loc="upper right")
     return "Each source's share of the tokens over steps; at the end: " + ", ".join(said) + "."
+
+
+def _is_tag(key: str) -> bool:
+    return key.startswith("data/tag_") and "/" not in key.removeprefix("data/")
 
 
 def _draw_grad_norm(figure: Any, run: Run) -> str | None:

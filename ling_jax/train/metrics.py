@@ -19,6 +19,7 @@ One JSON object per logged step, `step` first, then the keys in the caller's ord
   eval/needle/<tokens>/accuracy, eval/needle/<tokens>/accuracy_per_depth   (the latter a list, from the beginning on)
   eval/merged_nats_per_token, eval/merged_bits_per_byte                of the mean of the last snapshots
   data/<source>/share, data/<source>/epochs  drawn since the shares are what they are, padding not counted; how often
+  data/tag_<tag>                             the share of all sources of a tag
 
 Only process 0 holds a `MetricsWriter` or a `Progress`.
 """

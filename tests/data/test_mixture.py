@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ling_jax.config import DataConfig, DataSource
+from ling_jax.config import DataConfig, DataSource, by_tag
 from ling_jax.data.mixture import MANY_EPOCHS, DataState, Mixture, long_blocks, mixture_of
 from ling_jax.data.packing import IGNORE, Rows, Stream
 from ling_jax.data.pipeline import _before_places, train_batches
@@ -48,6 +48,42 @@ def test_at_every_prefix_a_source_is_within_two_rows_of_its_share_padding_not_co
     for piece in drawing.draw(state, 150)[0]:
         drawn[int(piece.source)] += piece.count
         assert np.abs(shares * drawn.sum() - drawn).max() <= 2 * length
+
+
+def test_a_mixture_by_tag_gives_each_tag_its_share_and_its_sources_their_parts_of_it():
+    tags = {"prose": "general", "web": "general", "sums": "reasoning", "code": "code"}
+    sources = [DataSource(path=name, weight=1.0 + (name == "web"), tag=tag) for name, tag in tags.items()]
+    config = DataConfig(sources=by_tag(sources, {"reasoning": 32, "general": 68}), sequence_length=10)
+    drawing = Mixture({name: source_of(i, 500, 10) for i, name in enumerate(tags)}, config, 10)
+    found = drawing.metrics(drawing.draw(drawing.start(), 1_000)[1])
+    shares = {key: value for key, value in found.items() if not key.endswith("/epochs")}
+    wanted = {"data/prose/share": 0.68 / 3, "data/web/share": 1.36 / 3, "data/sums/share": 0.32}
+    assert shares == pytest.approx({**wanted, "data/tag_general": 0.68, "data/tag_reasoning": 0.32}, abs=2e-3)
+
+
+def test_the_long_rows_of_a_source_are_of_its_tag():
+    rows = {name: Rows(Stream(np.arange(401, dtype=np.uint32), np.array(starts)), 10) for name, starts in
+            {"a": [0, *range(200, 400, 5)], "b": [*range(0, 400, 5)]}.items()}  # fmt: skip
+    sources = tuple(DataSource(path=name, tag=f"of {name}") for name in rows)
+    config = DataConfig(sources=sources, sequence_length=10, long_document=10, long_share=0.3)
+    drawing = Mixture(rows, config, 10)
+    found = drawing.metrics(drawing.draw(drawing.start(), 200)[1])
+    assert found["data/a (long rows)/share"] == pytest.approx(0.3, abs=1e-2)
+    assert found["data/tag_of a"] == found["data/a/share"] + found["data/a (long rows)/share"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "shares", "message"),
+    [
+        (["a", ""], {"a": 1}, "data source '1' has no tag"),
+        (["a", "b"], {"a": 1, "c": 2}, "the tag 'c' has a share, but no data source: their tags are a, b"),
+        (["a", "b"], {"a": 1, "b": 0}, "the share 0 of the tag 'b' must be positive"),
+        (["a/b"], {}, "tag = 'a/b' of data source '0' must have no slash"),
+    ],
+)
+def test_tags_that_give_no_mixture_are_one_error(tags, shares, message):
+    with pytest.raises(ValueError, match=message):
+        by_tag([DataSource(path=str(i), tag=tag) for i, tag in enumerate(tags)], shares)
 
 
 @pytest.mark.parametrize("weights", [[32, 68], [46, 54], [0.1, 99.9], [1, 2, 27, 30, 40]])

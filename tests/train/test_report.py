@@ -32,6 +32,7 @@ def _record(step, layers=3):
         "train/skipped_steps": int(step > 2),
         "data/a/share": 0.32,
         "data/a/epochs": step / 10,
+        "data/tag_reasoning": 0.32,
         "moe/load_max_over_mean": 1.5,
         "moe/load_max_over_mean_per_layer": [1.0 + layer / 4 for layer in range(layers)],
         "moe/bias_min_per_layer": [-0.1] * layers,
@@ -111,6 +112,8 @@ def test_page_escapes_what_it_is_given(full):
 def test_every_figure_says_in_words_what_it_shows(full):
     alts = _Page(full[2]).attributes("alt")
     assert len(alts) == len(ALL) and all(len(alt) > 20 for alt in alts)
+    assert any("read 3.00 times, tag reasoning: 32.0%" in alt for alt in alts)
+    assert any("0 to 512, last 2.500; 512 to 1,024, last 2.500" in alt for alt in alts)
     assert any("gzip -9: 2.04" in alt and "this model: 2.00" in alt for alt in alts)
 
 
