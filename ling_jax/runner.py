@@ -14,7 +14,7 @@ import flax
 import jax
 from etils import epath
 
-from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, find_checkpoint, read_shapes, saved_steps
+from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, find_checkpoint, read_meta, read_shapes, saved_steps
 from ling_jax.cli import TrainCommand
 from ling_jax.config import (
     DataConfig,
@@ -27,7 +27,7 @@ from ling_jax.config import (
 )
 from ling_jax.convert.load import load_weights
 from ling_jax.convert.merge import merge_snapshots
-from ling_jax.convert.origin import check_origin, origin_tokenizer
+from ling_jax.convert.origin import check_origin, described, origin_tokenizer
 from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
 from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of, open_weights
@@ -176,22 +176,23 @@ def _with_commits(config: RunConfig, run_dir: epath.Path, init_from: str | None)
 
 
 def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) -> RunConfig:
-    """The configuration with all fields of the config.json that the run's weights came with, which an export keeps, and
-    with their values of the fields that are only assumed. A run that has begun needs its origin no more."""
-    begun = bool(saved_steps(run_dir / CHECKPOINTS))
-    if begun and (last := _read_config(run_dir)) is not None:
-        origin = last.model
-    elif begun:
-        origin = model_config_of(str(run_dir / CHECKPOINTS))
+    """The configuration with one line on the weights that the run started from, with all fields of the config.json that
+    they came with, which an export keeps, and with their values of the fields that are only assumed. A run that has
+    begun needs its origin no more."""
+    if saved_steps(run_dir / CHECKPOINTS):
+        if (last := _read_config(run_dir)) is None:
+            last = RunConfig.from_json(json.dumps(read_meta(run_dir / CHECKPOINTS)["config"]))
+        origin, told_origin = last.model, last.origin
     elif init_from is not None:
-        origin = model_config_of(init_from)
+        origin, told_origin = model_config_of(init_from), described(init_from)
     else:
         return config
     theirs = {name: getattr(origin, name) for name in config.assumed}
     ours = {name: getattr(config.model, name) for name in config.assumed}
     if told := [f"model.{name}: {ours[name]} -> {value}" for name, value in theirs.items() if value != ours[name]]:
         log.info("assumed settings give way to those of the weights (assumed -> theirs): %s", "; ".join(told))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, hf_json=origin.hf_json, **theirs))
+    model = dataclasses.replace(config.model, hf_json=origin.hf_json, **theirs)
+    return dataclasses.replace(config, model=model, origin=told_origin)
 
 
 def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None) -> Data:
@@ -338,6 +339,8 @@ def _report(
         "wall time of this session": f"{seconds:.0f} s",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, {jax.device_count()} {jax.devices()[0].platform}",
     }
+    if config.origin:
+        summary["started from"] = config.origin
     for stage in stages if config.stage else ():
         summary[f"stage {stage.config.stage}"] = _told(stage, took.get(stage.config.stage))
         log.info("stage %s: %s", stage.config.stage, summary[f"stage {stage.config.stage}"])

@@ -134,6 +134,7 @@ class RunConfig:
     assumed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     # What hub ids stood for when the run was begun, "ORG/NAME@REVISION COMMIT": a resume takes the same commits.
     hub: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    origin: Annotated[str, tyro.conf.Suppress] = ""  # the weights that the run started from, and what they average
 
     def __post_init__(self):
         length, limit = self.data.sequence_length, self.model.max_positions
@@ -182,9 +183,9 @@ class RunConfig:
 
 
 def settings_diff(old: RunConfig, new: RunConfig) -> list[str]:
-    """Every setting that differs, as "train.steps: 100 -> 200", but for the model's original config.json."""
+    """Every setting that differs, as "train.steps: 100 -> 200"; what weights came with is none of them."""
     before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    names = [name for name in before | after if name != "model.hf_json"]
+    names = [name for name in before | after if name not in ("model.hf_json", "origin")]
     return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
 
 

@@ -4,9 +4,11 @@ import dataclasses
 import logging
 from typing import Literal
 
+from ling_jax.checkpoint import read_meta
 from ling_jax.config import ModelConfig, architecture_diff, model_settings_diff
+from ling_jax.convert.merge_weights import Lineage
 from ling_jax.convert.tokenizer import tokenizer_file, tokenizer_of
-from ling_jax.convert.weights import Weights, model_config_of
+from ling_jax.convert.weights import LINEAGE, Weights, checkpoint_of, model_config_of
 from ling_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -60,3 +62,12 @@ def origin_tokenizer(origin: Weights, wanted: str | None) -> str:
         )
     log.info("tokenizer of the weights in %s: %s", path, wanted or own)
     return str(wanted or own)
+
+
+def described(path: str) -> str:
+    """One line on weights that a run starts from: their checkpoint, HF folder or hub id, and the lineage of an
+    average."""
+    folder = checkpoint_of(path)
+    lineage = None if folder is None else read_meta(folder).get(LINEAGE)
+    where = path if folder is None else str(folder)
+    return where if lineage is None else f"{where}, the average of {Lineage.from_json(lineage).render()}"

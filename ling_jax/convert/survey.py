@@ -40,9 +40,11 @@ class Survey:
             "left out": left_out(self.weights.beyond) if self.weights.beyond else "none",
             "layers": ", ".join(f"{kinds.count(kind)} {kind.key}" for kind in dict.fromkeys(kinds)),
         }
-        lineage = self.weights.meta.get(LINEAGE) if isinstance(self.weights, StoredWeights) else None
-        if lineage is not None:
-            facts["average of"] = Lineage.from_json(lineage).render()
+        if isinstance(self.weights, StoredWeights):
+            if (lineage := self.weights.meta.get(LINEAGE)) is not None:
+                facts["average of"] = Lineage.from_json(lineage).render()
+            if self.weights.run.origin:
+                facts["run started from"] = self.weights.run.origin
         rows: list[tuple[str, ...]] = [
             ("tensor", "number", "shape", "dtype", "MB", "crc32" if self.checked else "", "NaN, inf")
         ]

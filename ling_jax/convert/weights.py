@@ -456,3 +456,9 @@ def model_config_of(path: str | os.PathLike[str]) -> ModelConfig:
     if _is_hf(folder) or here:
         return _hf_config(folder, read_json(folder / "config.json"))
     return RunConfig.from_json(json.dumps(read_meta(find_checkpoint(str(path)))["config"])).model
+
+
+def checkpoint_of(path: str | os.PathLike[str]) -> epath.Path | None:
+    """The folder of the checkpoint that a path stands for; None for a HF folder or hub id."""
+    is_hf = hub.folder_of(path, hub.CONFIG) or _is_hf(at(path))
+    return None if is_hf else find_checkpoint(str(path))

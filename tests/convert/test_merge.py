@@ -35,7 +35,8 @@ from ling_jax.convert.verify import verify
 from ling_jax.convert.weights import open_weights
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import arrays as stored
-from ling_jax.runner import _first_state
+from ling_jax.files.paths import at
+from ling_jax.runner import _first_state, _with_origin
 from ling_jax.train.state import make_trainer
 from tests.support.buckets import download, every_day, names, upload
 from tests.support.checkpoints import CONFIG, Arrays, result, weights_at, write_run
@@ -441,6 +442,14 @@ def test_a_new_run_starts_from_it_with_fresh_moments(at_home):
     found = flatten_dict({"params": state.params, "bias": state.bias})
     assert all(found[path].tobytes() == values.tobytes() for path, values in result(at_home / "merged").items())
     assert int(state.step) == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(state.optimizer))
+
+
+def test_a_run_that_starts_from_it_knows_its_lineage(at_home, tmp_path):
+    merged = at_home / "merged"
+    begun = _with_origin(RunConfig(model=open_weights(merged).config), at(tmp_path / "new"), str(merged))
+    assert begun.origin == f"{merged}, the average of {at_home}/run, linear: steps 50 (0.5), 60 (0.5)"
+    write_run(tmp_path / "new", {1: weights_at(1)}, config=dataclasses.asdict(begun))
+    assert _with_origin(CONFIG, at(tmp_path / "new"), None).origin == begun.origin  # when it is resumed
 
 
 def test_it_is_exported_as_the_run_would_be(at_home):

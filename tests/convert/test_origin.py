@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -184,6 +185,10 @@ def test_a_run_starts_from_a_step_of_another_by_its_name(folder):
     short, branch = (flatten_dict(read_arrays(folder / "runs" / name)["params"]) for name in ("short", "branch"))
     for path, weight in short.items():
         np.testing.assert_allclose(branch[path], weight, atol=1e-6)
+    report = (folder / "runs" / "branch" / "report.html").read_text()
+    step = folder / "runs" / "short" / "checkpoints" / "20"
+    assert f'<tr><th scope="row">started from</th><td>{step}</td></tr>' in report
+    assert "started from" not in (folder / "runs" / "short" / "report.html").read_text()
     log = extended(folder, "other", "short@7", code=2)
     assert f"--init-from short@7: {folder / 'runs' / 'short'} has the steps 20" in log
 
@@ -249,6 +254,8 @@ def test_other_text_is_read_with_the_origins_tokenizer_and_a_run_that_has_begun_
     assert max(np.abs(arrays[path] - start[path]).max() for path in start) < 1e-6
     shutil.rmtree(origin)
     assert "resuming from step 2" in extended(folder, "warm", origin, *flags, "--train.steps", "3")
+    shown, _ = call("convert.py", "inspect", "--no-checksums", "--source", run_dir)
+    assert re.search(rf"run started from +{origin}/checkpoints/20\n", shown)
 
 
 def test_a_step_that_lies_alone_knows_its_tokenizers_fingerprint(folder, tmp_path):
