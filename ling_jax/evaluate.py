@@ -1,4 +1,5 @@
 """Scores a text: python -m ling_jax.evaluate --checkpoint DIR --text FILE
+Scores a run's held-out text: python -m ling_jax.evaluate --checkpoint DIR --held-out
 Runs evaluation tasks: python -m ling_jax.evaluate --checkpoint DIR --tasks NAMES [--task-path DIR]
 
 Of a text it prints nats per token, perplexity and bits per byte; every byte is scored, after a start token, in windows
@@ -7,7 +8,7 @@ that overlap by half. Tasks are lm-eval's, an extra; their metrics are printed, 
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import tyro
@@ -18,12 +19,13 @@ from ling_jax.config import DataConfig, TrainConfig, layer_kinds
 from ling_jax.config.text import columns
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import tokenizer_of
-from ling_jax.convert.weights import StoredWeights, model_config_of, open_weights
+from ling_jax.convert.weights import LINEAGE, StoredWeights, model_config_of, open_weights
+from ling_jax.data.sources import read_corpus
 from ling_jax.files.paths import at
 from ling_jax.kernels.lightning import Slopes
 from ling_jax.model.model import split_model
 from ling_jax.train.compute import make_compute
-from ling_jax.train.validate import Score, make_scorer, prepare_held_out, score_held_out
+from ling_jax.train.validate import Score, add_scores, make_scorer, prepare_held_out, validate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class EvaluateCommand:
     """A run folder, its checkpoints/, one step of it, a HF folder, or a hub id (ORG/NAME or ORG/NAME@REVISION)."""
     text: str | None = None
     """The UTF-8 text file to score, local or in a bucket."""
+    held_out: bool = False
+    """Score the held-out text of each source of the checkpoint's run (and stage), or of the run that it averages."""
     tasks: tuple[str, ...] = ()
     """Tasks, groups or tags of lm-eval, or patterns of their names such as arc_*; apart by spaces or commas."""
     task_path: str | None = None
@@ -84,18 +88,48 @@ def checked_window(checkpoint: str, length: int | None, others: int = DataConfig
     return length
 
 
-def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int, slopes: str | None = None) -> Score:
-    """The score of one text under a checkpoint's model, if asked with other `slopes` (`model.slope_convention`)."""
+def scores_of(
+    checkpoint: str,
+    texts: Mapping[str, Sequence[str]],
+    length: int | None,
+    batch_size: int,
+    slopes: str | None = None,
+) -> dict[str, Score]:
+    """The scores of texts under a checkpoint's model, if asked with other `slopes` (`model.slope_convention`).
+
+    Args:
+      texts: by name, each a list of documents.
+    """
     length = checked_window(checkpoint, length)
     tokenizer = tokenizer_of(checkpoint)
     tokenizer.check_fits(model_config_of(checkpoint).vocab_size)
     model = load_pretrained(checkpoint)
     config = model.config if slopes is None else dataclasses.replace(model.config, slope_convention=slopes)
     _, params, bias = split_model(model)
-    part = prepare_held_out(tokenizer, [text], length)
+    parts = {name: prepare_held_out(tokenizer, documents, length) for name, documents in texts.items()}
     train = TrainConfig(dtype="float32" if model.dtype == "float32" else "bfloat16", remat="none")
-    scorer = make_scorer(make_compute(config, train))
-    return score_held_out(scorer, params, bias, part, batch_size)
+    return validate(make_scorer(make_compute(config, train)), params, bias, parts, batch_size)
+
+
+def evaluate(checkpoint: str, text: str, length: int | None, batch_size: int, slopes: str | None = None) -> Score:
+    """The score of one text; see `scores_of`."""
+    return scores_of(checkpoint, {"text": [text]}, length, batch_size, slopes)["text"]
+
+
+def held_out_table(command: EvaluateCommand) -> str:
+    """A table of the scores of each source's held-out text; ValueError for weights whose sources are not known."""
+    weights = open_weights(command.checkpoint)
+    if not isinstance(weights, StoredWeights) or not {"data", LINEAGE} & weights.meta.keys():
+        raise ValueError(
+            f"--held-out: {command.checkpoint} is no checkpoint of a run, nor an average of some: give --text"
+        )
+    held_out = read_corpus(weights.run.data).heldout
+    texts = {name: [document.text for document in documents] for name, documents in held_out.items()}
+    rows = [("held-out text", "tokens", "nats per token", "bits per byte")]
+    scores = scores_of(command.checkpoint, texts, command.length, command.batch_size)
+    for name, score in {**scores, "all": add_scores(list(scores.values()))}.items():
+        rows.append((name, f"{score.tokens:,}", f"{score.nats_per_token:.6f}", f"{score.bits_per_byte:.6f}"))
+    return columns(rows)
 
 
 def task_table(command: EvaluateCommand) -> str:
@@ -112,9 +146,9 @@ def task_table(command: EvaluateCommand) -> str:
 
 def check(command: EvaluateCommand) -> None:
     """Raises ValueError for flags that do not go together, or have no meaning."""
-    if (command.text is None) == (not command.tasks):
-        raise ValueError("give one of --text FILE and --tasks NAMES")
-    if command.tasks and command.compare_slopes:
+    if (command.text is not None) + bool(command.tasks) + command.held_out != 1:
+        raise ValueError("give one of --text FILE, --held-out and --tasks NAMES")
+    if command.text is None and command.compare_slopes:
         raise ValueError("--compare-slopes goes with --text")
     if not command.tasks and (command.task_path or command.num_fewshot is not None or command.limit or command.chat):
         raise ValueError("--task-path, --num-fewshot, --limit and --chat go with --tasks")
@@ -146,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
     )
     check(command)
     if command.text is None:
-        print(task_table(command))
+        print(held_out_table(command) if command.held_out else task_table(command))
         return
     text = read_text(command.text)
     if command.compare_slopes:

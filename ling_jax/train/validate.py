@@ -52,7 +52,8 @@ class Score(NamedTuple):
 
 
 def add_scores(scores: Sequence[Score]) -> Score:
-    return Score(*(sum(values) for values in zip(*scores, strict=True)))
+    nats, tokens, size = (sum(values) for values in zip(*(score[:3] for score in scores), strict=True))
+    return Score(nats, tokens, size, np.sum([score.buckets for score in scores], axis=0))
 
 
 def bucket_ends() -> list[int]:

@@ -256,8 +256,10 @@ def test_a_mistake_is_told_before_weights_are_read(run, task_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ((), "give one of --text FILE and --tasks NAMES"),
-        (("--text", "a", "--tasks", "b"), "give one of --text FILE and --tasks NAMES"),
+        ((), "give one of --text FILE, --held-out and --tasks NAMES"),
+        (("--text", "a", "--tasks", "b"), "give one of --text FILE, --held-out and --tasks NAMES"),
+        (("--tasks", "b", "--held-out"), "give one of --text FILE, --held-out and --tasks NAMES"),
+        (("--held-out",), f"--held-out: {GOLDEN} is no checkpoint of a run, nor an average of some: give --text"),
         (("--text", "a", "--limit", 3), "--limit and --chat go with --tasks"),
         (("--tasks", "a", "--compare-slopes"), "--compare-slopes goes with --text"),
         (("--tasks", "a", "--limit", 0), "--limit = 0 must be at least 1"),

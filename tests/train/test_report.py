@@ -40,6 +40,7 @@ def _record(step, layers=3):
     }
     if step % 5 == 1:
         record |= {"eval/a/nats_per_token": 3.0, "eval/a/bits_per_byte": 2.0, "eval/bits_per_byte": 2.0}
+        record["eval/merged_bits_per_byte"] = 1.9
         record |= {f"eval/nats_per_token/position_{span}": 2.5 for span in ("512-1024", "0-512")}
     return record
 
@@ -114,7 +115,7 @@ def test_every_figure_says_in_words_what_it_shows(full):
     assert len(alts) == len(ALL) and all(len(alt) > 20 for alt in alts)
     assert any("read 3.00 times, tag reasoning: 32.0%" in alt for alt in alts)
     assert any("0 to 512, last 2.500; 512 to 1,024, last 2.500" in alt for alt in alts)
-    assert any("gzip -9: 2.04" in alt and "this model: 2.00" in alt for alt in alts)
+    assert any("gzip -9: 2.04" in alt and "merged: 1.90, this model: 2.00" in alt for alt in alts)
 
 
 @pytest.mark.filterwarnings("error")

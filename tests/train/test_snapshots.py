@@ -10,12 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from ling_jax.checkpoint import Checkpointer, read_arrays, read_mean, read_meta, saved_steps
-from ling_jax.config import CheckpointConfig, DataConfig, DataSource, RunConfig, StageRun
+from ling_jax.config import CheckpointConfig, RunConfig, StageRun
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.merge import merge_snapshots
 from ling_jax.convert.tokenizer import tokenizer_of
 from ling_jax.convert.weights import LINEAGE
-from ling_jax.data.sources import read_corpus
 from ling_jax.files.paths import at
 from ling_jax.snapshots import Snapshots
 from ling_jax.train.metrics import read_metrics
@@ -52,13 +51,12 @@ def test_a_snapshot_is_a_checkpoint_of_its_run(folder):
     assert tokenizer_of(path).fingerprint == read_meta(path)["tokenizer"]
 
 
-def score_of(checkpoint: Path, folder: Path) -> float:
+def score_of(checkpoint: Path) -> float:
     """Nats per token of the run's held-out text."""
-    config = DataConfig(sources=(DataSource(path=str(folder / "text")),), cache_dir=str(folder / "cache"))
-    [text] = (document.text for document in read_corpus(config).heldout["text"])
-    (folder / "held_out.txt").write_text(text)
-    out, _ = call("evaluate", "--checkpoint", checkpoint, "--text", folder / "held_out.txt", "--length", 32)
-    return float(re.findall(r"nats per token +(\S+)", out)[0])
+    out, _ = call("evaluate", "--checkpoint", checkpoint, "--held-out")
+    each = re.findall(r"^(text|all) +[\d,]+ +(\S+) +\S+$", out, re.MULTILINE)
+    assert [name for name, _ in each] == ["text", "all"] and each[0][1] == each[1][1]
+    return float(each[0][1])
 
 
 def test_their_mean_is_scored_as_the_merged_checkpoint_is(folder, tmp_path):
@@ -72,7 +70,7 @@ def test_their_mean_is_scored_as_the_merged_checkpoint_is(folder, tmp_path):
         np.testing.assert_allclose(weight, np.mean(np.float64(each), 0), atol=1e-6)
     found = {key: scores[24][f"eval/{key}nats_per_token"] for key in ("merged_", "")}
     for key, place in (("merged_", tmp_path / "merged"), ("", run)):
-        assert score_of(place, folder) == pytest.approx(found[key], rel=1e-5)
+        assert score_of(place) == pytest.approx(found[key], rel=1e-5)
     assert found["merged_"] != found[""]
 
 
