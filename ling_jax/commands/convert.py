@@ -73,6 +73,10 @@ class Merge:
     """The decay of the learning rate that the average stands for; linear, the default, is the uniform mean."""
     weights: str | None = None
     """A file with a JSON list of weights instead, oldest first, whose sum is 1."""
+    top: int | None = None
+    """How many of these, or of all that are saved, are averaged: the best by --rank-by, uniformly."""
+    rank_by: str | None = None
+    """With --top: a loss that validation logs (eval/SOURCE/nats_per_token), or TASK/METRIC of evaluated steps."""
     shard: str = "1/1"
     """i/n: this is the i-th (1 to n) of n processes that make the target together, on one host or several."""
 
@@ -84,6 +88,8 @@ class Merge:
             last=self.last,
             decay=self.decay,
             weights=self.weights,
+            top=self.top,
+            rank_by=self.rank_by,
             shard=_shard(self.shard),
         )
         if audit is not None:

@@ -15,11 +15,12 @@ from typing import Any
 from ling_jax.config.text import columns
 from ling_jax.convert.load import load_weights
 from ling_jax.convert.tokenizer import ends_of, tokenizer_of
-from ling_jax.convert.weights import CHECKPOINTS, StoredWeights, open_weights
+from ling_jax.convert.weights import CHECKPOINTS, StoredWeights, Weights, open_weights
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files.paths import local
 from ling_jax.files.whole import checksum
 from ling_jax.generate.tasks import TaskModel, wanted_of
+from ling_jax.snapshots import SNAPSHOTS
 from ling_jax.train.evaluations import HEADINGS, Record, rows, save_record
 from ling_jax.train.report import show_evaluations
 
@@ -199,13 +200,14 @@ def run_tasks(checkpoint: str, settings: TaskSettings, folder: str | None, batch
         "lm_eval": package.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    if isinstance(weights, StoredWeights) and weights.folder.parent.name == CHECKPOINTS:
-        _keep(weights, settings, record)
+    _keep(weights, settings, record)
     return columns([HEADINGS, *rows(record)])
 
 
-def _keep(weights: StoredWeights, settings: TaskSettings, record: Record) -> None:
-    """Saves a record in the run that the weights are a step of, and in its report."""
+def _keep(weights: Weights, settings: TaskSettings, record: Record) -> None:
+    """Saves a record in the run that the weights are a step or snapshot of, if they are, and in its report."""
+    if not isinstance(weights, StoredWeights) or weights.folder.parent.name not in (CHECKPOINTS, SNAPSHOTS):
+        return
     run = weights.folder.parent.parent
     path = save_record(run, f"{weights.step}-{file_name(settings)}", record)
     show_evaluations(run)

@@ -24,6 +24,7 @@ from ling_jax.convert.audit import Audit
 from ling_jax.convert.fp8 import FP8
 from ling_jax.convert.mapping import ArrayPath
 from ling_jax.convert.merge_weights import Decay, Lineage, checkpoint_weights, given_weights, update_weights
+from ling_jax.convert.ranking import ranking
 from ling_jax.convert.tensorfile import NAMES
 from ling_jax.convert.to_jax import array_of
 from ling_jax.convert.tokenizer import trained_tokenizer
@@ -73,6 +74,8 @@ def merge(
     last: int | None = None,
     decay: Decay | None = None,
     weights: str | None = None,
+    top: int | None = None,
+    rank_by: str | None = None,
     shard: Shard = ALONE,
 ) -> Audit | None:
     """Writes the average of a run's checkpoints as a checkpoint of ours, without moments.
@@ -82,20 +85,28 @@ def merge(
       steps, last: which checkpoints, or how many of the latest; one of the two. The oldest is theta_0.
       decay: the curve that gives the weights, sampled by tokens; "linear" if neither is given.
       weights: a file with a JSON list instead, oldest first, whose sum is 1.
+      top: how many of these, or of all there are, are averaged, uniformly: the best by the metric `rank_by` (see
+        `ranking`).
       shard: this process's part of the work, where several make one target. The last one to end completes it.
     Returns:
       The audit; None where other processes have still to copy their parts, or have completed the target.
     Raises:
       ValueError: before anything is written, for checkpoints that are not there, are fewer than two, differ in more
-        than numbers, or are in FP8; for weights that do not fit; for a target that exists. Also for damaged files and a
-        full disk: what was copied stays there, and the same command goes on.
+        than numbers, are in FP8, or lack the metric; for weights that do not fit; for a target that exists. Also for
+        damaged files and a full disk: what was copied stays there, and the same command goes on.
     """
     folder = _folder(source)
-    chosen = _chosen(folder, steps, last)
+    chosen = _chosen(folder, steps, last, top)
+    if top is None and rank_by is not None:
+        raise ValueError(f"--rank-by {rank_by} does nothing: give --top, how many of the best are averaged")
+    if top is not None:
+        if decay is not None or weights is not None:
+            raise ValueError("--top averages uniformly, whatever lies between its steps: no --decay or --weights")
+        chosen = _best(_run_of(folder), chosen, top, rank_by)
     with ThreadPoolExecutor(OPENED) as pool:
         found = list(pool.map(lambda step: StoredWeights(os.fspath(folder / str(step))), chosen))
     _check_alike(found)
-    lineage = _lineage(found, decay, weights)
+    lineage = _lineage(found, decay, weights, rank_by)
     if shard != ALONE and _is_this(target, lineage):
         log.info("%s is complete", target)
         return None
@@ -132,12 +143,19 @@ def _folder(source: str) -> epath.Path:
     raise ValueError(f"no saved steps in {path}: give a run's folder, or its {CHECKPOINTS}/, that has two or more")
 
 
-def _chosen(folder: epath.Path, steps: Sequence[int] | None, last: int | None) -> list[int]:
-    """The steps to be averaged, ascending."""
+def _run_of(folder: epath.Path) -> epath.Path:
+    """The folder of the run that steps are of."""
+    return folder.parent if folder.name in (CHECKPOINTS, SNAPSHOTS) else folder
+
+
+def _chosen(folder: epath.Path, steps: Sequence[int] | None, last: int | None, top: int | None) -> list[int]:
+    """The steps to be averaged, or of which the best are, ascending."""
     saved = saved_steps(folder)
     there = f"{folder} has {len(saved)} saved steps: {', '.join(map(str, saved))}"
+    if top is not None and steps is None and last is None:
+        return saved
     if (steps is None) == (last is None):
-        raise ValueError("give either --steps or --last: which checkpoints are averaged")
+        raise ValueError("give either --steps or --last: which checkpoints are averaged; or --top")
     count = len(steps) if steps is not None else last or 0
     if count < 2:
         raise ValueError(f"a merge needs two checkpoints or more, {count} asked for; {there}")
@@ -150,6 +168,20 @@ def _chosen(folder: epath.Path, steps: Sequence[int] | None, last: int | None) -
     if missing := [step for step in steps if step not in saved]:
         raise ValueError(f"no step {', '.join(map(str, missing))}: {there}")
     return sorted(steps)
+
+
+def _best(run: epath.Path, steps: Sequence[int], top: int, metric: str | None) -> list[int]:
+    """The `top` best of the steps by a metric, ascending; the log shows all of them, with what did not choose."""
+    if not 2 <= top <= len(steps):
+        raise ValueError(f"--top {top} must be between 2 and the {len(steps)} checkpoints that it chooses from")
+    found = ranking(run, steps, metric)
+    best = found.best(top)
+    log.info("the best %d of %d (*) by %s:\n%s", top, len(steps), found.metric, found.render(best))
+    if not found.others:
+        log.warning(
+            "no held-out text of %s is left that did not choose: report the target on other text (evaluate --text)", run
+        )
+    return best
 
 
 def _check_alike(found: Sequence[StoredWeights]) -> None:
@@ -174,21 +206,21 @@ def _check_alike(found: Sequence[StoredWeights]) -> None:
         )
 
 
-def _lineage(found: Sequence[StoredWeights], decay: Decay | None, file: str | None) -> Lineage:
+def _lineage(found: Sequence[StoredWeights], decay: Decay | None, file: str | None, chosen_by: str | None) -> Lineage:
     if decay is not None and file is not None:
         raise ValueError("give either --decay or --weights: the weights are the curve's, or those of the file")
     tokens = [tokens_seen(one) for one in found]
-    if file is not None:
+    if chosen_by is not None:
+        weights = np.full(len(found), 1 / len(found))
+    elif file is not None:
         if not at(file).exists():
             raise ValueError(f"--weights {file}: there is no such file; it has a JSON list of weights, oldest first")
         weights = given_weights(at(file).read_text(), len(found))
     else:
         decay = decay or "linear"
         weights = checkpoint_weights(update_weights(decay, tokens))
-    folder = found[0].folder.parent
-    run = folder.parent if folder.name in (CHECKPOINTS, SNAPSHOTS) else folder
-    steps = tuple(one.step or 0 for one in found)
-    return Lineage(os.fspath(run), steps, tuple(tokens), tuple(weights.tolist()), decay)
+    run, steps = _run_of(found[0].folder.parent), tuple(one.step or 0 for one in found)
+    return Lineage(os.fspath(run), steps, tuple(tokens), tuple(weights.tolist()), decay, chosen_by)
 
 
 def tokens_seen(weights: StoredWeights) -> int:

@@ -89,6 +89,7 @@ class Lineage:
       run: the folder of their run.
       steps, tokens, weights: of each, oldest first; the weights are c.
       decay: the curve that gave the weights; None where a user gave them.
+      chosen_by: the metric by which these were the best, which are averaged uniformly then.
     """
 
     run: str
@@ -96,6 +97,7 @@ class Lineage:
     tokens: tuple[int, ...]
     weights: tuple[float, ...]
     decay: str | None
+    chosen_by: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -103,9 +105,10 @@ class Lineage:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Lineage":
         lists = {name: tuple(value[name]) for name in ("steps", "tokens", "weights")}
-        return cls(run=value["run"], decay=value["decay"], **lists)
+        return cls(run=value["run"], decay=value["decay"], chosen_by=value.get("chosen_by"), **lists)
 
     def render(self) -> str:
-        """One line: the run, the curve, and each step with its weight."""
+        """One line: the run, the curve or what chose the steps, and each step with its weight."""
+        how = self.decay or ("given weights" if self.chosen_by is None else f"the best by {self.chosen_by}")
         each = ", ".join(f"{step} ({weight:.4g})" for step, weight in zip(self.steps, self.weights, strict=True))
-        return f"{self.run}, {self.decay or 'given weights'}: steps {each}"
+        return f"{self.run}, {how}: steps {each}"
