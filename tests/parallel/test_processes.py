@@ -15,7 +15,7 @@ from ling_jax.parallel.processes import EXPLICIT, START_SECONDS, Cluster, _devic
 from ling_jax.train.metrics import read_metrics
 from tests.support.commands import call
 from tests.support.runs import free_port, latest_step, lines_of, start_process, start_two, wait_until
-from tests.tiny_run import DENSE, SPARSE, run, train_args, write_text
+from tests.tiny_run import DENSE, SPARSE, train_args, write_text
 
 FOREVER = 100_000
 OFTEN = dict(checkpoint__every=5, train__eval_every=0)
