@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ling_jax.cli import parse_train
+from ling_jax.plan.report import mesh_text
 from ling_jax.plan.traffic import Traffic, planned_devices, traffic_of
 from ling_jax.train.state import make_trainer
 
@@ -30,6 +31,15 @@ RUNS = {
     "1t-v5p-8x8x16": "ling_1t_base --topology v5p:8x8x16 --mesh.fsdp 64 --mesh.expert 16 --data.global-batch-size 1024",
     "1t-v5p-8x8x16-32768-tokens": "ling_1t_base --topology v5p:8x8x16 --mesh.fsdp 8 --mesh.expert 16 "
     "--mesh.context 8 --data.global-batch-size 128",
+}
+# Rows of 32,768 tokens, and of 131,072 by YaRN: as many tokens a step as those of 4,096 have on the same devices.
+LONG_ROWS = {
+    "mini-v5p-4x4x4-32768-tokens": "ling_mini_2_0 --topology v5p:4x4x4 --mesh.expert 8 --mesh.context 8 "
+    f"--data.global-batch-size 8 --train.dtype bfloat16 {LONG}",
+    "mini-v5p-4x4x4-131072-tokens": "ling_mini_2_0 --topology v5p:4x4x4 --mesh.expert 2 --mesh.context 32 "
+    "--data.global-batch-size 2 --train.dtype bfloat16 --data.sequence-length 131072 "
+    "--model.max-position-embeddings 32768 --model.rope-scaling.factor 4 "
+    "--model.rope-scaling.original-max-position-embeddings 32768",
 }
 # In bfloat16 and in FP8.
 FP8 = {
@@ -79,7 +89,7 @@ def commands() -> dict[str, str]:
         moments = "--optimizer.mu-dtype bfloat16"
         found[f"{name}-bf16"] = f"{flags} {BASE} {moments}"
         found[f"{name}-fp8"] = f"{flags} {BASE} {moments} --train.fp8"
-    return found | {f"{name}-bf16": f"{flags} {BASE}" for name, flags in GPUS.items()} | HYBRIDS
+    return found | {f"{name}-bf16": f"{flags} {BASE}" for name, flags in GPUS.items()} | LONG_ROWS | HYBRIDS
 
 
 def serving_commands() -> dict[str, str]:
@@ -132,6 +142,29 @@ def summary() -> str:
     return "\n".join(rows)
 
 
+def long_summary() -> str:
+    """A row for each plan of long rows, below the one of 4,096 tokens on the same devices."""
+    head = "| plan | mesh | rows of a step | temporaries | compute | HBM | links | at least | at most tokens/s |"
+    rows = [head, "|---" * 9 + "|"]
+    for short in ("mini-v5p-4x4x4", "1t-v5p-8x8x16"):
+        for name in (short, f"{short}-32768-tokens", f"{short}-131072-tokens"):
+            if not (file := PLANS / f"{name}.txt").exists():
+                continue
+            _, parsed = parse_train(shlex.split(commands()[name]))
+            plan, data = json.loads(file.read_text().splitlines()[-1]), parsed.config.data
+            bounds = [f"{plan['roofline_seconds'][part]:.3f} s" for part in ("compute", "hbm", "interconnect", "step")]
+            cells = [
+                f"[{name}](plans/{name}.txt)",
+                mesh_text(parsed.config.mesh),
+                f"{data.global_batch_size:,} x {data.sequence_length:,}",
+                f"{plan['bytes_per_device']['temporaries'] / 1e9:.2f} GB",
+                *bounds,
+                f"{plan['tokens_per_second_per_device']:,.0f}",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def traffic_of_command(command: str) -> dict[str, Traffic]:
     """The storage part of a plan with these flags; nothing is compiled."""
     _, parsed = parse_train(shlex.split(command))
@@ -174,7 +207,7 @@ def main(names: list[str]) -> None:
                 raise SystemExit(f"{name}: {done.stderr}")
             (PLANS / f"{name}.txt").write_text(f"python {program} {command}\n\n{done.stdout}")
             print(name, done.stdout.splitlines()[-1], flush=True)
-    print(f"{summary()}\n\n{traffic_summary()}\n\n{serving_summary()}")
+    print(f"{summary()}\n\n{long_summary()}\n\n{traffic_summary()}\n\n{serving_summary()}")
 
 
 if __name__ == "__main__":

@@ -140,10 +140,16 @@ def test_two_groups_of_a_hybrid_compile_with_rows_cut_over_devices(devices):
 
 
 @pytest.mark.nightly
-def test_a_plan_of_two_layers_is_printed(caplog):
+@pytest.mark.parametrize(
+    ("mesh", "rows", "length"),
+    [(MeshConfig(fsdp=8, expert=8), 64, LENGTH), (MeshConfig(expert=2, context=32), 2, 32 * LENGTH)],
+)
+def test_a_plan_of_two_layers_is_printed(mesh, rows, length, caplog):
     """The other Python has it in `.ci/run`: JAX 0.10 cannot print the program, which only its largest buffers are read
     from."""
-    plan = make_plan(run_config(MeshConfig(fsdp=8, expert=8), rows=64), "v5p:4x4x4")
+    config = run_config(mesh, rows=rows, model=dataclasses.replace(MODEL, max_position_embeddings=length))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))
+    plan = make_plan(config, "v5p:4x4x4")
     told, size = render(plan), json.loads(plan.to_json())["bytes_per_device"]
     assert plan.memory.fits and "fits, with" in told and 0 < size["temporaries"] < size["peak"] <= size["hbm"]
     unknown = "largest buffers: not known, since this version of JAX cannot print the program" in told

@@ -6,6 +6,8 @@ Legend: N tokens of a device, D hidden, V vocabulary, T tokens of a row.
 import dataclasses
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 import pytest
 
+from ling_jax.cli import parse_train
 from ling_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, count_params
 from ling_jax.parallel.mesh import make_mesh
 from ling_jax.plan import suggest
@@ -24,6 +27,7 @@ from ling_jax.plan.memory import Memory, largest_buffers, memory_of_error
 from ling_jax.plan.plan import Plan, compile_plan, topology_devices, trace_step
 from ling_jax.plan.report import render
 from ling_jax.plan.roofline import bound
+from scripts.plan_tables import PLANS, commands
 from tests.support.helpers import tiny
 from tests.support.marks import nightly
 from tests.tiny_run import REPO
@@ -411,3 +415,23 @@ def test_the_best_bound_that_fits_is_suggested(monkeypatch):
 def test_an_unknown_topology_is_one_error():
     with pytest.raises(ValueError, match="no TPU topology 'v9:1x1'"):
         topology_devices("v9:1x1", 1)
+
+
+# The committed plans of long rows.
+
+
+@pytest.mark.parametrize("short", ["mini-v5p-4x4x4", "1t-v5p-8x8x16"])
+def test_long_rows_are_planned_with_as_many_tokens_a_step_and_their_bounds_are_higher(short):
+    plans = [name for name in commands() if re.fullmatch(f"{short}(-[0-9]+-tokens)?", name)]
+    assert len(plans) == (3 if short.startswith("mini") else 2)
+    tokens, bounds = set(), []
+    for name in plans:
+        told = (PLANS / f"{name}.txt").read_text().splitlines()
+        assert told[0] == f"python train.py {commands()[name]}"
+        data = parse_train(shlex.split(commands()[name]))[1].config.data
+        tokens.add(data.global_batch_size * data.sequence_length)
+        plan = json.loads(told[-1])
+        assert plan["fits"] and f"{data.global_batch_size} rows of {data.sequence_length} tokens" in "\n".join(told)
+        bounds.append((data.sequence_length, plan["roofline_seconds"]["compute"]))
+    assert len(tokens) == 1
+    assert [compute for _, compute in sorted(bounds)] == sorted(compute for _, compute in bounds)
