@@ -23,8 +23,11 @@ def config() -> RunConfig:
     run = ling_tiny.config()
 
     def mixed(general: float, arithmetic: float, retrieval: float) -> tuple[DataSource, ...]:
-        weights = {"python-stdlib": general, "worked-arithmetic": arithmetic, "retrieval": retrieval}
-        return tuple(DataSource(path=name, weight=weight) for name, weight in weights.items())
+        return (
+            DataSource(path="python-stdlib", weight=general, tag="general"),
+            DataSource(path="worked-arithmetic", weight=arithmetic, tag="reasoning"),
+            DataSource(path="retrieval", weight=retrieval, tag="reasoning"),
+        )
 
     stages = (
         Stage(name="general", tokens=820_000, sources=mixed(0.68, 0.08, 0.24)),
