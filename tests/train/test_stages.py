@@ -23,6 +23,7 @@ from ling_jax.train.metrics import read_metrics
 from ling_jax.train.state import make_trainer
 from tests.support.commands import call
 from tests.support.helpers import assert_trees_equal, small
+from tests.support.marks import nightly
 from tests.support.runs import kill_at, latest_step, lines_of
 from tests.tiny_run import SPARSE, numbers, start, train_args, write_text
 
@@ -143,13 +144,17 @@ def test_a_run_that_is_stopped_after_a_stage_and_inside_one_goes_on_as_if_it_had
     assert_same(folder, "stopped")
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("seed", [0, 1])
-def test_sigkills_at_borders_in_saves_and_in_steps_change_nothing(folder, seed):
+SIX = (("line", 7), ("save", 8), ("line", 13), ("save", 14), ("start", 0), ("line", 19))
+
+
+@pytest.mark.parametrize(
+    ("seed", "moments"), [(3, (("line", 8), ("save", 16))), nightly(0, SIX), nightly(1, SIX)], ids=["two", "six", "6"]
+)
+def test_sigkills_at_borders_in_saves_and_in_steps_change_nothing(folder, seed, moments):
     draw, name = random.Random(seed), f"killed{seed}"
     args = [str(folder / "recipe.py"), *train_args(folder, name, **TINY)[1:]]
     run_dir, ends = folder / "runs" / name, []
-    for moment, line in (("line", 7), ("save", 8), ("line", 13), ("save", 14), ("start", 0), ("line", 19)):
+    for moment, line in moments:
         process = start("train.py", *args)
         kill_at(process, run_dir, moment, line + draw.randint(0, 1), draw.uniform(0, 0.1))
         ends.append(f"{moment} {lines_of(run_dir)}/{latest_step(run_dir)}")
