@@ -30,8 +30,8 @@ def config() -> RunConfig:
         )
 
     stages = (
-        Stage(name="general", tokens=820_000, sources=mixed(0.68, 0.08, 0.24)),
-        Stage(name="reasoning", tokens=820_000, sources=mixed(0.54, 0.12, 0.34)),
+        Stage(name="general", tokens=820_000, sources=mixed(0.68, 0.06, 0.26)),
+        Stage(name="reasoning", tokens=820_000, sources=mixed(0.54, 0.08, 0.38)),
         Stage(
             name="context", tokens=600_000, sequence_length=LONGER, global_batch_size=STEP // LONGER, long_share=0.2,
             rope_theta=160_000.0, max_position_embeddings=LONGER, bias_update_rate=1e-3,
@@ -45,7 +45,7 @@ def config() -> RunConfig:
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, max_position_embeddings=LENGTH),
-        data=dataclasses.replace(run.data, long_document=LONGER, holdout_max_bytes=30_000),
+        data=dataclasses.replace(run.data, long_document=LONGEST, holdout_max_bytes=30_000),
         schedule=ScheduleConfig(peak_lr=3e-3, warmup_steps=30),
         train=dataclasses.replace(run.train, eval_every=0, eval_needle=16),
         checkpoint=dataclasses.replace(

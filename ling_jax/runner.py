@@ -357,7 +357,8 @@ def _report(
 def _told(stage: StageRun, seconds: float | None) -> str:
     """A stage in one line: its steps, rows and rate."""
     data, rate, end = stage.config.data, stage.config.schedule.peak_lr, stage.config.train.steps
-    batch = f"{data.global_batch_size} rows of {data.sequence_length} tokens, learning rate {rate:g}"
+    rows = f"{data.global_batch_size} row{'s' * (data.global_batch_size > 1)}"
+    batch = f"{rows} of {data.sequence_length} tokens, learning rate {rate:g}"
     time_taken = "" if seconds is None else f", {seconds:.0f} s"
     return f"steps {stage.first_step + 1} to {end}, {batch}{time_taken}"
 

@@ -123,7 +123,9 @@ class Mixture:
             )
         for name, settings in asked.items():
             is_long = long_blocks(rows[name].stream, block, config.long_document)
-            natural[name] = float(is_long.mean())
+            sizes = np.full(len(is_long), block)
+            sizes[-1] = max(len(rows[name].stream) - 1, 1) - block * (len(sizes) - 1)  # perhaps a few tokens
+            natural[name] = float(sizes[is_long].sum() / sizes.sum())
             for key, mine in ((name, ~is_long), (f"{name}{LONG}", is_long)):
                 found = np.flatnonzero(mine)
                 self.sources[key] = _Source(name, rows[name], block, config.seed, settings.max_epochs, found, key)

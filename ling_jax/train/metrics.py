@@ -32,6 +32,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import tempfile
 import time
 import uuid
@@ -143,7 +144,8 @@ class _TensorBoard:
         summary = tensorboard_summary.Summary()
         for key, value in record.items():
             if isinstance(value, int | float):
-                summary.MergeFrom(tensorboard_summary.scalar(key, value))
+                name = re.sub(r"[^-/.\w]", "_", key)  # as tensorboardX does too, with a line in the log for each
+                summary.MergeFrom(tensorboard_summary.scalar(name, value))
         self._write(step, summary=summary)
 
     def _write(self, step: int, **what: Any) -> None:

@@ -335,6 +335,15 @@ def test_without_a_share_they_are_as_many_as_there_are_and_never_come_twice_when
     assert begin.rows == 0
 
 
+def test_without_a_share_the_only_short_row_is_read_no_oftener_than_the_long_ones_though_it_has_a_few_tokens():
+    """A document of four blocks, and at the end one of a single token."""
+    stream = Stream(np.arange(42, dtype=np.uint32), np.array([0, 40]))
+    drawing, state = mixture_of({"0": Rows(stream, 10)}, replace(config_of([1.0], 10), long_document=10), None)
+    found = drawing.metrics(drawing.draw(state, 200)[1])
+    assert found["data/0 (long rows)/share"] == pytest.approx(40 / 41, abs=5e-3)
+    assert found["data/0/epochs"] == pytest.approx(found["data/0 (long rows)/epochs"], abs=10)  # the tokens of a row
+
+
 def test_a_share_of_long_rows_that_are_not_there_is_refused():
     rows = {"0": source_of(0, 100, 10)}
     short = {"0": Rows(Stream(rows["0"].stream.tokens_S, np.arange(0, 100, 2, dtype=np.int64)), 10)}

@@ -158,6 +158,13 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     ]
 
 
+def test_a_name_that_tensorboard_does_not_take_is_changed_without_a_word(tmp_path, caplog):
+    with caplog.at_level(logging.INFO), MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"data/text (long rows)/share": 0.5})
+    assert not caplog.records
+    assert _tensorboard_events(tmp_path) == [(1, "data/text__long_rows_/share", 0.5)]
+
+
 def test_flush_leaves_no_event_behind(tmp_path):
     writer = MetricsWriter(tmp_path)
     for step in range(1, 40):
