@@ -178,10 +178,6 @@ class Checkpointer:
     def read_meta(self, step: int | None) -> dict[str, Any]:
         return read_meta(self.folder(step))
 
-    def shapes(self, step: int | None) -> dict[str, Any]:
-        """`read_shapes` of a step."""
-        return read_shapes(self.folder(step))
-
     def drop_after(self, step: int) -> None:
         """Removes the steps after one at which a run goes on, which it will make anew."""
         self._drop([later for later in self.all_steps() if later > step])
