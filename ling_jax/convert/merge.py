@@ -6,6 +6,7 @@ an average. The optimizer's moments are not read, and the merged checkpoint has 
 """
 
 import itertools
+import json
 import logging
 import math
 import os
@@ -73,7 +74,7 @@ def merge(
     steps: Sequence[int] | None = None,
     last: int | None = None,
     decay: Decay | None = None,
-    weights: str | None = None,
+    weights: str | Sequence[float] | None = None,
     top: int | None = None,
     rank_by: str | None = None,
     shard: Shard = ALONE,
@@ -84,7 +85,7 @@ def merge(
       source: a run's folder, or its checkpoints/.
       steps, last: which checkpoints, or how many of the latest; one of the two. The oldest is theta_0.
       decay: the curve that gives the weights, sampled by tokens; "linear" if neither is given.
-      weights: a file with a JSON list instead, oldest first, whose sum is 1.
+      weights: a list instead, oldest first, whose sum is 1; or a file with it, as JSON.
       top: how many of these, or of all there are, are averaged, uniformly: the best by the metric `rank_by` (see
         `ranking`).
       shard: this process's part of the work, where several make one target. The last one to end completes it.
@@ -117,8 +118,9 @@ def merge(
 
 
 def merge_snapshots(run_dir: epath.Path, stage: StageRun) -> None:
-    """Writes the mean of a stage's last `checkpoint.merge_snapshots`, which its last validation scored, as a
-    checkpoint, `run_dir`/merged. One of an earlier end of the run is moved aside. ValueError as `merge`."""
+    """Writes the mean of a stage's last `checkpoint.merge_snapshots`, or of as many as it has, as a checkpoint,
+    `run_dir`/merged: all weigh the same, as in `eval/merged_*`, whatever lies between them. One of an earlier end of
+    the run is moved aside. ValueError as `merge`."""
     snapshots, target = run_dir / SNAPSHOTS, run_dir / MERGED
     steps = [step for step in saved_steps(snapshots) if step > stage.first_step]
     steps = steps[-stage.config.checkpoint.merge_snapshots :]
@@ -130,7 +132,7 @@ def merge_snapshots(run_dir: epath.Path, stage: StageRun) -> None:
             return
         move(target, aside(target))
     begun = time.perf_counter()
-    merge(os.fspath(snapshots), os.fspath(target), steps=steps)
+    merge(os.fspath(snapshots), os.fspath(target), steps=steps, weights=[1 / len(steps)] * len(steps))
     log.info("merged snapshots %s into %s, %.0f s", steps, target, time.perf_counter() - begun)
 
 
@@ -206,16 +208,20 @@ def _check_alike(found: Sequence[StoredWeights]) -> None:
         )
 
 
-def _lineage(found: Sequence[StoredWeights], decay: Decay | None, file: str | None, chosen_by: str | None) -> Lineage:
-    if decay is not None and file is not None:
+def _lineage(
+    found: Sequence[StoredWeights], decay: Decay | None, given: str | Sequence[float] | None, chosen_by: str | None
+) -> Lineage:
+    if decay is not None and given is not None:
         raise ValueError("give either --decay or --weights: the weights are the curve's, or those of the file")
     tokens = [tokens_seen(one) for one in found]
     if chosen_by is not None:
         weights = np.full(len(found), 1 / len(found))
-    elif file is not None:
-        if not at(file).exists():
-            raise ValueError(f"--weights {file}: there is no such file; it has a JSON list of weights, oldest first")
-        weights = given_weights(at(file).read_text(), len(found))
+    elif isinstance(given, str):
+        if not at(given).exists():
+            raise ValueError(f"--weights {given}: there is no such file; it has a JSON list of weights, oldest first")
+        weights = given_weights(at(given).read_text(), len(found))
+    elif given is not None:
+        weights = given_weights(json.dumps(list(given)), len(found))
     else:
         decay = decay or "linear"
         weights = checkpoint_weights(update_weights(decay, tokens))

@@ -77,6 +77,8 @@ def test_their_mean_is_scored_as_the_merged_checkpoint_is(folder, tmp_path):
 def test_a_runs_last_act_is_to_write_their_mean(folder):
     run = folder / "runs" / "whole"
     assert read_meta(run / "merged")[LINEAGE]["steps"] == [16, 20, 24]
+    assert read_meta(run / "merged")[LINEAGE]["weights"] == [1 / 3] * 3  # by no curve: gaps may differ
+    assert read_meta(run / "merged")[LINEAGE]["decay"] is None
     each = [flatten_dict(read_arrays(run / "snapshots" / str(step))) for step in (16, 20, 24)]
     for path, weight in flatten_dict(read_arrays(run / "merged")).items():
         np.testing.assert_allclose(weight, np.mean([np.float64(one[path]) for one in each], 0), atol=1e-6)
