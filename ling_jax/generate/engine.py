@@ -162,12 +162,15 @@ class Engine:
         self.fp8, self.weights = fp8, serve(model, self.mesh, fp8)
         rows = -(-rows // self.shards) * self.shards
         self.options = empty_options(rows)
-        make = partial(empty_rows, model.config, rows, slots, stops=stops, drafts=drafts, dtype=model.dtype)
-        make = partial(make, routing=routing, tensor=model.mesh.tensor, options=self.options)
+        sizes = dict(batch=rows, slots=slots, stops=stops, drafts=drafts, tensor=model.mesh.tensor)
+        make = partial(empty_rows, config=model.config, **sizes, dtype=model.dtype, routing=routing)
         shardings = None
         if self.mesh is not None:
-            shardings = jax.tree.map(partial(NamedSharding, self.mesh), row_specs(jax.eval_shape(make)))
-        self.rows: DecodingRows = jax.jit(make, out_shardings=shardings)()
+            specs = row_specs(jax.eval_shape(make, self.options))
+            shardings = jax.tree.map(partial(NamedSharding, self.mesh), specs)
+        # Of `empty_rows` itself, so that engines of one kind share a program.
+        jitted = jax.jit(empty_rows, static_argnames=tuple(make.keywords), out_shardings=shardings)
+        self.rows: DecodingRows = jitted(self.options, **make.keywords)
         self.queue: deque[_Waiting] = deque()
         self.running: list[_Waiting | None] = [None] * rows
         self.held = [np.zeros(0, np.int32)] * rows  # tokens whose states are in each row

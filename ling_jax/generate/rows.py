@@ -261,13 +261,13 @@ def place(mesh: Mesh | None, rows: DecodingRows, new: Place, options: Options) -
 
 
 def empty_rows(
+    options: Options,
+    *,
     config: ModelConfig,
     batch: int,
     slots: int,
-    *,
     stops: int,
     drafts: int,
-    options: Options,
     dtype: jnp.dtype,
     routing: bool,
     tensor: int = 1,

@@ -23,10 +23,21 @@ def by_platform(
     return jax.lax.platform_dependent(*args, **named, default=rest) if named else rest(*args)
 
 
-def for_nvidia() -> bool:
-    """Whether a program is being traced for NVIDIA GPUs: the devices of its mesh, or JAX's own outside any mesh."""
+def traced_for() -> str:
+    """The platform that a program is being traced for: that of its mesh's devices, or JAX's own outside any mesh. It
+    may be lowered for another, so this chooses between programs that are right on all."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() == "gpu" if device is None else device.platform == "gpu"
+    return jax.default_backend() if device is None else device.platform
+
+
+def for_nvidia() -> bool:
+    """Whether a program is being traced for NVIDIA GPUs."""
+    return traced_for() == "gpu"
+
+
+def for_cpu() -> bool:
+    """Whether a program is being traced for CPUs."""
+    return traced_for() == "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,9 @@
 // Weights are cast to the rows' type first, and sums are float32, as in the other implementations.
 
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <mutex>
 #include <thread>
 
 #include "native_amx.h"
@@ -32,7 +34,9 @@ constexpr int kRows = kLanes == 16 ? 14 : 6;
 #endif
 constexpr Index kDepth = 256;
 constexpr Index kChunk = 128;  // rows of a, or some more or less, that meet all panels before the next
-constexpr Index kFew = 8;      // rows up to which packing does not pay
+constexpr Index kFew = kLanes;  // rows up to which neither x nor w is packed
+constexpr Index kSome = 256;    // rows up to which x is packed and not w
+constexpr Index kAhead = 8192;  // bytes between what is read and what is asked for
 constexpr Index kMost = 1024;  // rows of one item of work
 
 // ---- float32 tiles ----
@@ -187,21 +191,127 @@ inline Vec partial_sums(const X* x, const W* w, Index inner) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// As product_tiles for at most kFew rows and w [N, K]. Weights are read in the order in which they lie, which decides
-// the time: one row of w after the other, each from memory once, for all rows of x.
+// How a strip of w's rows meets R rows of x: so many sums fill one vector, from `kAcross` rows of w at a time, each in
+// `kSplits` parts: eight sums or so are under way at once.
+template <int R>
+struct Strip {
+  static constexpr int kPadded = R < 3 ? R : 4, kOutputs = kLanes / kPadded;
+  static constexpr int kAcross = std::min(R == 1 ? 1 : 2, kOutputs), kSplits = R == 1 ? 4 : R == 2 ? 2 : 1;
+};
+
+// The lanes' partial sums of R rows of x with kAcross of w, into sums[r * kOutputs + o].
+template <int R, typename X, typename W>
+inline void few_sums(const float* x, Index inner, const W* const* w, Vec* sums) {
+  using S = Strip<R>;
+  Vec parts[S::kSplits][S::kAcross][R] = {};
+  const auto add = [&](Index k, int part, Index left) {
+    Vec rows[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) rows[r] = load_part(x + r * inner + k, left);
+#pragma GCC unroll 4
+    for (int o = 0; o < S::kAcross; ++o) {
+      const Vec column = load_cast<X>(w[o] + k, left);
+      __builtin_prefetch(w[o] + k + kAhead / sizeof(W), 0, 0);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) parts[part][o][r] += rows[r] * column;
+    }
+  };
+  Index k = 0;
+  for (; k + S::kSplits * kLanes <= inner; k += S::kSplits * kLanes) {
+#pragma GCC unroll 4
+    for (int part = 0; part < S::kSplits; ++part) add(k + part * kLanes, part, kLanes);
+  }
+  for (; k < inner; k += kLanes) add(k, 0, inner - k);
+#pragma GCC unroll 4
+  for (int o = 0; o < S::kAcross; ++o) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      Vec sum = parts[0][o][r];
+#pragma GCC unroll 4
+      for (int part = 1; part < S::kSplits; ++part) sum += parts[part][o][r];
+      sums[r * S::kOutputs + o] = sum;
+    }
+  }
+}
+
+// y[r, n] = x_r . w_n of R rows of x and a strip of w's, of which there are `count`.
+template <int R, typename X, typename W>
+inline void few_strip(const float* x, const W* w, Index inner, X* y, Index stride, Index count) {
+  using S = Strip<R>;
+  Vec sums[kLanes] = {};
+#pragma GCC unroll 16
+  for (int o = 0; o < S::kOutputs; o += S::kAcross) {
+    const W* from[S::kAcross];
+    for (int i = 0; i < S::kAcross; ++i) from[i] = w + std::min<Index>(o + i, count - 1) * inner;
+    few_sums<R, X>(x, inner, from, sums + o);
+  }
+  X results[kLanes];
+  store(results, sums_of_lanes(sums));
+  for (int r = 0; r < R; ++r) {
+    std::memcpy(y + r * stride, results + r * S::kOutputs, std::min<Index>(S::kOutputs, count) * sizeof(X));
+  }
+}
+
+// `count` elements as float32: themselves, or in this thread's memory.
+inline const float* widened(const float* x, Index) { return x; }
+inline const float* widened(const Bf16* x, Index count) {
+  float* wide = scratch<float>(kA, count + kLanes);
+  for (Index i = 0; i < count; i += kLanes) store(wide + i, load_part(x + i, count - i));
+  return wide;
+}
+
+// As product_tiles for w [N, K] and at most kFew rows.
 template <typename X, typename W>
 void product_few(const Shape& s, const X* x, const W* w, X* y, Index rows, Index first, Index last) {
-  Vec sums[kFew][kLanes] = {};
-  for (Index n = first; n < last; n += kLanes) {
-    const Index count = std::min<Index>(kLanes, last - n);
-    for (Index i = 0; i < count; ++i) {
-      for (Index r = 0; r < rows; ++r) sums[r][i] = partial_sums(x + r * s.inner, w + (n + i) * s.inner, s.inner);
+  const float* a = widened(x, rows * s.inner);
+  const auto strips = [&](auto height, Index row, Index begin, Index end) {
+    constexpr int R = decltype(height)::value;
+    constexpr Index kOutputs = Strip<R>::kOutputs;
+    for (Index n = begin; n < end; n += kOutputs) {
+      few_strip<R>(a + row * s.inner, w + n * s.inner, s.inner, y + row * s.outer + n, s.outer,
+                   std::min(kOutputs, end - n));
     }
-    for (Index r = 0; r < rows; ++r) {
-      transpose(sums[r]);
-      Vec total = sums[r][0];
-      for (int i = 1; i < kLanes; ++i) total += sums[r][i];
-      store_part(y + r * s.outer + n, total, count);
+  };
+  for (Index n = first; n < last; n += kLanes) {  // these rows of w stay in the first cache for all of x
+    const Index end = std::min<Index>(n + kLanes, last);
+    for_parts(rows, ceil_div(rows, 4), [&](Index r, Index height) {
+      switch (height) {
+        case 1: return strips(std::integral_constant<int, 1>(), r, n, end);
+        case 2: return strips(std::integral_constant<int, 2>(), r, n, end);
+        case 3: return strips(std::integral_constant<int, 3>(), r, n, end);
+        default: return strips(std::integral_constant<int, 4>(), r, n, end);
+      }
+    });
+  }
+}
+
+// As product_tiles for w [N, K] and rows that packing w does not pay for: x is packed instead, and y^T = w x^T.
+template <typename X, typename W>
+void product_across(const Shape& s, const X* x, const W* w, X* y, Index rows, Index first, Index last) {
+  constexpr Index kOutputs = 10 * kRows;  // of w's rows at a time, which stay in the second cache for all of x
+  const Index columns = ceil_div(rows, kColumns) * kColumns;
+  float* b = scratch<float>(kB, columns * s.inner);
+  float* c = scratch<float>(kC, (kOutputs + kLanes) * columns);
+  float* wide = std::is_same_v<W, float> ? nullptr : scratch<float>(kA, kOutputs * s.inner + kLanes);
+  for (Index k = 0; k < s.inner; k += kDepth) {
+    pack_transposed<X>(x + k, s.inner, std::min(kDepth, s.inner - k), rows, b + k * columns);
+  }
+  for (Index n = first; n < last; n += kOutputs) {
+    const Index height = std::min(kOutputs, last - n);
+    for (Index k = 0; k < s.inner; k += kDepth) {
+      const Index depth = std::min(kDepth, s.inner - k);
+      multiply_panels<false>(w + n * s.inner + k, s.inner, b + k * columns, depth, c, columns, height, columns,
+                             k > 0 ? Put::kAdd : Put::kSet);
+    }
+    for (Index m = 0; m < height; m += kLanes) {
+      for (Index r = 0; r < rows; r += kLanes) {
+        Vec block[kLanes];
+        for (Index i = 0; i < kLanes; ++i) block[i] = load(c + (m + i) * columns + r);
+        transpose(block);
+        for (Index i = 0; i < std::min<Index>(kLanes, rows - r); ++i) {
+          store_part(y + (r + i) * s.outer + n + m, block[i], height - m);
+        }
+      }
     }
   }
 }
@@ -248,11 +358,11 @@ void product_tiles(const Shape& s, const X* x, const W* w, X* y, Index rows, Ind
   }
 }
 
-// dw[:, first:last] = g^T x over `rows` rows of a group; dw is [outputs, inputs]. What is written once, and read when
-// all gradients are there, goes past the caches.
+// dw[:, first:last] = g^T x over `rows` rows of a group; dw is [outputs, inputs], rows of g lie `stride` apart. What is
+// written once, and read when all gradients are there, goes past the caches.
 template <typename X>
-void gradient_tiles(const X* g, const X* x, float* dw, Index rows, Index outputs, Index inputs, Index first,
-                    Index last) {
+void gradient_tiles(const X* g, Index stride, const X* x, float* dw, Index rows, Index outputs, Index inputs,
+                    Index first, Index last) {
   float* a = scratch<float>(kA, kDepth * kWidth + kLanes);
   float* b = scratch<float>(kB, kDepth * (kWidth + kColumns));
   const bool past = rows <= kDepth && inputs % kLanes == 0 && (last - first) % kColumns == 0 && can_stream(dw + first);
@@ -261,7 +371,7 @@ void gradient_tiles(const X* g, const X* x, float* dw, Index rows, Index outputs
     for (Index m = 0; m < outputs; m += kWidth) {
       const Index height = std::min(kWidth, outputs - m);
       for_parts(rows, ceil_div(rows, kDepth), [&](Index r, Index depth) {
-        pack_tiles(g + r * outputs + m, outputs, depth, height, a);
+        pack_tiles(g + r * stride + m, stride, depth, height, a);
         pack_panels<X>(x + r * inputs + n, inputs, depth, columns, b);
         const Put put = r > 0 ? Put::kAdd : past ? Put::kPast : Put::kSet;
         multiply_panels<true>(a, 0, b, depth, dw + m * inputs + n, inputs, height, columns, put);
@@ -312,25 +422,86 @@ void share(ffi::ThreadPool&, Index threads, Index count, Call call, const void* 
   other.join();
 }
 #else
-// Calls call(work, i) once for each i < count, on this thread and on those of XLA's pool that come in time. What a late
-// one touches is only the counters: this thread may itself be one of the pool's, and must never wait for a free one.
-void share(ffi::ThreadPool& pool, Index threads, Index count, Call call, const void* work) {
-  struct Counters {
-    std::atomic<Index> next{0}, done{0};
-  };
-  auto counters = std::make_shared<Counters>();
-  const auto run = [=] {
-    for (Index i; (i = counters->next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+struct Job {
+  Call call;
+  const void* work;
+  Index count;
+  std::atomic<Index> next{0}, done{0};
+
+  void take_parts() {
+    for (Index i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
       call(work, i);
-      counters->done.fetch_add(1, std::memory_order_release);
+      done.fetch_add(1, std::memory_order_release);
     }
-  };
-  for (Index i = 1; i < std::min(threads, count); ++i) {
-    auto copy = run;
-    pool.Schedule(std::move(copy));
   }
-  run();
-  for (int spins = 0; counters->done.load(std::memory_order_acquire) < count; ++spins) {
+};
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Where threads of the pool wait for the next job before they go. Decoding is short work with short gaps, in which the
+// pool's threads would fall asleep; to wake one takes longer than half of such work.
+class Lobby {
+ public:
+  // Makes a job known to those who wait; returns how many there are.
+  Index announce(const std::shared_ptr<Job>& job) {
+    if (waiting_.load(std::memory_order_acquire) == 0) return 0;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    job_ = job;
+    ticket_.fetch_add(1, std::memory_order_release);
+    return waiting_.load(std::memory_order_relaxed);
+  }
+
+  // Takes parts of `job`, then of others while they are short and come soon.
+  void work(std::shared_ptr<Job> job) {
+    using Clock = std::chrono::steady_clock;
+    using std::chrono::microseconds;
+    while (job != nullptr) {
+      const auto begun = Clock::now();
+      std::uint64_t seen = ticket_.load(std::memory_order_acquire);
+      job->take_parts();
+      job = nullptr;
+      const auto ended = Clock::now();
+      if (ended - begun > microseconds(1000)) return;
+      waiting_.fetch_add(1, std::memory_order_acq_rel);
+      for (int spins = 1; job == nullptr; ++spins) {
+        if (ticket_.load(std::memory_order_acquire) != seen) {
+          const std::lock_guard<std::mutex> lock(mutex_);
+          seen = ticket_.load(std::memory_order_relaxed);
+          job = job_.lock();
+        }
+        pause();
+        if (spins % 64 == 0 && Clock::now() - ended > microseconds(200)) break;
+      }
+      waiting_.fetch_sub(1, std::memory_order_acq_rel);
+    }
+  }
+
+ private:
+  std::atomic<std::uint64_t> ticket_{0};
+  std::atomic<Index> waiting_{0};
+  std::mutex mutex_;
+  std::weak_ptr<Job> job_;
+};
+
+// Calls call(work, i) once for each i < count, on this thread and on those of XLA's pool that come in time. What a late
+// one touches is only the job's counters: this thread may itself be one of the pool's, and must never wait for a free
+// one.
+void share(ffi::ThreadPool& pool, Index threads, Index count, Call call, const void* work) {
+  static Lobby* const lobby = new Lobby;  // threads may be in it when the process ends
+  const auto job = std::make_shared<Job>();
+  job->call = call, job->work = work, job->count = count;
+  const Index helpers = std::min(threads, count) - 1;
+  for (Index i = helpers > 0 ? lobby->announce(job) : 0; i < helpers; ++i) {
+    pool.Schedule([job] { lobby->work(job); });
+  }
+  job->take_parts();
+  for (int spins = 0; job->done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins > 1000) std::this_thread::yield();
   }
 }
@@ -401,7 +572,7 @@ std::vector<Item> gradient_items(const std::vector<Item>& groups, Index threads)
 // All of the pool, or this thread alone when waking another takes longer than the work.
 Index threads_for(const ffi::ThreadPool& pool, const std::vector<Item>& groups, Index weight) {
   const Index used = std::count_if(groups.begin(), groups.end() - 1, [](const Item& group) { return group.rows > 0; });
-  const bool small = groups.back().row * weight < (1 << 21) && used * weight < (1 << 19);  // some 50 microseconds
+  const bool small = groups.back().row * weight < (1 << 19) && used * weight < (1 << 15);  // some 10 microseconds
   return small ? 1 : std::max<Index>(1, pool.num_threads());
 }
 
@@ -409,6 +580,9 @@ Index threads_for(const ffi::ThreadPool& pool, const std::vector<Item>& groups, 
 template <typename X, typename W>
 void product_item(const Shape& s, const X* x, const W* w, X* y, Index rows, Index first, Index last) {
   if (s.transposed && rows <= kFew) return product_few(s, x, w, y, rows, first, last);
+  if constexpr (std::is_same_v<W, float> && std::is_same_v<X, float>) {
+    if (s.transposed && rows <= kSome) return product_across(s, x, w, y, rows, first, last);
+  }
 #if defined(LING_AMX)
   if constexpr (std::is_same_v<X, Bf16>) {
     if (amx_allowed()) return product_amx(s, x, w, y, rows, first, last);
@@ -417,19 +591,19 @@ void product_item(const Shape& s, const X* x, const W* w, X* y, Index rows, Inde
   product_tiles(s, x, w, y, rows, first, last);
 }
 
-// dw[:, first:last] = g^T x over an item's rows.
+// dw[:, first:last] = g^T x over an item's rows; those of g lie `stride` apart.
 template <typename X>
-void gradient_item(const X* g, const X* x, float* dw, const Item& t, Index outputs, Index inputs) {
+void gradient_item(const X* g, Index stride, const X* x, float* dw, const Item& t, Index outputs, Index inputs) {
   if (t.rows == 0) {  // whole: only groups with rows are cut
     std::memset(dw, 0, outputs * inputs * sizeof(float));
     return;
   }
 #if defined(LING_AMX)
   if constexpr (std::is_same_v<X, Bf16>) {
-    if (amx_allowed()) return gradient_amx(g, x, dw, t.rows, outputs, inputs, t.first, t.last);
+    if (amx_allowed()) return gradient_amx(g, stride, x, dw, t.rows, outputs, inputs, t.first, t.last);
   }
 #endif
-  gradient_tiles(g, x, dw, t.rows, outputs, inputs, t.first, t.last);
+  gradient_tiles(g, stride, x, dw, t.rows, outputs, inputs, t.first, t.last);
 }
 
 template <typename X, typename W>
@@ -447,14 +621,34 @@ void product(ffi::ThreadPool& pool, const Shape& s, const X* x, const W* w, X* y
   });
 }
 
+// The gradient of one weight, cut across its longer side: what is packed is packed as seldom as can be.
+template <typename X>
+void gradient_of_one(ffi::ThreadPool& pool, Index threads, const X* g, const X* x, float* dw, Index outputs,
+                     Index inputs, const Item& all) {
+  const bool tall = outputs >= inputs;
+  const Index longer = std::max(outputs, inputs), pieces = std::max(threads, ceil_div(longer, kWidth));
+  const Index width = ceil_div(ceil_div(longer, pieces), 32) * 32;
+  parallel(pool, threads, ceil_div(longer, width), [&](Index i) {
+    const Index begin = i * width, end = std::min(longer, begin + width);
+    Item t = all;
+    if (!tall) t.first = begin, t.last = end;
+    const Index skipped = tall ? begin : 0;
+    gradient_item(g + skipped, outputs, x, dw + skipped * inputs, t, tall ? end - begin : outputs, inputs);
+  });
+}
+
 template <typename X>
 void gradient(ffi::ThreadPool& pool, const X* g, const X* x, float* dw, Index outputs, Index inputs,
               const std::vector<Item>& groups) {
   const Index threads = threads_for(pool, groups, outputs * inputs);
+  if (groups.size() == 2 && groups[0].rows > 0) {
+    return gradient_of_one(pool, threads, g, x, dw, outputs, inputs, groups[0]);
+  }
   const auto items = gradient_items(groups, threads);
   parallel(pool, threads, items.size(), [&](Index i) {
     const Item& t = items[i];
-    gradient_item(g + t.row * outputs, x + t.row * inputs, dw + t.group * outputs * inputs, t, outputs, inputs);
+    gradient_item(g + t.row * outputs, outputs, x + t.row * inputs, dw + t.group * outputs * inputs, t, outputs,
+                  inputs);
   });
 }
 
@@ -477,13 +671,16 @@ ffi::Error with_type(const ffi::AnyBuffer& buffer, const F& f) {
   return ffi::Error::InvalidArgument("neither float32 nor bfloat16");
 }
 
+// The groups' weights are those from `first` on.
 ffi::Error product_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                           ffi::Result<ffi::AnyBuffer> y, std::int64_t out_dim) {
+                           ffi::AnyBuffer first, ffi::Result<ffi::AnyBuffer> y, std::int64_t out_dim) {
   const Shape shape{x.dimensions()[1], y->dimensions()[1], out_dim == 1};
   const auto groups = groups_of(sizes, x.dimensions()[0], shape.outer);
+  const Index most = w.dimensions()[0] - static_cast<Index>(sizes.element_count());
+  const Index skipped = std::clamp<Index>(*data<const std::int32_t>(first), 0, most) * shape.inner * shape.outer;
   return with_type(x, [&](auto* rows) {
     return with_type(w, [&](auto* weights) {
-      product(pool, shape, rows, weights, static_cast<decltype(rows)>(y->untyped_data()), groups);
+      product(pool, shape, rows, weights + skipped, static_cast<decltype(rows)>(y->untyped_data()), groups);
       return ffi::Error::Success();
     });
   });
@@ -525,6 +722,7 @@ auto arrays() {
 #include "native_cached.h"     // made of parts of attention
 #include "native_experts.h"    // made of the items above, and an exponential of attention's
 #include "native_lightning.h"  // made of the tiles above, and attention's memory and exponential
+#include "native_router.h"
 
 // All else is hidden: another library may hold another version of XLA's headers.
 extern "C" {
@@ -539,9 +737,10 @@ __attribute__((visibility("default"))) XLA_FFI_Error* LingExperts(XLA_FFI_CallFr
 __attribute__((visibility("default"))) XLA_FFI_Error* LingExpertsGradient(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingEmpty(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAdamW(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingChoose(XLA_FFI_CallFrame*);
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedProduct, product_handler, (arrays<3, 1>().Attr<std::int64_t>("out_dim")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedProduct, product_handler, (arrays<4, 1>().Attr<std::int64_t>("out_dim")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedWeightGradient, gradient_handler, (arrays<3, 1>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttention, attention_handler,
                               (arrays<5, 2>().Attr<float>("scale").Attr<bool>("causal")));
@@ -556,3 +755,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LingEmpty, empty_handler, (arrays<0, 1>().Attr<std
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     LingAdamW, adamw_handler,
     (arrays<5, 3>().Attr<float>("b1").Attr<float>("b2").Attr<float>("eps").Attr<float>("decay")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingChoose, choose_handler,
+                              (arrays<1, 1>().Attr<std::int64_t>("groups").Attr<std::int64_t>("open")));

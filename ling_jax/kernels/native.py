@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cc")
 HEADERS = tuple(
     SOURCE.with_name(f"native_{name}.h")
-    for name in ("vectors", "adamw", "amx", "attention", "cached", "experts", "lightning")
+    for name in ("vectors", "adamw", "amx", "attention", "cached", "experts", "lightning", "router")
 )
 # Sums of products may fuse: -std=c++17 alone forbids it.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -56,6 +56,7 @@ TARGETS = {
     "ling_experts_gradient": "LingExpertsGradient",
     "ling_empty": "LingEmpty",
     "ling_adamw": "LingAdamW",
+    "ling_choose": "LingChoose",
 }
 DTYPES = (jnp.float32, jnp.bfloat16)
 BUILD_SECONDS = 300  # what a compiler may take before it counts as broken
@@ -195,11 +196,15 @@ def or_else(name: str, native: Callable[..., Any], fallback: Callable[..., Any])
     return bind
 
 
-def product(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, *, out_dim: int) -> jax.Array:
-    """`kernels.grouped.grouped_product`; rows and weights each float32 or bfloat16."""
-    out = jax.ShapeDtypeStruct((x_RI.shape[0], w_EOI.shape[out_dim]), x_RI.dtype)
+def product(
+    x_RI: jax.Array, w_GOI: jax.Array, group_sizes_E: jax.Array, first: jax.Array | int = 0, *, out_dim: int
+) -> jax.Array:
+    """`kernels.grouped.grouped_product` with the groups' weights from `first` on, which are read where they lie; rows
+    and weights each float32 or bfloat16."""
+    out = jax.ShapeDtypeStruct((x_RI.shape[0], w_GOI.shape[out_dim]), x_RI.dtype)
     call = jax.ffi.ffi_call("ling_grouped_product", out)
-    return call(x_RI, w_EOI, group_sizes_E.astype(jnp.int32), out_dim=np.int64(out_dim))
+    sizes, first = (jnp.asarray(a, jnp.int32) for a in (group_sizes_E, first))
+    return call(x_RI, w_GOI, sizes, first, out_dim=np.int64(out_dim))
 
 
 def weight_gradient(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -358,3 +363,10 @@ def adamw(
     call = jax.ffi.ffi_call("ling_adamw", outs, input_output_aliases={0: 0, 2: 1, 3: 2})
     new = call(weight, gradient, mean, square, scalars, **{name: np.float32(x) for name, x in rule.items()})
     return new[0], new[1], new[2]
+
+
+def choose(scores_NE: jax.Array, *, groups: int, open_groups: int, choices: int) -> jax.Array:
+    """int32 [N, K] of `model.router`: the best `choices` experts of each token's best groups, best first; of float32
+    scores."""
+    call = jax.ffi.ffi_call("ling_choose", jax.ShapeDtypeStruct((scores_NE.shape[0], choices), jnp.int32))
+    return call(scores_NE, groups=np.int64(groups), open=np.int64(open_groups))

@@ -172,8 +172,8 @@ void product_amx(const Shape& s, const Bf16* x, const W* w, Bf16* y, Index rows,
   }
 }
 
-void gradient_amx(const Bf16* g, const Bf16* x, float* dw, Index rows, Index outputs, Index inputs, Index first,
-                  Index last) {
+void gradient_amx(const Bf16* g, Index stride, const Bf16* x, float* dw, Index rows, Index outputs, Index inputs,
+                  Index first, Index last) {
   const UseTiles use;
   constexpr Index kDeep = 512;
   Bf16* a = scratch<Bf16>(kA, kWidth * kDeep);
@@ -198,7 +198,7 @@ void gradient_amx(const Bf16* g, const Bf16* x, float* dw, Index rows, Index out
       const Index height = std::min(kWidth, outputs - m);
       for (Index r = 0; r < rows; r += kDeep) {
         const Index depth = std::min(kDeep, rows - r), steps = ceil_div(depth, kStep);
-        pack_pairs<true>(g + r * outputs + m, outputs, depth, height, a);
+        pack_pairs<true>(g + r * stride + m, stride, depth, height, a);
         pack_pairs<false>(x + r * inputs + n, inputs, depth, columns, b);
         for (Index i = 0; i < height; i += 32) {
           for (Index j = 0; j < columns; j += 32) {

@@ -161,10 +161,10 @@ void weight_gradients(ffi::ThreadPool& pool, Index threads, const Pairs& pairs, 
     const Index at = t.group * hidden * width;
     const X* rows = gather_item(pairs, t, in ? given.x : given.g, hidden);
     if (in) {
-      gradient_item(inner.gate + t.row * width, rows, to.dgate + at, t, width, hidden);
-      gradient_item(inner.up + t.row * width, rows, to.dup + at, t, width, hidden);
+      gradient_item(inner.gate + t.row * width, width, rows, to.dgate + at, t, width, hidden);
+      gradient_item(inner.up + t.row * width, width, rows, to.dup + at, t, width, hidden);
     } else {
-      gradient_item(rows, inner.gated + t.row * width, to.ddown + at, t, hidden, width);
+      gradient_item(rows, hidden, inner.gated + t.row * width, to.ddown + at, t, hidden, width);
     }
   });
 }

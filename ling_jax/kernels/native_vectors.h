@@ -122,6 +122,19 @@ inline void transpose(V (&rows)[kLanes]) {
   if constexpr (2 * D < kLanes) transpose<2 * D>(rows);
 }
 
+// Lane i: the sum of rows[i]'s lanes. Of two vectors at a time, which become one. Overwrites rows.
+template <int D = 1>
+inline Vec sums_of_lanes(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes / (2 * D); ++i) {
+    Vec a = rows[2 * i], b = rows[2 * i + 1];
+    swap_blocks<D>(a, b, std::make_integer_sequence<int, kLanes>());
+    rows[i] = a + b;
+  }
+  if constexpr (2 * D < kLanes) return sums_of_lanes<2 * D>(rows);
+  return rows[0];
+}
+
 struct alignas(64) Line {
   char bytes[64];
 };

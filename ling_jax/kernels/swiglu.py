@@ -162,6 +162,15 @@ def _forward_in_xla(
     return _forward(x_ND, scale_NK, _layer_of(stacks, layer), plan, block)
 
 
+def _forward_without_cpp(
+    x_ND: jax.Array, scale_NK: jax.Array, stacks: Stacks, layer: jax.Array, plan: RowPlan, *, block: int
+) -> tuple[jax.Array, Inner]:
+    if block > 1:
+        return _forward_in_xla(x_ND, scale_NK, stacks, layer, plan, block=block)
+    weights = tuple(LayerWeight(PlainWeight(stack), layer) for stack in stacks)  # few rows: no layer is cut out whole
+    return _forward(x_ND, scale_NK, weights, plan, block)
+
+
 def _backward_in_cpp(saved: Saved, g_ND: jax.Array, into: Stacks, *, block: int) -> tuple[jax.Array, jax.Array, Stacks]:
     x_ND, scale_NK, _, stacks, layer, plan, inner = saved
     assert layer is not None
@@ -182,7 +191,7 @@ def _backward_in_xla(saved: Saved, g_ND: jax.Array, into: Stacks, *, block: int)
     return dx_ND, dscale_NK, _put(into, jax.tree.leaves(dweights), layer)
 
 
-_cpu_forward = native.or_else("routed_swiglu", _forward_in_cpp, _forward_in_xla)
+_cpu_forward = native.or_else("routed_swiglu", _forward_in_cpp, _forward_without_cpp)
 _cpu_backward = native.or_else("routed_swiglu_gradients", _backward_in_cpp, _backward_in_xla)
 _FORWARD = Kernel(cpu=_cpu_forward, rest=_forward_in_xla)
 _BACKWARD = Kernel(cpu=_cpu_backward, rest=_backward_in_xla)

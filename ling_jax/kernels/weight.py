@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from ling_jax.kernels import blockwise
 from ling_jax.kernels.blockwise import deviation, quantise_tiles
+from ling_jax.kernels.choose import for_cpu
 from ling_jax.kernels.fp8 import BLOCK, FP8Weight
 from ling_jax.kernels.grouped import block_rows, fp8_grouped_product, grouped_product, grouped_weight_gradient
-from ling_jax.kernels.linear import linear
+from ling_jax.kernels.linear import linear, linear_of_layer
 
 
 class StackedLayer(NamedTuple):
@@ -109,6 +110,10 @@ class PlainWeight(Weight):
     def in_stack(self) -> StackedLayer | None:
         return StackedLayer(self.array[None], jnp.zeros((), jnp.int32), None)
 
+    def linear_of_layer(self, layer: jax.Array, x: jax.Array) -> jax.Array:
+        """`linear` with one layer of a stack [L, O, I]."""
+        return linear_of_layer(x, self.array, layer)
+
     def product_of_layer(
         self, layer: jax.Array, x_RI: jax.Array, sizes_E: jax.Array, block: int, out_dim: int
     ) -> jax.Array:
@@ -144,6 +149,11 @@ class ServedWeight(Weight):
         self, swap: Callable[[jax.Array], jax.Array], pick: Callable[[jax.Array], jax.Array]
     ) -> "ServedWeight":
         return ServedWeight(FP8Weight(swap(self.blocks.codes), pick(self.blocks.scales)))
+
+    def linear_of_layer(self, layer: jax.Array, x: jax.Array) -> jax.Array:
+        """`linear` with one layer of a stack [L, O, I]."""
+        blocks: FP8Weight = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), self.blocks)
+        return ServedWeight(blocks).linear(x)
 
     def product_of_layer(
         self, layer: jax.Array, x_RI: jax.Array, sizes_E: jax.Array, block: int, out_dim: int
@@ -212,11 +222,11 @@ class MasterWeight(Weight):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerWeight(Weight):
-    """One layer's weights [E, O, I], where they lie in the stack of all: a kernel's operand that is a part of an array
-    would be copied, chosen experts or not.
+    """One layer's weight [O, I], or its experts' [E, O, I], where it lies in the stack of all: a kernel's operand that
+    is a part of an array would be copied, chosen experts or not.
 
     Attributes:
-      stack: a weight [L, E, O, I].
+      stack: a weight [L, O, I] or [L, E, O, I].
       carrier_LEOI: to train: the stack once more, handed from layer to layer. Gradients go to it alone: on the way back
         each layer writes its part into one array, where a scan would stack copies. Every layer must be run, once.
     """
@@ -235,6 +245,9 @@ class LayerWeight(Weight):
     def dtype(self) -> jnp.dtype:
         return self.stack.dtype
 
+    def linear(self, x: jax.Array) -> jax.Array:
+        return self.stack.linear_of_layer(self.layer, x)
+
     def product(self, x_RI: jax.Array, sizes_E: jax.Array, block: int, out_dim: int) -> jax.Array:
         return self.stack.product_of_layer(self.layer, x_RI, sizes_E, block, out_dim)
 
@@ -243,9 +256,8 @@ class LayerWeight(Weight):
         return self
 
     def in_stack(self) -> StackedLayer | None:
-        if self.carrier_LEOI is None:
+        if not isinstance(self.stack, PlainWeight) or (self.carrier_LEOI is None and not for_cpu()):
             return None
-        assert isinstance(self.stack, PlainWeight)
         return StackedLayer(self.stack.array, self.layer, self.carrier_LEOI)
 
 

@@ -1,8 +1,9 @@
-"""Experts' weights that stay where they lie.
+"""Weights that stay where they lie.
 
 A scan copies what it iterates over, and keeps it once more for the backward pass. Experts' weights are too large for
 that: where one device computes alone, or decodes, a layer is given its number in their stack instead, and reads them
-there (see `kernels.weight.LayerWeight`).
+there (see `kernels.weight.LayerWeight`). So is it with all matrices where a CPU decodes, whose time is that of reading
+them.
 
 Legend: L layers, E experts.
 """
@@ -15,14 +16,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ling_jax.config.parameters import EXPERT
+from ling_jax.kernels.choose import for_cpu
 from ling_jax.kernels.weight import LayerWeight, as_weight
 
 
-def _experts(f: Callable[..., Any], params: nnx.State, *others: nnx.State) -> Any:
-    """`params` with f(projection's name, value) of every weight that has a dim of experts."""
+def _stays(axes: tuple[str, ...], decoding: bool) -> bool:
+    """Whether a weight with these dims stays in its stack."""
+    return EXPERT in axes or (decoding and for_cpu() and len(axes) == 2)
+
+
+def _kept(f: Callable[..., Any], decoding: bool, params: nnx.State, *others: nnx.State) -> Any:
+    """`params` with f(projection's name, value) of every weight that stays in its stack."""
 
     def of(path: Any, param: nnx.Variable, *same: nnx.Variable) -> nnx.Variable:
-        if EXPERT not in param.get_metadata()["axes"]:
+        if not _stays(param.get_metadata()["axes"], decoding):
             return param
         return param.replace(f(path[-2].key, param.get_value(), *(other.get_value() for other in same)))
 
@@ -32,24 +39,33 @@ def _experts(f: Callable[..., Any], params: nnx.State, *others: nnx.State) -> An
     return jax.tree_util.tree_map_with_path(of, params, *others, is_leaf=is_leaf)
 
 
-def without_experts(stack: nnx.State) -> nnx.State:
-    """A stack of layers with the layers' numbers [L] in place of experts' weights, so that a scan copies none."""
-    return _experts(lambda name, w: jnp.arange(w.shape[0], dtype=jnp.int32), stack)
+def numbered(stack: nnx.State, decoding: bool) -> nnx.State:
+    """A stack of layers without the weights that stay, so that a scan copies none: in their places are the layers'
+    numbers [L], or on CPU, where every operation counts, nothing."""
+
+    def number(name: str, w: Any) -> jax.Array | None:
+        return None if decoding and for_cpu() else jnp.arange(w.shape[0], dtype=jnp.int32)
+
+    return _kept(number, decoding, stack)
 
 
-def with_experts(layer: nnx.State, stack: nnx.State, carriers: Mapping[str, jax.Array]) -> nnx.State:
-    """One layer of what `without_experts` gave, with its experts' weights where they lie in `stack`.
+def in_stack(
+    layer: nnx.State, stack: nnx.State, place: jax.Array, decoding: bool, carriers: Mapping[str, jax.Array]
+) -> nnx.State:
+    """One layer of what `numbered` gave, with its weights where they lie in `stack`.
 
     Args:
+      place: int32 [], the layer's number there.
       carriers: to train them there, what the layer before gave; {} to compute with them only.
     """
 
-    def in_place(name: str, number: jax.Array, w: Any) -> LayerWeight:
+    def in_place(name: str, number: jax.Array | None, w: Any) -> LayerWeight:
+        number = place if number is None else number
         if not carriers:
             return LayerWeight(as_weight(w), number)
         return LayerWeight(as_weight(jax.lax.stop_gradient(w)), number, carriers[name])
 
-    return _experts(in_place, layer, stack)
+    return _kept(in_place, decoding, layer, stack)
 
 
 def first_carriers(stack: nnx.Module) -> dict[str, jax.Array]:
@@ -61,5 +77,5 @@ def first_carriers(stack: nnx.Module) -> dict[str, jax.Array]:
         found[name] = w
         return w
 
-    _experts(note, nnx.state(stack, nnx.Param))
+    _kept(note, False, nnx.state(stack, nnx.Param))
     return found if all(isinstance(w, jax.Array) for w in found.values()) else {}

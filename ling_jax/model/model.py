@@ -18,7 +18,8 @@ from jax.typing import DTypeLike
 
 from ling_jax.config import ONE_DEVICE, LayerKind, LayerRun, MeshConfig, ModelConfig, layer_kinds, layer_runs
 from ling_jax.config.text import columns
-from ling_jax.kernels.precision import dot, under_own_switches
+from ling_jax.kernels.linear import linear_in_float32
+from ling_jax.kernels.precision import under_own_switches
 from ling_jax.model.attention import Context
 from ling_jax.model.block import Block, LayerOutput
 from ling_jax.model.inputs import check_names, checked_batch
@@ -140,8 +141,7 @@ class Ling(nnx.Module):
         """float32 logits of hidden states [..., D], not rounded to the compute dtype on the way; those of the whole
         vocabulary on each device."""
         w_VD, whole_rows = self.head(hidden.dtype)
-        logits = dot(hidden, whole_rows(w_VD).astype(hidden.dtype), ((hidden.ndim - 1,), (1,)))
-        return all_gather(logits, "tensor", axis=-1)
+        return all_gather(linear_in_float32(hidden, whole_rows(w_VD)), "tensor", axis=-1)
 
     @under_own_switches
     def __call__(

@@ -12,8 +12,9 @@ from flax import nnx
 from jax.core import Tracer
 
 from ling_jax.config import ModelConfig, routed_layers
-from ling_jax.model.linear import Init
-from ling_jax.parallel.rules import gather
+from ling_jax.kernels import native
+from ling_jax.kernels.choose import for_cpu
+from ling_jax.model.linear import Init, weight_of
 
 
 class ExpertBias(nnx.Variable):
@@ -30,16 +31,26 @@ class Routing(NamedTuple):
     dropped: jax.Array  # int32 []: token-expert pairs left out by the dispatch
 
 
+def _chosen(biased_NE: jax.Array, *, groups: int, open_groups: int, choices: int) -> jax.Array:
+    """-inf where a group is closed, since a biased score may be negative."""
+    tokens, experts = biased_NE.shape
+    grouped_NGe = biased_NE.reshape(tokens, groups, experts // groups)
+    worth_NG = jax.lax.top_k(grouped_NGe, 2)[0].sum(-1)
+    _, chosen = jax.lax.top_k(worth_NG, open_groups)
+    open_NG = (chosen[:, :, None] == jnp.arange(groups)).any(1)
+    limited_NGe = jnp.where(open_NG[:, :, None], grouped_NGe, -jnp.inf)
+    return jax.lax.top_k(limited_NGe.reshape(tokens, experts), choices)[1]
+
+
+_chosen_on_cpu = native.or_else("choose", native.choose, _chosen)
+
+
 def _select(biased_NE: jax.Array, config: ModelConfig) -> jax.Array:
     """[N, K] ids: the best K among the experts of the best `topk_group` groups, a group being worth the
-    sum of its two best scores; -inf elsewhere, since a biased score may be negative (spec 2.5)."""
-    tokens, experts = biased_NE.shape
-    grouped_NGe = biased_NE.reshape(tokens, config.n_group, experts // config.n_group)
-    worth_NG = jax.lax.top_k(grouped_NGe, 2)[0].sum(-1)
-    _, chosen = jax.lax.top_k(worth_NG, config.topk_group)
-    open_NG = (chosen[:, :, None] == jnp.arange(config.n_group)).any(1)
-    limited_NGe = jnp.where(open_NG[:, :, None], grouped_NGe, -jnp.inf)
-    return jax.lax.top_k(limited_NGe.reshape(tokens, experts), config.num_experts_per_tok)[1]
+    sum of its two best scores (spec 2.5)."""
+    choose = _chosen_on_cpu if for_cpu() and biased_NE.size else _chosen
+    sizes = dict(groups=config.n_group, open_groups=config.topk_group, choices=config.num_experts_per_tok)
+    return choose(biased_NE, **sizes)
 
 
 def route(
@@ -130,13 +141,5 @@ class Router(nnx.Module):
         self, x_ND: jax.Array, valid_N: jax.Array, ids_NK: jax.Array | None = None
     ) -> tuple[Routing, jax.Array]:
         """Returns the routing and the float32 logits [N, E]."""
-        weight_ED = gather(
-            self.weight.get_value(), self.weight.axes, self.weight.split, jnp.float32, self.mesh.reduce_dtype
-        )
-        logits_NE = jnp.einsum(
-            "nd,ed->ne",
-            x_ND.astype(jnp.float32),
-            weight_ED.astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        logits_NE = weight_of(self.weight, jnp.dtype(jnp.float32), self.mesh).linear(x_ND.astype(jnp.float32))
         return route(logits_NE, self.expert_bias.get_value(), valid_N, self.config, ids_NK), logits_NE

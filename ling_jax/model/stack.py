@@ -16,14 +16,16 @@ from ling_jax.config.layers import LayerGroup, LayerRun, layer_groups
 from ling_jax.kernels.swiglu import gradients_start_here
 from ling_jax.model.attention import Context
 from ling_jax.model.block import LayerOutput
-from ling_jax.model.in_place import first_carriers, with_experts, without_experts
+from ling_jax.model.in_place import first_carriers, in_stack, numbered
 
 _POLICIES = jax.checkpoint_policies
 # What the backward pass keeps of a layer, beside its weights ("none" keeps everything). The names are given to arrays
-# by kernels.attention, parallel.dispatch and below.
+# by kernels.attention, kernels.linear, parallel.dispatch and below.
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": _POLICIES.nothing_saveable,  # its input
-    "minimal": _POLICIES.dots_with_no_batch_dims_saveable,  # the products with weights
+    "minimal": _POLICIES.save_from_both_policies(  # the products with weights; "product" are those in C++
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("product")
+    ),
     "save_attention": _POLICIES.save_only_these_names("attention"),
     "save_dispatch": _POLICIES.save_only_these_names("dispatch"),  # the rows that came to this device's experts
     "offload": _POLICIES.save_and_offload_only_these_names(  # its input, in the host's memory
@@ -120,8 +122,9 @@ def _run_group(
     bodies, layers = [], []
     for run in group.runs:
         graph, whole = nnx.split(stacks[run.kind.key])
-        stays = carry[1] is not None or bool(carry[2][run.kind.key])  # experts' weights stay where they lie
-        layers.append(_layers_of(group, run, without_experts(whole) if stays else whole, ids_LBTK))
+        decoding = carry[1] is not None
+        stays = decoding or bool(carry[2][run.kind.key])  # experts' weights, at least, stay where they lie
+        layers.append(_layers_of(group, run, numbered(whole, decoding) if stays else whole, ids_LBTK))
         bodies.append(_layer_body(run, graph, whole if stays else None, context, how))
 
     def once(carry: Any, layers: Any) -> tuple[Any, list[LayerOutput]]:
@@ -145,16 +148,19 @@ def _layer_body(run: LayerRun, graph: Any, whole: Any, context: Context, how: Ho
     """Makes one step of a run's scan; `whole` is the kind's stack if its experts' weights stay there."""
     key = run.kind.key
 
-    def layer(params, x_BTD, ids_BTK, number, layer_cache, carriers):
+    def layer(params, x_BTD, ids_BTK, place, number, layer_cache, carriers):
         x_BTD = checkpoint_name(x_BTD, "layer_input")
-        module = nnx.merge(graph, params if whole is None else with_experts(params, whole, carriers))
+        if whole is not None:
+            params = in_stack(params, whole, place, layer_cache is not None, carriers)
+        module = nnx.merge(graph, params)
         out = module(x_BTD, context._replace(layer=number), ids_BTK, layer_cache)
         return out._replace(captured={k: v for k, v in out.captured.items() if k in how.capture})
 
     def body(carry, xs: _Layers):
         x_BTD, cache, carriers = carry
         layer_cache = None if cache is None else cache.layer(key, xs.place)
-        out = rematerialised(layer, how)(xs.params, x_BTD, xs.ids_BTK, xs.layer, layer_cache, carriers[key])
+        args = xs.params, x_BTD, xs.ids_BTK, xs.place, xs.layer, layer_cache, carriers[key]
+        out = rematerialised(layer, how)(*args)
         cache = None if cache is None else cache.with_layer(key, out.cache)
         carry = out.hidden_BTD, cache, {**carriers, key: out.carriers}
         return carry, out._replace(hidden_BTD=None, cache=None, carriers={})

@@ -117,8 +117,8 @@ def make_serving_plan(
     graph, params, bias = split_model(served)
     program = Program(graph, mesh)
     asked, rows = rows, -(-rows // program.batch_shards) * program.batch_shards
-    make = partial(empty_rows, model, rows, slots, stops=STOPS, drafts=0, routing=False, tensor=split.tensor)
-    state = jax.eval_shape(partial(make, dtype=jnp.dtype(dtype), options=empty_options(rows)))
+    make = partial(empty_rows, config=model, batch=rows, slots=slots, stops=STOPS, drafts=0, routing=False)
+    state = jax.eval_shape(partial(make, dtype=jnp.dtype(dtype), tensor=split.tensor), empty_options(rows))
 
     def placed(tree: Any, specs: Any) -> Any:
         def place(a: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
