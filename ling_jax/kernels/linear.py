@@ -56,6 +56,12 @@ def _product(x: jax.Array, w_LOI: jax.Array, layer: jax.Array | int, out_dim: in
     return checkpoint_name(y.reshape(*x.shape[:-1], -1), "product")
 
 
+def _forward(x: jax.Array, w_OI: jax.Array) -> jax.Array:
+    if _known(x, w_OI):
+        return _product(x, w_OI[None], 0, 1)
+    return dot(x, w_OI.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
+
+
 @jax.custom_vjp
 def linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
     """x w^T.
@@ -65,13 +71,11 @@ def linear(x: jax.Array, w_OI: jax.Array) -> jax.Array:
     Returns:
       [..., O] in x's dtype, accumulated in float32; weight gradients keep the float32 sum.
     """
-    if _known(x, w_OI):
-        return _product(x, w_OI[None], 0, 1)
-    return dot(x, w_OI.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
+    return _forward(x, w_OI)
 
 
 def _linear_fwd(x: jax.Array, w_OI: jax.Array) -> tuple[jax.Array, Any]:
-    return linear(x, w_OI), (x, w_OI)
+    return _forward(x, w_OI), (x, w_OI)  # not `linear`, into which no policy of jax.checkpoint looks
 
 
 def _linear_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:

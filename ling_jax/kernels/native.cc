@@ -33,11 +33,11 @@ constexpr int kRows = 12;
 constexpr int kRows = kLanes == 16 ? 14 : 6;
 #endif
 constexpr Index kDepth = 256;
-constexpr Index kChunk = 128;  // rows of a, or some more or less, that meet all panels before the next
+constexpr Index kChunk = 128;   // rows of a, or some more or less, that meet all panels before the next
 constexpr Index kFew = kLanes;  // rows up to which neither x nor w is packed
 constexpr Index kSome = 256;    // rows up to which x is packed and not w
 constexpr Index kAhead = 8192;  // bytes between what is read and what is asked for
-constexpr Index kMost = 1024;  // rows of one item of work
+constexpr Index kMost = 1024;   // rows of one item of work
 
 // ---- float32 tiles ----
 
@@ -276,10 +276,14 @@ void product_few(const Shape& s, const X* x, const W* w, X* y, Index rows, Index
     const Index end = std::min<Index>(n + kLanes, last);
     for_parts(rows, ceil_div(rows, 4), [&](Index r, Index height) {
       switch (height) {
-        case 1: return strips(std::integral_constant<int, 1>(), r, n, end);
-        case 2: return strips(std::integral_constant<int, 2>(), r, n, end);
-        case 3: return strips(std::integral_constant<int, 3>(), r, n, end);
-        default: return strips(std::integral_constant<int, 4>(), r, n, end);
+        case 1:
+          return strips(std::integral_constant<int, 1>(), r, n, end);
+        case 2:
+          return strips(std::integral_constant<int, 2>(), r, n, end);
+        case 3:
+          return strips(std::integral_constant<int, 3>(), r, n, end);
+        default:
+          return strips(std::integral_constant<int, 4>(), r, n, end);
       }
     });
   }
@@ -749,7 +753,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LingAttentionGradient, attention_gradient_handler,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingLightning, lightning_handler, (arrays<6, 2>().Attr<float>("scale")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingLightningGradient, lightning_gradient_handler, (arrays<8, 4>().Attr<float>("scale")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingCachedAttention, cached_handler, (arrays<5, 1>().Attr<float>("scale")));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler, (arrays<7, 4>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExperts, experts_handler, (arrays<9, 4>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingExpertsGradient, experts_gradient_handler, (arrays<13, 9>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingEmpty, empty_handler, (arrays<0, 1>().Attr<std::int64_t>("number")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(

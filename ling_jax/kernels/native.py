@@ -161,11 +161,10 @@ def available() -> bool:
 
 
 def or_else(name: str, native: Callable[..., Any], fallback: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is `native` where the library is `available` and `fallback` elsewhere.
+    """A function that is `native` on CPU where the library is `available`, and `fallback` elsewhere.
 
-    It is a primitive, so that this is decided when a program is lowered for CPU: a program for TPU, whose conditionals
-    on the platform are traced with their CPU branch too, builds nothing. Arguments and results are pytrees of arrays,
-    keywords static.
+    It is a primitive, so that this is decided when a program is lowered: one for TPU builds nothing. Arguments and
+    results are pytrees of arrays, keywords static.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -192,7 +191,12 @@ def or_else(name: str, native: Callable[..., Any], fallback: Callable[..., Any])
 
     primitive.def_impl(chosen)
     primitive.def_abstract_eval(abstract)
+
+    def elsewhere(*arrays: jax.Array, tree: Any, **static: Any) -> list[jax.Array]:
+        return jax.tree.leaves(fallback(*jax.tree.unflatten(tree, arrays), **static))
+
     mlir.register_lowering(primitive, mlir.lower_fun(chosen, multiple_results=True), platform="cpu")
+    mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=True))
     return bind
 
 
@@ -306,17 +310,17 @@ def experts(
     up_LEFD: jax.Array,
     down_LEDF: jax.Array,
     layer: jax.Array,
-    *,
-    rows: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(y [N, D], gate and up [rows, F]) of `kernels.swiglu.routed_swiglu` with one layer of a stack; x, and the weights
-    alike, each float32 or bfloat16. Gate and up are in an order of their own, for `experts_gradients`; the last of them
-    are not written."""
-    (tokens, hidden), pairs, width = x_ND.shape, ids_NK.size, gate_LEFD.shape[2]
-    shapes = (tokens, hidden), (rows, width), (rows, width), (pairs, hidden)
-    call = jax.ffi.ffi_call("ling_experts", [jax.ShapeDtypeStruct(shape, x_ND.dtype) for shape in shapes])
-    y_ND, gate_RF, up_RF, _ = call(x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer)
-    return y_ND, gate_RF, up_RF
+    *kept_LRF: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """y [N, D] of `kernels.swiglu.routed_swiglu` with one layer of a stack; x, and the weights alike, each float32 or
+    bfloat16. And the two arrays `kept`, in whose layer, or only one, gate and up are written for `experts_gradients` in
+    an order of their own, the last rows not at all; with R 0 they are not kept."""
+    outs = [jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)]
+    outs += [jax.ShapeDtypeStruct(kept.shape, kept.dtype) for kept in kept_LRF]
+    outs += [jax.ShapeDtypeStruct((ids_NK.size, x_ND.shape[1]), x_ND.dtype)]
+    args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer
+    aliases = {len(args): 1, len(args) + 1: 2} if kept_LRF[0].size else {}
+    return tuple(jax.ffi.ffi_call("ling_experts", outs, input_output_aliases=aliases)(*args, *kept_LRF)[:3])
 
 
 def experts_gradients(
@@ -327,18 +331,18 @@ def experts_gradients(
     up_LEFD: jax.Array,
     down_LEDF: jax.Array,
     layer: jax.Array,
-    gate_RF: jax.Array,
-    up_RF: jax.Array,
+    gate_LRF: jax.Array,
+    up_LRF: jax.Array,
     g_ND: jax.Array,
     *into: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Gradients of x (in its dtype), of scales, and of the layer's three weights: written where that layer's part lies
-    `into` three stacks [L, ...], or ones [1, ...], float32. g in x's dtype."""
+    `into` three stacks [L, ...], or ones [1, ...], float32. g in x's dtype; gate and up as `experts` kept them."""
     pairs, (_, _, width, hidden) = ids_NK.size, gate_LEFD.shape
     outs = [jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), jax.ShapeDtypeStruct(scale_NK.shape, jnp.float32)]
     outs += [jax.ShapeDtypeStruct(stack.shape, jnp.float32) for stack in into]
     outs += [jax.ShapeDtypeStruct((pairs, columns), x_ND.dtype) for columns in (width, width, width, hidden)]
-    args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer, gate_RF, up_RF, g_ND
+    args = x_ND, scale_NK, ids_NK.astype(jnp.int32), gate_LEFD, up_LEFD, down_LEDF, layer, gate_LRF, up_LRF, g_ND
     aliases = {len(args) + i: 2 + i for i in range(len(into))}
     call = jax.ffi.ffi_call("ling_experts_gradient", outs, input_output_aliases=aliases)
     return tuple(call(*args, *into)[:5])

@@ -81,7 +81,7 @@ inline Vec sigmoid(Vec x) {
   return 1.f / (1.f + exp_of(-x < most ? -x : most));
 }
 
-// y [N, D], and gate and up [rows, F]; `results` [pairs, D] is for use inside.
+// y [N, D], and gate and up [rows, F] if these are kept; `results` [pairs, D] is for use inside.
 template <typename X, typename W>
 void experts_forward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W>& w, const X* x, const float* scale,
                      X* y, X* gate, X* up, X* results) {
@@ -92,7 +92,9 @@ void experts_forward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W>
   parallel(pool, threads, items.size(), [&](Index i) {
     const Item& t = items[i];
     X *rows = gather_item(pairs, t, x, hidden), *gated = scratch<X>(kInner, t.rows * width);
-    X *g = gate + t.row * width, *u = up + t.row * width;
+    X* here = gate != nullptr ? nullptr : scratch<X>(kOther, 2 * t.rows * width);
+    X* g = gate != nullptr ? gate + t.row * width : here;
+    X* u = gate != nullptr ? up + t.row * width : here + t.rows * width;
     product_item(inwards, rows, w.gate + w.at(t), g, t.rows, 0, width);
     product_item(inwards, rows, w.up + w.at(t), u, t.rows, 0, width);
     for (Index j = 0, count = t.rows * width; j < count; j += kLanes) {
@@ -210,15 +212,19 @@ Weights<W> weights_of(const W* gate, ffi::AnyBuffer up, ffi::AnyBuffer down, ffi
 
 ffi::Error experts_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer ids,
                            ffi::AnyBuffer w_gate, ffi::AnyBuffer w_up, ffi::AnyBuffer w_down, ffi::AnyBuffer layer,
-                           ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> gate,
-                           ffi::Result<ffi::AnyBuffer> up, ffi::Result<ffi::AnyBuffer> results) {
+                           ffi::AnyBuffer /* gate as given: the result is its memory */,
+                           ffi::AnyBuffer /* up as given */, ffi::Result<ffi::AnyBuffer> y,
+                           ffi::Result<ffi::AnyBuffer> gate, ffi::Result<ffi::AnyBuffer> up,
+                           ffi::Result<ffi::AnyBuffer> results) {
   const Pairs pairs(ids, w_gate.dimensions()[1]);
+  const bool keep = gate->element_count() > 0;
   return with_type(x, [&](auto* rows) {
     using X = std::remove_pointer_t<decltype(rows)>;
     return with_type(w_gate, [&](auto* first) {
       const Weights<std::remove_pointer_t<decltype(first)>> weights = weights_of(first, w_up, w_down, layer);
-      experts_forward<X>(pool, pairs, weights, rows, data<const float>(scale), data<X>(*y), data<X>(*gate),
-                         data<X>(*up), data<X>(*results));
+      X *g = keep ? data<X>(*gate) + part_of(*gate, layer) : nullptr,
+        *u = keep ? data<X>(*up) + part_of(*up, layer) : nullptr;
+      experts_forward<X>(pool, pairs, weights, rows, data<const float>(scale), data<X>(*y), g, u, data<X>(*results));
       return ffi::Error::Success();
     });
   });
@@ -240,7 +246,8 @@ ffi::Error experts_gradient_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi:
     return with_type(w_gate, [&](auto* first) {
       const Weights<std::remove_pointer_t<decltype(first)>> weights = weights_of(first, w_up, w_down, layer);
       const Inner<X> inner{data<X>(*inner_gated), data<X>(*inner_gate), data<X>(*inner_up)};
-      const Given<X> given{rows, data<const float>(scale), data<const X>(gate), data<const X>(up), data<const X>(g)};
+      const Given<X> given{rows, data<const float>(scale), data<const X>(gate) + part_of(gate, layer),
+                           data<const X>(up) + part_of(up, layer), data<const X>(g)};
       const Gradients<X> to{data<X>(*dx), data<float>(*dscale), data<float>(*dgate) + part_of(*dgate, layer),
                             data<float>(*dup) + part_of(*dup, layer), data<float>(*ddown) + part_of(*ddown, layer)};
       experts_backward<X>(pool, pairs, weights, given, inner, data<X>(*results), to);

@@ -23,12 +23,26 @@ from ling_jax.kernels.grouped import block_rows, fp8_grouped_product, grouped_pr
 from ling_jax.kernels.linear import linear, linear_of_layer
 
 
+class Carrier(NamedTuple):
+    """The arrays of a weight that trains in its stack, handed from layer to layer: on the way back each layer writes
+    its part into one array, where a scan would stack copies. Every layer must be run, once.
+
+    Attributes:
+      stack_LEOI: the stack of weights once more: gradients go to it alone.
+      kept_LRO: memory in which a product's results lie for the backward pass, to which they come as its cotangent; None
+        where they are kept otherwise.
+    """
+
+    stack_LEOI: jax.Array
+    kept_LRO: jax.Array | None
+
+
 class StackedLayer(NamedTuple):
     """One layer of a stack of experts' weights, as a kernel takes it that reads them where they lie."""
 
     array_LEOI: jax.Array
     layer: jax.Array  # int32 []
-    carrier_LEOI: jax.Array | None  # see `LayerWeight`
+    carrier: Carrier | None
 
 
 class Weight:
@@ -227,19 +241,18 @@ class LayerWeight(Weight):
 
     Attributes:
       stack: a weight [L, O, I] or [L, E, O, I].
-      carrier_LEOI: to train: the stack once more, handed from layer to layer. Gradients go to it alone: on the way back
-        each layer writes its part into one array, where a scan would stack copies. Every layer must be run, once.
+      carrier: to train.
     """
 
     stack: PlainWeight | ServedWeight
     layer: jax.Array  # int32 []
-    carrier_LEOI: jax.Array | None = None
+    carrier: Carrier | None = None
 
     @classmethod
-    def cotangent(cls, of_carrier_LEOI: jax.Array) -> "LayerWeight":
+    def cotangent(cls, of_carrier: Carrier) -> "LayerWeight":
         """The cotangent whose only part is the carrier's."""
         nothing: Any = None  # for what is only read
-        return cls(nothing, nothing, of_carrier_LEOI)
+        return cls(nothing, nothing, of_carrier)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -256,9 +269,9 @@ class LayerWeight(Weight):
         return self
 
     def in_stack(self) -> StackedLayer | None:
-        if not isinstance(self.stack, PlainWeight) or (self.carrier_LEOI is None and not for_cpu()):
+        if not isinstance(self.stack, PlainWeight) or (self.carrier is None and not for_cpu()):
             return None
-        return StackedLayer(self.stack.array, self.layer, self.carrier_LEOI)
+        return StackedLayer(self.stack.array, self.layer, self.carrier)
 
 
 def as_weight(value: Any) -> Any:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ling_jax.config import LayerKind, ModelConfig
+from ling_jax.kernels.weight import Carrier
 from ling_jax.model.attention import Attention, Context, MixerOutput
 from ling_jax.model.experts import Experts
 from ling_jax.model.linear import Init, SwiGLU
@@ -41,7 +42,7 @@ class LayerOutput(NamedTuple):
     hidden_BTD: jax.Array
     routing: Routing | None
     cache: Any
-    carriers: dict[str, jax.Array]
+    carriers: dict[str, Carrier]
     captured: dict[str, jax.Array]
 
 
@@ -51,7 +52,7 @@ class MoEOutput(NamedTuple):
     y_BTD: jax.Array
     routing: Routing
     logits_BTE: jax.Array  # float32, of the router
-    carriers: dict[str, jax.Array]
+    carriers: dict[str, Carrier]
 
 
 class SparseMoE(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 from ling_jax.config import ModelConfig
 from ling_jax.kernels.rows import plan_rows
 from ling_jax.kernels.swiglu import block_for, routed_swiglu
-from ling_jax.kernels.weight import as_weight
+from ling_jax.kernels.weight import Carrier, as_weight
 from ling_jax.model.linear import Init
 from ling_jax.parallel.dispatch import dispatch
 from ling_jax.parallel.mesh import axis_size
@@ -35,7 +35,7 @@ class ExpertsOutput(NamedTuple):
 
     y_ND: jax.Array
     dropped: jax.Array
-    carriers: dict[str, jax.Array]
+    carriers: dict[str, Carrier]
 
 
 class ExpertWeights(nnx.Module):

@@ -17,7 +17,10 @@ from flax import nnx
 
 from ling_jax.config.parameters import EXPERT
 from ling_jax.kernels.choose import for_cpu
-from ling_jax.kernels.weight import LayerWeight, as_weight
+from ling_jax.kernels.grouped import block_rows, padded_rows
+from ling_jax.kernels.swiglu import unwritten
+from ling_jax.kernels.weight import Carrier, LayerWeight, as_weight
+from ling_jax.model.experts import PROJECTIONS
 
 
 def _stays(axes: tuple[str, ...], decoding: bool) -> bool:
@@ -50,7 +53,7 @@ def numbered(stack: nnx.State, decoding: bool) -> nnx.State:
 
 
 def in_stack(
-    layer: nnx.State, stack: nnx.State, place: jax.Array, decoding: bool, carriers: Mapping[str, jax.Array]
+    layer: nnx.State, stack: nnx.State, place: jax.Array, decoding: bool, carriers: Mapping[str, Carrier]
 ) -> nnx.State:
     """One layer of what `numbered` gave, with its weights where they lie in `stack`.
 
@@ -68,9 +71,14 @@ def in_stack(
     return _kept(in_place, decoding, layer, stack)
 
 
-def first_carriers(stack: nnx.Module) -> dict[str, jax.Array]:
-    """The carriers for the first layer of a stack that trains its experts' weights in place: the stacks themselves, by
-    their projections' names. {} without experts, or unless all are arrays: those in FP8 train as they come."""
+def first_carriers(stack: nnx.Module, pairs: int, dtype: jnp.dtype, number: int = 0) -> dict[str, Carrier]:
+    """The carriers for the first layer of a stack that trains its experts' weights in place, by their projections'
+    names. {} without experts, or unless all are arrays: those in FP8 train as they come.
+
+    Args:
+      pairs: of tokens and experts, whose gate and up in `dtype` are to be kept in stacks of all layers; 0 for none.
+      number: of this stack of layers among all.
+    """
     found: dict[str, Any] = {}
 
     def note(name: str, w: Any) -> Any:
@@ -78,4 +86,13 @@ def first_carriers(stack: nnx.Module) -> dict[str, jax.Array]:
         return w
 
     _kept(note, False, nnx.state(stack, nnx.Param))
-    return found if all(isinstance(w, jax.Array) for w in found.values()) else {}
+    if not all(isinstance(w, jax.Array) for w in found.values()):
+        return {}
+    inwards = [name for name in PROJECTIONS[:2] if name in found and pairs]
+    shapes = {name: found[name].shape for name in inwards}
+    room = [
+        jnp.zeros((layers, padded_rows(pairs, experts, block_rows(pairs, experts)), outputs), dtype)
+        for layers, experts, outputs, _ in shapes.values()
+    ]
+    kept = dict(zip(inwards, unwritten(room, 2 * number), strict=True))
+    return {name: Carrier(w, kept.get(name)) for name, w in found.items()}

@@ -297,7 +297,8 @@ class Ling(nnx.Module):
         return rematerialised(run, self._how((), None))(params, embedded_BTD, final_BTD, ids_BTK)
 
     def _how(self, capture: Sequence[str], cache: Any) -> How:
-        return How(capture, self.remat, self.unroll, cache is None and math.prod(self.mesh.shape) == 1)
+        alone = cache is None and math.prod(self.mesh.shape) == 1
+        return How(capture, self.remat, self.unroll, alone, self.config.num_experts_per_tok)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -4,6 +4,7 @@ runs come again in the same order, they are all inside one scan over the repeats
 Legend: B rows, T tokens, D hidden, L layers that route, K experts per token.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ling_jax.config.layers import LayerGroup, LayerRun, layer_groups
+from ling_jax.kernels.choose import for_cpu
 from ling_jax.kernels.swiglu import gradients_start_here
 from ling_jax.model.attention import Context
 from ling_jax.model.block import LayerOutput
@@ -45,12 +47,14 @@ class How(NamedTuple):
       remat: what the backward pass keeps, "none" or a name of REMAT_POLICIES.
       unroll: as straight code instead of a scan.
       alone: one device computes without a cache, so experts' weights train in their stacks.
+      choices: experts of each token.
     """
 
     capture: Sequence[str]
     remat: str
     unroll: bool
     alone: bool
+    choices: int
 
 
 def rematerialised(f: Callable, how: How) -> Callable:
@@ -77,7 +81,12 @@ def run_layers(
       ids_LBTK: a routing to replay, of all layers of the model that route.
       cache: a `generate.cache.Cache`, or None.
     """
-    carriers = {key: first_carriers(stack) if how.alone else {} for key, stack in stacks.items()}
+    # Of a layer that is computed again, the kept results would be kept once more for each layer.
+    pairs = math.prod(x_BTD.shape[:2]) * how.choices if how.remat == "none" and for_cpu() else 0
+    carriers = {
+        key: first_carriers(stack, pairs, x_BTD.dtype, number) if how.alone else {}
+        for number, (key, stack) in enumerate(stacks.items())
+    }
     per_layer: list[LayerOutput] = []
     for group in layer_groups(runs):
         here = {run.kind.key: carriers[run.kind.key] for run in group.runs}

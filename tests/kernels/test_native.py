@@ -25,6 +25,7 @@ from tests.tiny_run import REPO
 EMULATED = f'-DLING_AMX_EMULATED="{REPO / "tests" / "support" / "amx_emulated.h"}"'
 # (R, E, I, O). Few rows and many; one column; more than one packed block of every dim; what no vector divides.
 SHAPES = ((1, 3, 5, 1), (8, 6, 64, 32), (37, 5, 33, 70), (300, 4, 256, 128), (530, 2, 40, 21), (40, 3, 515, 290))
+SHAPES += ((300, 1, 70, 290),)  # one group alone
 DTYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
 
 
@@ -84,6 +85,13 @@ def hostile_sizes(rows: int, groups: int) -> list[list[int]]:
     return [first, last, none, single, [rows // 2 // groups] * groups]
 
 
+def check_few() -> None:
+    """Groups of 1 to 40 rows, which are multiplied in ways of their own: outputs that end inside a vector."""
+    for sizes, shape in ((range(1, 10), (50, 9, 41, 37)), ((16, 17, 33, 1, 40), (110, 5, 300, 75))):
+        for dtypes in DTYPES:
+            check(shape, dtypes, list(sizes))
+
+
 def check_all(shapes=SHAPES) -> None:
     for shape in shapes:
         for dtypes in DTYPES:
@@ -103,8 +111,42 @@ def test_every_hostile_layout_gives_exact_sums(library):
     check_all()
 
 
+def test_few_rows_of_each_number_give_exact_sums(library):
+    check_few()
+
+
 def test_random_layouts_give_exact_sums(library):
     check_random_sizes()
+
+
+@pytest.mark.parametrize("first", [0, 2, 3, 9, -1])
+def test_groups_weights_may_begin_anywhere_in_a_longer_stack(first, library):
+    """And never outside it."""
+    x, w, g = arrays((20, 5, 48, 33))
+    sizes = np.array([3, 17], np.int32)
+    begin = min(max(first, 0), 3)
+    want = by_hand(x, w[begin : begin + 2], g, sizes)
+    for out_dim, rows in ((1, x), (2, g)):
+        got = jax.jit(partial(native.product, out_dim=out_dim))(rows, w, sizes, jnp.int32(first))
+        np.testing.assert_array_equal(got, np.float32(want[out_dim - 1]))
+
+
+def test_short_work_of_eight_devices_at_once_is_done_whoever_waits_for_it(library):
+    """Threads of the pool wait for the next work; each device's has to come back right from every one of 300 turns."""
+    mesh = jax.make_mesh((8,), ("expert",))
+    x, w, _ = arrays((64, 6, 64, 64))
+    w = w.at[:].set(jnp.eye(64)[::-1])  # turns a row round
+
+    def turns(x, w):
+        sizes = jnp.array([1, 2, 3, 0, 1, 1])
+        return jax.lax.fori_loop(0, 300, lambda i, x: native.product(x, w, sizes, out_dim=1), x)
+
+    spec = jax.P("expert")
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.shard_map(turns, in_specs=(spec, jax.P()), out_specs=spec, check_vma=False))
+        for _ in range(5):
+            got = np.asarray(run(jax.device_put(x, jax.NamedSharding(mesh, spec)), w))
+            np.testing.assert_array_equal(got, x)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -264,7 +306,10 @@ WIDTHS = {
 }
 CHECKS = """
 from tests.kernels import test_lightning, test_native, test_native_attention, test_native_cached, test_native_experts
+from tests.model import test_router
 test_native.check_all(test_native.SHAPES[2::3])
+test_native.check_few()
+test_router.check_choice()
 test_native_attention.check_few()
 test_native_cached.check_few()
 test_lightning.check_few()

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from ling_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from ling_jax.kernels import native
-from ling_jax.kernels.grouped import block_rows
+from ling_jax.kernels.grouped import block_rows, padded_rows
 from ling_jax.kernels.rows import plan_rows
 from ling_jax.kernels.swiglu import routed_swiglu
-from ling_jax.kernels.weight import LayerWeight, PlainWeight
+from ling_jax.kernels.weight import Carrier, LayerWeight, PlainWeight
 from ling_jax.train.state import make_trainer
 from ling_jax.train.step import make_train_step
 from tests.support.helpers import QUICK, assert_close, assert_gradient_close, assert_trees_equal, small, tiny
@@ -138,8 +138,10 @@ def test_gates_too_large_for_an_exponential():
             assert_gradient_close(one, other, 1e-5)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_weights_are_read_in_their_stack_and_each_layers_gradients_written_where_its_part_lies(dtype):
+def test_weights_are_read_in_their_stack_and_each_layers_gradients_written_where_its_part_lies(dtype, keep):
+    """And so is, if asked, what the backward pass is to know of gate and up."""
     (x, scale, weights), g = inputs(SHAPES[2], DTYPES[0])
     weights = tuple(w.astype(dtype) for w in weights)
     ids = routing("random", SHAPES[2], np.random.default_rng(3))
@@ -155,14 +157,21 @@ def test_weights_are_read_in_their_stack_and_each_layers_gradients_written_where
             )
 
         (y, after), pull = jax.vjp(f, x, scale, stacks, through)
+        into = tuple(c._replace(stack_LEOI=i) for c, i in zip(after, into, strict=True))  # what was kept goes back
         return y, after, pull((g, into))
 
-    marks = tuple(jnp.full_like(s, 7) for s in stacks)
+    rows = plan.pair_of_R.size
+    kept = [jnp.full((3, rows, s.shape[2]), 5, x.dtype) if keep else None for s in stacks[:2]] + [None]
+    marks = tuple(Carrier(jnp.full_like(s, 7), k) for s, k in zip(stacks, kept, strict=True))
     y, after, (dx, dscale, dstacks, dthrough) = run(x, scale, stacks, marks, g, tuple(s * 0 + 3 for s in stacks))
     want = both(routed, ids, (x, scale, weights), g)
-    assert_trees_equal((y, dx, dscale, tuple(d[1] for d in dthrough)), (want[0], *want[1]))
-    assert_trees_equal(after, marks)
-    assert all(np.all(np.asarray(d)[[0, 2]] == 3) for d in dthrough) and not any(np.any(d) for d in dstacks)
+    of_weights = [np.asarray(c.stack_LEOI) for c in dthrough]
+    assert_trees_equal((y, dx, dscale, tuple(d[1] for d in of_weights)), (want[0], *want[1]))
+    assert_trees_equal([c.stack_LEOI for c in after], [c.stack_LEOI for c in marks])
+    assert all(np.all(d[[0, 2]] == 3) for d in of_weights) and not any(np.any(d) for d in dstacks)
+    for carrier in after[:2] if keep else ():
+        others, mine = np.asarray(carrier.kept_LRO)[[0, 2]], np.asarray(carrier.kept_LRO)[1, : ids.size]
+        assert (others == 5).all() and (mine != 5).all()
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -181,6 +190,14 @@ def test_no_layers_weights_are_saved_or_cut_out_of_their_stack(remat):
     assert not [
         line for line in (step.as_text() or "").splitlines() if made in line and any(c in line for c in copying)
     ]
+    # What experts keep for the backward pass, of two rows of 16 tokens.
+    rows = padded_rows(
+        32 * model.num_experts_per_tok, model.num_experts, block_rows(32 * model.num_experts_per_tok, model.num_experts)
+    )
+    kept = f"= f32[{expert[0]},{rows},{expert[2]}]"
+    text = step.as_text() or ""
+    assert (kept in text) == (remat == "none")
+    assert not [line for line in text.splitlines() if kept in line and any(c in line for c in copying)]
 
 
 # AdamW.

@@ -52,8 +52,9 @@ class Case(NamedTuple):
 
 
 def product_cases(rng: np.random.Generator, dtype: str, weight_dtype: str) -> Iterator[Case]:
-    """Groups of many rows and of few, which are multiplied in another way."""
-    for kind, sizes, width in (("many", [150, 0, 37, 200, 5], 128), ("few", [5, 8, 1, 4], 400)):
+    """Groups of many rows, of some and of few, which are multiplied in three ways; one of all rows."""
+    sizes_of = {"many": [350, 0, 277, 5], "some": [40, 0, 37, 200, 5], "few": [5, 8, 1, 4], "all": [900]}
+    for (kind, sizes), width in zip(sizes_of.items(), (128, 128, 400, 96), strict=True):
         x_RI, sizes_E = normal(rng, sum(sizes) + 8, width, dtype=dtype), np.array(sizes, np.int32)
         w_EOI = normal(rng, len(sizes), width, width, dtype=weight_dtype)
         for out_dim in (1, 2):
@@ -68,8 +69,8 @@ def experts_cases(rng: np.random.Generator, dtype: str, weight_dtype: str) -> It
     ids_NK = np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype(np.int32)
     dims = (1, experts, width, hidden), (1, experts, width, hidden), (1, experts, hidden, width)
     args = x_ND, scale_NK, ids_NK, *(normal(rng, *d, dtype=weight_dtype) / 8 for d in dims), np.int32(0)
-    inner = normal(rng, 2, ids_NK.size, width, dtype=dtype)
-    yield Case("experts", partial(native.experts, rows=ids_NK.size), args, 2)
+    inner = normal(rng, 2, 1, ids_NK.size, width, dtype=dtype)
+    yield Case("experts", native.experts, (*args, *inner), 2)
     yield Case("experts' gradients", native.experts_gradients, (*args, *inner, g_ND, *map(jnp.zeros, dims)), 3)
 
 
@@ -119,11 +120,16 @@ def cases() -> Iterator[Case]:
         for weight_dtype in DTYPES:
             for case in (*product_cases(rng, dtype, weight_dtype), *experts_cases(rng, dtype, weight_dtype)):
                 yield case._replace(name=f"{case.name}, {dtype} with {weight_dtype}")
-        rows = normal(rng, 400, 128, dtype=dtype), normal(rng, 400, 100, dtype=dtype), np.array([190, 0, 7, 200])
-        weights = Case("weight gradient", native.weight_gradient, rows, 1)
+        rows = normal(rng, 400, 128, dtype=dtype), normal(rng, 400, 100, dtype=dtype)
+        weights = [
+            Case(f"weight gradient, {len(sizes)} groups", native.weight_gradient, (*rows, np.array(sizes)), 1)
+            for sizes in ([190, 0, 7, 200], [399])
+        ]
         of_attention = *attention_cases(rng, dtype), *cached_cases(rng, dtype), *lightning_cases(rng, dtype)
-        for case in (weights, *of_attention):
+        for case in (*weights, *of_attention):
             yield case._replace(name=f"{case.name}, {dtype}")
+    choose = partial(native.choose, groups=4, open_groups=2, choices=3)
+    yield Case("choice of experts", choose, (normal(rng, 300, 16),), 1, 5)
     yield Case("adamw", partial(native.adamw, **RULE), (*adamw_arrays(rng, 150_001), SCALARS), 1)
 
 

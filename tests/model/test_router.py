@@ -13,9 +13,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ling_jax.kernels import native
 from ling_jax.model.linear import Init
 from ling_jax.model.model import abstract_model, split_model
-from ling_jax.model.router import Router, route
+from ling_jax.model.router import Router, _chosen, route
 from tests.support.helpers import assert_close, assert_gradient_close, choose_experts, jit, sigmoid, tiny
 
 CONFIG = tiny(num_experts=16, n_group=4, topk_group=2, num_experts_per_tok=5)
@@ -40,6 +41,33 @@ def test_chosen_experts_are_those_of_the_specification(bias_spread):
     logits, bias, valid = draw(0, bias_spread=bias_spread)
     ids = np.asarray(routed(logits, bias, valid, CONFIG).ids)
     assert [set(row) for row in ids] == [set(choose_experts(sigmoid(row), bias, CONFIG)) for row in logits]
+
+
+def check_choice() -> None:
+    """The C++ choice against XLA's: ties, NaN, one group, groups of one expert."""
+    rng = np.random.default_rng(0)
+    for experts, groups, open_groups, choices in (
+        (64, 8, 4, 8),
+        (16, 4, 2, 5),
+        (8, 1, 1, 1),
+        (6, 3, 3, 6),
+        (12, 6, 3, 4),
+    ):
+        sizes = dict(groups=groups, open_groups=open_groups, choices=choices)
+        scores = rng.normal(size=(5, 150, experts)).astype(np.float32)
+        scores[1] = np.round(scores[1]) + 0.0
+        scores[2][rng.random(scores[2].shape) < 0.1] = np.nan
+        scores[3] *= 1e38
+        scores[4] = 0
+        for some in scores:
+            got, want = (jax.jit(partial(f, **sizes))(some) for f in (native.choose, _chosen))
+            np.testing.assert_array_equal(got, want)
+
+
+def test_the_choice_in_cpp_is_xlas():
+    if not native.available():
+        pytest.skip("this machine has no C++ compiler")
+    check_choice()
 
 
 def test_ids_are_best_first():
