@@ -100,6 +100,27 @@ def _megablox_dw(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array, blo
     return megablox.weight_gradient(g_RO, x_RI, group_sizes_E, interpret=interpret)
 
 
+def _chosen_blocks(
+    x_RI: jax.Array, codes: jax.Array, scales: jax.Array, first: jax.Array, group_sizes_E: jax.Array, *, block: int
+) -> jax.Array:
+    """A copy of each block's weight, multiplied out."""
+    groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
+    at_J = jnp.where(groups_J < scales.shape[0], groups_J + first, codes.shape[0])
+    taken = (a.at[index].get(mode="fill", fill_value=0) for a, index in ((codes, at_J), (scales, groups_J)))
+    w_JOI = FP8Weight(*taken).astype(x_RI.dtype)
+    y = _blocked_dot(x_RI.reshape(groups_J.size, block, -1), w_JOI, (2, 2))
+    return y.reshape(x_RI.shape[0], -1).astype(x_RI.dtype)
+
+
+def _native_blocks(
+    x_RI: jax.Array, codes: jax.Array, scales: jax.Array, first: jax.Array, group_sizes_E: jax.Array, *, block: int
+) -> jax.Array:
+    return native.fp8_product(x_RI, codes, scales, group_sizes_E, first)
+
+
+_cpu_chosen_blocks = native.or_else("fp8_product", _native_blocks, _chosen_blocks)
+
+
 def fp8_grouped_product(
     x_RI: jax.Array, stack: FP8Weight, layer: jax.Array, group_sizes_E: jax.Array, block: int
 ) -> jax.Array:
@@ -110,14 +131,7 @@ def fp8_grouped_product(
     groups = stack.shape[1]
     scales = jax.lax.dynamic_index_in_dim(stack.scales, layer, keepdims=False)
     codes = stack.codes.reshape(-1, *stack.shape[2:])
-
-    def chosen(x_RI, codes, scales, first, group_sizes_E):
-        groups_J = groups_of_blocks(group_sizes_E, x_RI.shape[0] // block, block)
-        at_J = jnp.where(groups_J < groups, groups_J + first, codes.shape[0])
-        taken = (a.at[index].get(mode="fill", fill_value=0) for a, index in ((codes, at_J), (scales, groups_J)))
-        w_JOI = FP8Weight(*taken).astype(x_RI.dtype)
-        y = _blocked_dot(x_RI.reshape(groups_J.size, block, -1), w_JOI, (2, 2))
-        return y.reshape(x_RI.shape[0], -1).astype(x_RI.dtype)
+    chosen = partial(_chosen_blocks, block=block)
 
     def multiplied_out(x_RI, codes, scales, first, group_sizes_E):
         mine = jax.lax.dynamic_slice_in_dim(codes, first, groups)
@@ -138,7 +152,8 @@ def fp8_grouped_product(
     on_gpu = chosen if block == 1 else multiplied_out  # of longer blocks XLA would copy the weights first
     if whole and for_nvidia() and gpu_tiles.take_fp8():
         on_gpu = triton
-    return by_platform(*args, cpu=chosen, tpu=kernel if whole else multiplied_out, cuda=on_gpu, rest=multiplied_out)
+    cpu = partial(_cpu_chosen_blocks, block=block) if x_RI.dtype in native.DTYPES else chosen
+    return by_platform(*args, cpu=cpu, tpu=kernel if whole else multiplied_out, cuda=on_gpu, rest=multiplied_out)
 
 
 def _native(x_RI: jax.Array, w_EOI: jax.Array, group_sizes_E: jax.Array, block: int, out_dim: int) -> jax.Array:

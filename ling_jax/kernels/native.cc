@@ -296,15 +296,25 @@ void product_across(const Shape& s, const X* x, const W* w, X* y, Index rows, In
   const Index columns = ceil_div(rows, kColumns) * kColumns;
   float* b = scratch<float>(kB, columns * s.inner);
   float* c = scratch<float>(kC, (kOutputs + kLanes) * columns);
-  float* wide = std::is_same_v<W, float> ? nullptr : scratch<float>(kA, kOutputs * s.inner + kLanes);
+  constexpr bool kAsItLies = std::is_same_v<X, float> && std::is_same_v<W, float>;
+  float* wide = kAsItLies ? nullptr : scratch<float>(kA, kOutputs * s.inner + kLanes);
   for (Index k = 0; k < s.inner; k += kDepth) {
     pack_transposed<X>(x + k, s.inner, std::min(kDepth, s.inner - k), rows, b + k * columns);
   }
   for (Index n = first; n < last; n += kOutputs) {
     const Index height = std::min(kOutputs, last - n);
+    const float* some;
+    if constexpr (kAsItLies) {
+      some = w + n * s.inner;
+    } else {
+      for (Index i = 0, count = height * s.inner; i < count; i += kLanes) {
+        store(wide + i, load_cast<X>(w + n * s.inner + i, count - i));
+      }
+      some = wide;
+    }
     for (Index k = 0; k < s.inner; k += kDepth) {
       const Index depth = std::min(kDepth, s.inner - k);
-      multiply_panels<false>(w + n * s.inner + k, s.inner, b + k * columns, depth, c, columns, height, columns,
+      multiply_panels<false>(some + k, s.inner, b + k * columns, depth, c, columns, height, columns,
                              k > 0 ? Put::kAdd : Put::kSet);
     }
     for (Index m = 0; m < height; m += kLanes) {
@@ -412,7 +422,7 @@ __attribute__((visibility("default"))) Turns ling_turns;
 
 namespace {
 
-void share(ffi::ThreadPool&, Index threads, Index count, Call call, const void* work) {
+void share(ffi::ThreadPool&, Index threads, Index count, Call call, const void* work, bool) {
   const bool alone = std::min(threads, count) <= 1;
   ++(alone ? ling_turns.alone : ling_turns.shared);
   ling_turns.parts += alone ? 0 : count;
@@ -430,6 +440,7 @@ struct Job {
   Call call;
   const void* work;
   Index count;
+  bool more_soon;
   std::atomic<Index> next{0}, done{0};
 
   void take_parts() {
@@ -461,26 +472,24 @@ class Lobby {
     return waiting_.load(std::memory_order_relaxed);
   }
 
-  // Takes parts of `job`, then of others while they are short and come soon.
+  // Takes parts of `job`, then of others as long as they come soon.
   void work(std::shared_ptr<Job> job) {
     using Clock = std::chrono::steady_clock;
-    using std::chrono::microseconds;
     while (job != nullptr) {
-      const auto begun = Clock::now();
       std::uint64_t seen = ticket_.load(std::memory_order_acquire);
+      const bool stay = job->more_soon;
       job->take_parts();
       job = nullptr;
-      const auto ended = Clock::now();
-      if (ended - begun > microseconds(1000)) return;
+      if (!stay) return;
+      const auto until = Clock::now() + std::chrono::microseconds(200);
       waiting_.fetch_add(1, std::memory_order_acq_rel);
-      for (int spins = 1; job == nullptr; ++spins) {
+      for (int spins = 1; job == nullptr && (spins % 64 > 0 || Clock::now() < until); ++spins) {
         if (ticket_.load(std::memory_order_acquire) != seen) {
           const std::lock_guard<std::mutex> lock(mutex_);
           seen = ticket_.load(std::memory_order_relaxed);
           job = job_.lock();
         }
         pause();
-        if (spins % 64 == 0 && Clock::now() - ended > microseconds(200)) break;
       }
       waiting_.fetch_sub(1, std::memory_order_acq_rel);
     }
@@ -496,10 +505,10 @@ class Lobby {
 // Calls call(work, i) once for each i < count, on this thread and on those of XLA's pool that come in time. What a late
 // one touches is only the job's counters: this thread may itself be one of the pool's, and must never wait for a free
 // one.
-void share(ffi::ThreadPool& pool, Index threads, Index count, Call call, const void* work) {
+void share(ffi::ThreadPool& pool, Index threads, Index count, Call call, const void* work, bool more_soon) {
   static Lobby* const lobby = new Lobby;  // threads may be in it when the process ends
   const auto job = std::make_shared<Job>();
-  job->call = call, job->work = work, job->count = count;
+  job->call = call, job->work = work, job->count = count, job->more_soon = more_soon;
   const Index helpers = std::min(threads, count) - 1;
   for (Index i = helpers > 0 ? lobby->announce(job) : 0; i < helpers; ++i) {
     pool.Schedule([job] { lobby->work(job); });
@@ -511,12 +520,13 @@ void share(ffi::ThreadPool& pool, Index threads, Index count, Call call, const v
 }
 #endif
 
-// Calls work(i) once for each i < count, on so many threads at most.
+// Calls work(i) once for each i < count, on so many threads at most; says whether the next such work will come soon, as
+// in a step of decoding.
 template <typename F>
-void parallel(ffi::ThreadPool& pool, Index threads, Index count, const F& work) {
+void parallel(ffi::ThreadPool& pool, Index threads, Index count, const F& work, bool more_soon = false) {
   Call any = call<F>;
   asm volatile("" : "+r"(any));  // the compiler must not know which function this is: it would inline or clone it
-  share(pool, threads, count, any, &work);
+  share(pool, threads, count, any, &work, more_soon);
 }
 
 struct Item {
@@ -584,14 +594,12 @@ Index threads_for(const ffi::ThreadPool& pool, const std::vector<Item>& groups, 
 template <typename X, typename W>
 void product_item(const Shape& s, const X* x, const W* w, X* y, Index rows, Index first, Index last) {
   if (s.transposed && rows <= kFew) return product_few(s, x, w, y, rows, first, last);
-  if constexpr (std::is_same_v<W, float> && std::is_same_v<X, float>) {
-    if (s.transposed && rows <= kSome) return product_across(s, x, w, y, rows, first, last);
-  }
 #if defined(LING_AMX)
   if constexpr (std::is_same_v<X, Bf16>) {
     if (amx_allowed()) return product_amx(s, x, w, y, rows, first, last);
   }
 #endif
+  if (s.transposed && rows <= kSome) return product_across(s, x, w, y, rows, first, last);
   product_tiles(s, x, w, y, rows, first, last);
 }
 
@@ -610,19 +618,25 @@ void gradient_item(const X* g, Index stride, const X* x, float* dw, const Item& 
   gradient_tiles(g, stride, x, dw, t.rows, outputs, inputs, t.first, t.last);
 }
 
+// Whether so many rows are those of a step of decoding.
+bool few_in_all(const std::vector<Item>& groups) { return groups.back().row <= 512; }
+
 template <typename X, typename W>
 void product(ffi::ThreadPool& pool, const Shape& s, const X* x, const W* w, X* y, const std::vector<Item>& groups) {
   const Index threads = threads_for(pool, groups, s.inner * s.outer);
   const auto items = product_items(groups, threads);
-  parallel(pool, threads, items.size(), [&](Index i) {
-    const Item& t = items[i];
-    X* to = y + t.row * s.outer;
-    if (t.group < 0) {
-      std::memset(to, 0, t.rows * s.outer * sizeof(X));
-      return;
-    }
-    product_item(s, x + t.row * s.inner, w + t.group * s.inner * s.outer, to, t.rows, t.first, t.last);
-  });
+  parallel(
+      pool, threads, items.size(),
+      [&](Index i) {
+        const Item& t = items[i];
+        X* to = y + t.row * s.outer;
+        if (t.group < 0) {
+          std::memset(to, 0, t.rows * s.outer * sizeof(X));
+          return;
+        }
+        product_item(s, x + t.row * s.inner, w + t.group * s.inner * s.outer, to, t.rows, t.first, t.last);
+      },
+      few_in_all(groups));
 }
 
 // The gradient of one weight, cut across its longer side: what is packed is packed as seldom as can be.
@@ -675,13 +689,18 @@ ffi::Error with_type(const ffi::AnyBuffer& buffer, const F& f) {
   return ffi::Error::InvalidArgument("neither float32 nor bfloat16");
 }
 
+// Which of w's weights [G, ...] is that of the first group.
+Index first_of(const ffi::AnyBuffer& w, const ffi::AnyBuffer& sizes, const ffi::AnyBuffer& first) {
+  const Index most = w.dimensions()[0] - static_cast<Index>(sizes.element_count());
+  return std::clamp<Index>(*data<const std::int32_t>(first), 0, std::max<Index>(0, most));
+}
+
 // The groups' weights are those from `first` on.
 ffi::Error product_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                            ffi::AnyBuffer first, ffi::Result<ffi::AnyBuffer> y, std::int64_t out_dim) {
   const Shape shape{x.dimensions()[1], y->dimensions()[1], out_dim == 1};
   const auto groups = groups_of(sizes, x.dimensions()[0], shape.outer);
-  const Index most = w.dimensions()[0] - static_cast<Index>(sizes.element_count());
-  const Index skipped = std::clamp<Index>(*data<const std::int32_t>(first), 0, most) * shape.inner * shape.outer;
+  const Index skipped = first_of(w, sizes, first) * shape.inner * shape.outer;
   return with_type(x, [&](auto* rows) {
     return with_type(w, [&](auto* weights) {
       product(pool, shape, rows, weights + skipped, static_cast<decltype(rows)>(y->untyped_data()), groups);
@@ -725,6 +744,7 @@ auto arrays() {
 #include "native_attention.h"  // made of the tiles above
 #include "native_cached.h"     // made of parts of attention
 #include "native_experts.h"    // made of the items above, and an exponential of attention's
+#include "native_fp8.h"        // made of the items above
 #include "native_lightning.h"  // made of the tiles above, and attention's memory and exponential
 #include "native_router.h"
 
@@ -742,6 +762,7 @@ __attribute__((visibility("default"))) XLA_FFI_Error* LingExpertsGradient(XLA_FF
 __attribute__((visibility("default"))) XLA_FFI_Error* LingEmpty(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingAdamW(XLA_FFI_CallFrame*);
 __attribute__((visibility("default"))) XLA_FFI_Error* LingChoose(XLA_FFI_CallFrame*);
+__attribute__((visibility("default"))) XLA_FFI_Error* LingFp8Product(XLA_FFI_CallFrame*);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingGroupedProduct, product_handler, (arrays<4, 1>().Attr<std::int64_t>("out_dim")));
@@ -761,3 +782,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     (arrays<5, 3>().Attr<float>("b1").Attr<float>("b2").Attr<float>("eps").Attr<float>("decay")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LingChoose, choose_handler,
                               (arrays<1, 1>().Attr<std::int64_t>("groups").Attr<std::int64_t>("open")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LingFp8Product, fp8_product_handler, (arrays<5, 1>()));

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cc")
 HEADERS = tuple(
     SOURCE.with_name(f"native_{name}.h")
-    for name in ("vectors", "adamw", "amx", "attention", "cached", "experts", "lightning", "router")
+    for name in ("vectors", "adamw", "amx", "attention", "cached", "experts", "fp8", "lightning", "router")
 )
 # Sums of products may fuse: -std=c++17 alone forbids it.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -57,6 +57,7 @@ TARGETS = {
     "ling_empty": "LingEmpty",
     "ling_adamw": "LingAdamW",
     "ling_choose": "LingChoose",
+    "ling_fp8_product": "LingFp8Product",
 }
 DTYPES = (jnp.float32, jnp.bfloat16)
 BUILD_SECONDS = 300  # what a compiler may take before it counts as broken
@@ -209,6 +210,15 @@ def product(
     call = jax.ffi.ffi_call("ling_grouped_product", out)
     sizes, first = (jnp.asarray(a, jnp.int32) for a in (group_sizes_E, first))
     return call(x_RI, w_GOI, sizes, first, out_dim=np.int64(out_dim))
+
+
+def fp8_product(
+    x_RI: jax.Array, codes_GOI: jax.Array, scales_Eob: jax.Array, group_sizes_E: jax.Array, first: jax.Array | int
+) -> jax.Array:
+    """`product` with `out_dim` 1 and codes of `kernels.fp8.FP8Weight`; `scales_Eob` are these groups' alone."""
+    out = jax.ShapeDtypeStruct((x_RI.shape[0], codes_GOI.shape[1]), x_RI.dtype)
+    sizes, first = (jnp.asarray(a, jnp.int32) for a in (group_sizes_E, first))
+    return jax.ffi.ffi_call("ling_fp8_product", out)(x_RI, codes_GOI, scales_Eob, sizes, first)
 
 
 def weight_gradient(g_RO: jax.Array, x_RI: jax.Array, group_sizes_E: jax.Array) -> jax.Array:

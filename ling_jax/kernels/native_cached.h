@@ -195,7 +195,9 @@ template <typename X>
 void attend_cached(ffi::ThreadPool& pool, const Cached& c, const X* q, const X* k, const X* v, float* out) {
   const Index threads = c.threads(pool), count = c.block_of.size();
   const std::unique_ptr<float[]> parts(new float[count * c.part_size()]);
-  parallel(pool, threads, count, [&](Index i) { attend_slots(c, i, q, k, v, Summed(c, parts.get(), i)); });
+  parallel(
+      pool, threads, count, [&](Index i) { attend_slots(c, i, q, k, v, Summed(c, parts.get(), i)); },
+      c.a.batch * c.a.queries <= 512);
   parallel(pool, threads, c.blocks.size(), [&](Index i) { join_parts(c, c.blocks[i], parts.get(), out); });
 }
 

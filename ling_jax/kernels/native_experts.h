@@ -89,23 +89,26 @@ void experts_forward(ffi::ThreadPool& pool, const Pairs& pairs, const Weights<W>
   const Shape inwards{hidden, width, true}, outwards{width, hidden, true};
   const Index threads = threads_for(pool, pairs.groups, 3 * hidden * width);
   const auto items = product_items(pairs.groups, threads);
-  parallel(pool, threads, items.size(), [&](Index i) {
-    const Item& t = items[i];
-    X *rows = gather_item(pairs, t, x, hidden), *gated = scratch<X>(kInner, t.rows * width);
-    X* here = gate != nullptr ? nullptr : scratch<X>(kOther, 2 * t.rows * width);
-    X* g = gate != nullptr ? gate + t.row * width : here;
-    X* u = gate != nullptr ? up + t.row * width : here + t.rows * width;
-    product_item(inwards, rows, w.gate + w.at(t), g, t.rows, 0, width);
-    product_item(inwards, rows, w.up + w.at(t), u, t.rows, 0, width);
-    for (Index j = 0, count = t.rows * width; j < count; j += kLanes) {
-      const Vec a = load_part(g + j, count - j);
-      store_part(gated + j, a * sigmoid(a) * load_part(u + j, count - j), count - j);
-    }
-    product_item(outwards, gated, w.down + w.at(t), rows, t.rows, 0, hidden);
-    for (Index r = 0; r < t.rows; ++r) {
-      std::memcpy(results + pairs.of_row[t.row + r] * hidden, rows + r * hidden, hidden * sizeof(X));
-    }
-  });
+  parallel(
+      pool, threads, items.size(),
+      [&](Index i) {
+        const Item& t = items[i];
+        X *rows = gather_item(pairs, t, x, hidden), *gated = scratch<X>(kInner, t.rows * width);
+        X* here = gate != nullptr ? nullptr : scratch<X>(kOther, 2 * t.rows * width);
+        X* g = gate != nullptr ? gate + t.row * width : here;
+        X* u = gate != nullptr ? up + t.row * width : here + t.rows * width;
+        product_item(inwards, rows, w.gate + w.at(t), g, t.rows, 0, width);
+        product_item(inwards, rows, w.up + w.at(t), u, t.rows, 0, width);
+        for (Index j = 0, count = t.rows * width; j < count; j += kLanes) {
+          const Vec a = load_part(g + j, count - j);
+          store_part(gated + j, a * sigmoid(a) * load_part(u + j, count - j), count - j);
+        }
+        product_item(outwards, gated, w.down + w.at(t), rows, t.rows, 0, hidden);
+        for (Index r = 0; r < t.rows; ++r) {
+          std::memcpy(results + pairs.of_row[t.row + r] * hidden, rows + r * hidden, hidden * sizeof(X));
+        }
+      },
+      few_in_all(pairs.groups));
   sum_choices(pool, threads, pairs, results, scale, y, hidden);
 }
 

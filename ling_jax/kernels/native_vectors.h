@@ -138,7 +138,7 @@ inline Vec sums_of_lanes(Vec (&rows)[kLanes]) {
 struct alignas(64) Line {
   char bytes[64];
 };
-enum Slot { kA, kB, kC, kRowsOf, kInner, kOther, kSlots };
+enum Slot { kA, kB, kC, kRowsOf, kInner, kOther, kWide, kSlots };
 
 // At least `count` elements for this thread, kept from call to call.
 template <typename T>

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ling_jax.kernels import blockwise
 from ling_jax.kernels.blockwise import deviation, quantise_tiles
 from ling_jax.kernels.choose import for_cpu
-from ling_jax.kernels.fp8 import BLOCK, FP8Weight
+from ling_jax.kernels.fp8 import BLOCK, FEW, FP8Weight
 from ling_jax.kernels.grouped import block_rows, fp8_grouped_product, grouped_product, grouped_weight_gradient
 from ling_jax.kernels.linear import linear, linear_of_layer
 
@@ -166,8 +166,13 @@ class ServedWeight(Weight):
 
     def linear_of_layer(self, layer: jax.Array, x: jax.Array) -> jax.Array:
         """`linear` with one layer of a stack [L, O, I]."""
-        blocks: FP8Weight = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), self.blocks)
-        return ServedWeight(blocks).linear(x)
+        rows = x.reshape(-1, x.shape[-1])
+        if not for_cpu() or rows.shape[0] > FEW:
+            one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), self.blocks)
+            return ServedWeight(one).linear(x)
+        stack: FP8Weight = jax.tree.map(lambda a: a[:, None], self.blocks)  # of one expert in each layer
+        sizes = jnp.full(1, rows.shape[0], jnp.int32)
+        return fp8_grouped_product(rows, stack, layer, sizes, rows.shape[0]).reshape(*x.shape[:-1], -1)
 
     def product_of_layer(
         self, layer: jax.Array, x_RI: jax.Array, sizes_E: jax.Array, block: int, out_dim: int

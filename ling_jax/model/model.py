@@ -141,7 +141,8 @@ class Ling(nnx.Module):
         """float32 logits of hidden states [..., D], not rounded to the compute dtype on the way; those of the whole
         vocabulary on each device."""
         w_VD, whole_rows = self.head(hidden.dtype)
-        return all_gather(linear_in_float32(hidden, whole_rows(w_VD)), "tensor", axis=-1)
+        with jax.named_scope("head"):
+            return all_gather(linear_in_float32(hidden, whole_rows(w_VD)), "tensor", axis=-1)
 
     @under_own_switches
     def __call__(

@@ -3,6 +3,7 @@
 Legend: R rows sorted by group, E groups, I inputs, O outputs.
 """
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from ling_jax.config import MeshConfig
 from ling_jax.convert.fp8 import quantise
 from ling_jax.generate.engine import Engine, Request
 from ling_jax.generate.serving import in_fp8
+from ling_jax.kernels import native
 from ling_jax.kernels.fp8 import FP8Weight, quantise_weight, rows_product
 from ling_jax.kernels.weight import as_weight
 from ling_jax.model.model import split_model
@@ -66,6 +68,33 @@ def test_few_rows_times_blocks_equal_the_loop_over_groups(layout):
     on_cpu = jit(lambda x, q, sizes: as_weight(q).product(x, sizes, 1, 1))(np.nan_to_num(x), q, sizes)
     assert_close(on_cpu[:inside], want)
     assert not np.asarray(on_cpu[inside:]).any()
+
+
+def check_blocks() -> None:
+    """The C++ product with groups from `first` on, against float64: blocks smaller at the edges, no rows, many."""
+    for sizes, groups, (outputs, inputs) in (([1, 0, 7], 3, (256, 384)), ([9, 20], 6, (130, 200)), ([1], 2, (64, 90))):
+        first = groups - len(sizes)
+        w = quantise_weight(jnp.asarray(normal(0, groups, outputs, inputs)))
+        for dtype in (jnp.float32, jnp.bfloat16):
+            x = jnp.asarray(normal(1, sum(sizes) + 2, inputs), dtype)
+            args = x, w.codes, w.scales[first:], jnp.array(sizes), jnp.int32(first)
+            got, whole = jax.jit(native.fp8_product)(*args), np.asarray(w.astype(dtype), np.float64)
+            want, ends = np.zeros(got.shape), np.cumsum(sizes)
+            for group, end in enumerate(ends):
+                rows = slice(end - sizes[group], end)
+                want[rows] = np.asarray(x, np.float64)[rows] @ whole[first + group].T
+            assert_close(got, want, 1e-6 if dtype == jnp.float32 else 2**-8)
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    one = jnp.zeros((1, 16)).at[0, 3].set(1)
+    codes = jnp.zeros((1, 256, 16), jnp.float8_e4m3fn).at[0, :, 3].set(jnp.asarray(every))
+    got = jax.jit(native.fp8_product)(one, codes, jnp.ones((1, 2, 1)), jnp.array([1]), 0)
+    np.testing.assert_array_equal(got[0], every.astype(np.float32))
+
+
+def test_blocks_are_multiplied_in_cpp_as_they_are_stored():
+    if not native.available():
+        pytest.skip("this machine has no C++ compiler")
+    check_blocks()
 
 
 def test_many_rows_meet_weights_multiplied_out():

@@ -305,11 +305,13 @@ WIDTHS = {
     "16 lanes and AMX": ("-DLING_LANES=16",),
 }
 CHECKS = """
-from tests.kernels import test_lightning, test_native, test_native_attention, test_native_cached, test_native_experts
+from tests.kernels import test_fp8, test_lightning, test_native, test_native_attention, test_native_cached
+from tests.kernels import test_native_experts
 from tests.model import test_router
 test_native.check_all(test_native.SHAPES[2::3])
 test_native.check_few()
 test_router.check_choice()
+test_fp8.check_blocks()
 test_native_attention.check_few()
 test_native_cached.check_few()
 test_lightning.check_few()

@@ -128,6 +128,9 @@ def cases() -> Iterator[Case]:
         of_attention = *attention_cases(rng, dtype), *cached_cases(rng, dtype), *lightning_cases(rng, dtype)
         for case in (*weights, *of_attention):
             yield case._replace(name=f"{case.name}, {dtype}")
+    codes, scales = normal(rng, 3, 400, 300, dtype="float8_e4m3fn"), normal(rng, 2, 4, 3)
+    args = normal(rng, 9, 300), codes, scales, np.array([2, 7], np.int32), np.int32(1)
+    yield Case("product with blocks", native.fp8_product, args, 1)
     choose = partial(native.choose, groups=4, open_groups=2, choices=3)
     yield Case("choice of experts", choose, (normal(rng, 300, 16),), 1, 5)
     yield Case("adamw", partial(native.adamw, **RULE), (*adamw_arrays(rng, 150_001), SCALARS), 1)
