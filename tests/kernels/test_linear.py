@@ -78,8 +78,8 @@ def test_other_platforms_and_dtypes_are_xlas(monkeypatch):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_remat_minimal_keeps_products(platform):
-    """Those of a dense layer are in the step once, where others compute them twice: attention's two, gate, up and, of
-    which nothing else needs the result, not down."""
+    """A dense layer's products are in the step once, where full remat computes them twice: attention's two, gate and
+    up, but not down, whose result nothing else needs."""
 
     def products(remat: str) -> int:
         model = tiny(num_hidden_layers=2, first_k_dense_replace=2, num_nextn_predict_layers=0)
