@@ -621,22 +621,25 @@ void gradient_item(const X* g, Index stride, const X* x, float* dw, const Item& 
 // Whether so many rows are those of a step of decoding.
 bool few_in_all(const std::vector<Item>& groups) { return groups.back().row <= 512; }
 
-template <typename X, typename W>
-void product(ffi::ThreadPool& pool, const Shape& s, const X* x, const W* w, X* y, const std::vector<Item>& groups) {
+// Calls multiply(item, where its results go) for all items of groups' rows times weights; zeros past the last group.
+template <typename X, typename F>
+void each_product(ffi::ThreadPool& pool, const Shape& s, X* y, const std::vector<Item>& groups, const F& multiply) {
   const Index threads = threads_for(pool, groups, s.inner * s.outer);
   const auto items = product_items(groups, threads);
-  parallel(
-      pool, threads, items.size(),
-      [&](Index i) {
-        const Item& t = items[i];
-        X* to = y + t.row * s.outer;
-        if (t.group < 0) {
-          std::memset(to, 0, t.rows * s.outer * sizeof(X));
-          return;
-        }
-        product_item(s, x + t.row * s.inner, w + t.group * s.inner * s.outer, to, t.rows, t.first, t.last);
-      },
-      few_in_all(groups));
+  const auto work = [&](Index i) {
+    const Item& t = items[i];
+    X* to = y + t.row * s.outer;
+    if (t.group >= 0) return multiply(t, to);
+    std::memset(to, 0, t.rows * s.outer * sizeof(X));
+  };
+  parallel(pool, threads, items.size(), work, few_in_all(groups));
+}
+
+template <typename X, typename W>
+void product(ffi::ThreadPool& pool, const Shape& s, const X* x, const W* w, X* y, const std::vector<Item>& groups) {
+  each_product(pool, s, y, groups, [&](const Item& t, X* to) {
+    product_item(s, x + t.row * s.inner, w + t.group * s.inner * s.outer, to, t.rows, t.first, t.last);
+  });
 }
 
 // The gradient of one weight, cut across its longer side: what is packed is packed as seldom as can be.

@@ -65,26 +65,15 @@ void fp8_product(ffi::ThreadPool& pool, const Shape& s, const X* x, const Code* 
                  const std::vector<Item>& groups) {
   const Index weight = s.inner * s.outer, blocks = ceil_div(s.inner, kBlock) * ceil_div(s.outer, kBlock);
   const Index most = std::max<Index>(kLanes, (1 << 14) / std::max<Index>(1, s.inner) / kLanes * kLanes);  // 64 KB
-  const Index threads = threads_for(pool, groups, weight);
-  const auto items = product_items(groups, threads);
-  parallel(
-      pool, threads, items.size(),
-      [&](Index i) {
-        const Item& t = items[i];
-        X* to = y + t.row * s.outer;
-        if (t.group < 0) {
-          std::memset(to, 0, t.rows * s.outer * sizeof(X));
-          return;
-        }
-        const Blocks w{codes + t.group * weight, scales + t.group * blocks};
-        float* wide = scratch<float>(kWide, most * s.inner + kLanes);
-        for (Index n = t.first; n < t.last; n += most) {
-          const Index count = std::min(most, t.last - n);
-          multiply_out(w, s.inner, n, count, wide);
-          product_item(s, x + t.row * s.inner, wide, to + n, t.rows, 0, count);
-        }
-      },
-      few_in_all(groups));
+  each_product(pool, s, y, groups, [&](const Item& t, X* to) {
+    const Blocks w{codes + t.group * weight, scales + t.group * blocks};
+    float* wide = scratch<float>(kWide, most * s.inner + kLanes);
+    for (Index n = t.first; n < t.last; n += most) {
+      const Index count = std::min(most, t.last - n);
+      multiply_out(w, s.inner, n, count, wide);
+      product_item(s, x + t.row * s.inner, wide, to + n, t.rows, 0, count);
+    }
+  });
 }
 
 // The groups' codes are those from `first` on; scales are these groups' alone.
