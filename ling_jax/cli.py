@@ -1,5 +1,6 @@
 """From a command line to a checked configuration: NAME in configs/, then typed overrides."""
 
+import argparse
 import dataclasses
 import hashlib
 import importlib
@@ -14,23 +15,26 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import tyro
 from rich.logging import RichHandler
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from ling_jax.config import RopeScaling, RunConfig
+from ling_jax.config import ModelConfig, RopeScaling, RunConfig, SFTRun
 from ling_jax.convert.origin import Mtp
+from ling_jax.convert.weights import model_config_of
 from ling_jax.files.buckets import log_retries
 from ling_jax.files.cache import cache_folder, can_write, cpu_flags
 from ling_jax.files.hub_files import TRANSPORTS
+from ling_jax.files.paths import at
 from ling_jax.files.progress import CONSOLE
 from ling_jax.parallel.processes import worker_id
 
 log = logging.getLogger(__name__)
 
+Command = TypeVar("Command", bound="TrainCommand")
 InitOptimizer = Literal["fresh", "continued"]
 COMPILED_BYTES = 4 << 30
 NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where JAX looks for a GPU too
@@ -77,6 +81,15 @@ class TrainCommand:
     """With --topology: only one JSON object."""
     suggest: bool = False
     """With --topology: look for the mesh, remat policy, microbatches and buffer factor with the best bound."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTCommand(TrainCommand):
+    """The command line of `post.py sft`."""
+
+    config: Annotated[SFTRun, tyro.conf.arg(name="")]
+    show: int = 0
+    """Print so many examples with what is learned in colour, and stop."""
 
 
 FLAGS = ConstructorRegistry()
@@ -165,20 +178,70 @@ def program(script: str) -> str:
 
 
 def parse_train(argv: Sequence[str]) -> tuple[str, TrainCommand]:
-    """(config name, command) of `train.py NAME [--flags]`; an unknown name or flag, or a value that fails a
-    check, ends the program with one message."""
+    """(config name, command) of `train.py NAME [--flags]`; an unknown name or flag, or a value that fails a check, ends
+    the program with one message."""
     prog = program("train.py")
+    name, config = _named(argv, prog)
+    if isinstance(config, SFTRun):
+        raise ValueError(f"{name} is fine-tuning: {program('post.py')} sft {name}")
+    return _stem(name), _parsed(TrainCommand(config=config), argv[1:], f"{prog} {name}")
+
+
+def parse_sft(argv: Sequence[str]) -> tuple[str, SFTCommand]:
+    """(config name, command) of `post.py sft NAME [--flags]`, as `parse_train`. With --init-from the model is that of
+    the weights, whatever NAME has."""
+    prog = f"{program('post.py')} sft"
+    name, config = _named(argv, prog)
+    if not isinstance(config, SFTRun):
+        tuned = _names(fine_tuned=True)
+        raise ValueError(f"{name} is pre-training: {program('train.py')} {name}; to fine-tune, {prog} has {tuned}")
+    if (model := _model_to_tune(argv[1:], _stem(name))) is not None:
+        rows = dataclasses.replace(config.data, sequence_length=min(config.data.sequence_length, model.max_positions))
+        config = dataclasses.replace(config, model=model, data=rows, assumed=())
+    return _stem(name), _parsed(SFTCommand(config=config), argv[1:], f"{prog} {name}")
+
+
+def _named(argv: Sequence[str], prog: str) -> tuple[str, RunConfig]:
+    """The name that a command line begins with, and its configuration; without one the program ends with its usage."""
     if not argv or argv[0].startswith("-"):
-        print(f"usage: {prog} NAME [--flags]   (NAME: {', '.join(config_names())}, or a file of your own, FILE.py)")
+        print(f"usage: {prog} NAME [--flags]   (NAME: {_names('sft' in prog)}, or a file of your own, FILE.py)")
         print(f"       {prog} NAME --help      lists the flags, one for every setting of the configuration")
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    name = argv[0]
-    default = TrainCommand(config=named_config(name))
-    command = tyro.cli(TrainCommand, default=default, args=list(argv[1:]), prog=f"{prog} {name}", registry=FLAGS)
+    return argv[0], named_config(argv[0])
+
+
+def _names(fine_tuned: bool) -> str:
+    return ", ".join(name for name in config_names() if isinstance(named_config(name), SFTRun) == fine_tuned)
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem if name.endswith(".py") else name
+
+
+def _parsed(default: Command, argv: Sequence[str], prog: str) -> Command:
+    """The command with what the flags say."""
+    command = tyro.cli(type(default), default=default, args=list(argv), prog=prog, registry=FLAGS)
     given, guessed = command.config.model, default.config.model
     still = tuple(n for n in command.config.assumed if getattr(given, n) == getattr(guessed, n))  # no flag says better
-    command = dataclasses.replace(command, config=dataclasses.replace(command.config, assumed=still))
-    return Path(name).stem if name.endswith(".py") else name, command
+    return dataclasses.replace(command, config=dataclasses.replace(command.config, assumed=still))
+
+
+def _model_to_tune(argv: Sequence[str], name: str) -> ModelConfig | None:
+    """The model of the weights that --init-from names, or that a run begun with it has; None without that flag."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for flag in ("--init-from", "--run", "--runs-dir"):
+        flags.add_argument(flag, flag.replace("-", "_").replace("__", "--", 1))
+    flags.add_argument("--fresh", action="store_true")
+    given, _ = flags.parse_known_args(argv)
+    if not hasattr(given, "init_from"):
+        return None
+    runs = at(getattr(given, "runs_dir", TrainCommand.runs_dir))
+    begun = runs / getattr(given, "run", name) / "config.json"
+    if not hasattr(given, "fresh") and begun.exists():
+        return RunConfig.from_json(begun.read_text()).model
+    run, _, step = given.init_from.rpartition("@")
+    folders = [at(run), runs / run] if step.isdigit() else []
+    return model_config_of(next((os.fspath(folder) for folder in folders if folder.exists()), given.init_from))
 
 
 def set_up_logging() -> None:

@@ -15,7 +15,7 @@ import tyro
 
 from ling_jax.cli import program, run_main
 from ling_jax.commands.harness import TaskSettings, run_tasks
-from ling_jax.config import DataConfig, TrainConfig, layer_kinds
+from ling_jax.config import DataConfig, SFTRun, TrainConfig, layer_kinds
 from ling_jax.config.text import columns
 from ling_jax.convert.load import load_pretrained
 from ling_jax.convert.tokenizer import tokenizer_of
@@ -122,6 +122,11 @@ def held_out_table(command: EvaluateCommand) -> str:
     if not isinstance(weights, StoredWeights) or not {"data", LINEAGE} & weights.meta.keys():
         raise ValueError(
             f"--held-out: {command.checkpoint} is no checkpoint of a run, nor an average of some: give --text"
+        )
+    if isinstance(weights.run, SFTRun):
+        raise ValueError(
+            f"--held-out: {command.checkpoint} was fine-tuned on conversations, whose held-out loss its report shows; "
+            "python -m ling_jax.post.evaluate measures its answers"
         )
     held_out = read_corpus(weights.run.data).heldout
     texts = {name: [document.text for document in documents] for name, documents in held_out.items()}

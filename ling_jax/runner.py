@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax
@@ -17,9 +18,9 @@ from etils import epath
 from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, find_checkpoint, read_meta, read_shapes, saved_steps
 from ling_jax.cli import TrainCommand
 from ling_jax.config import (
-    DataConfig,
     ModelConfig,
     RunConfig,
+    SFTRun,
     StageRun,
     architecture_diff,
     count_params,
@@ -31,11 +32,7 @@ from ling_jax.convert.origin import check_origin, described, origin_tokenizer
 from ling_jax.convert.tokenizer import GENERATION
 from ling_jax.convert.transfer import carry
 from ling_jax.convert.weights import CHECKPOINTS, HF, TOKENIZER, Weights, model_config_of, open_weights
-from ling_jax.data.baselines import baselines
-from ling_jax.data.mixture import DataState, mixture_of
-from ling_jax.data.packing import Rows
-from ling_jax.data.pipeline import Data, DataBatch, Earlier, open_data, train_batches
-from ling_jax.data.sources import source_names
+from ling_jax.data.pipeline import Earlier
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files import hub
 from ling_jax.files.buckets import bucket_of, is_bucket
@@ -47,14 +44,14 @@ from ling_jax.generate.serving import serving_model
 from ling_jax.model.model import device_bytes, split_model
 from ling_jax.parallel.mesh import rows_here
 from ling_jax.parallel.processes import barrier, check_same, lead_first
+from ling_jax.post.sft import open_conversations
 from ling_jax.saver import RunSaver
 from ling_jax.snapshots import SNAPSHOTS, Snapshots
+from ling_jax.train.feed import Feed, open_documents
 from ling_jax.train.metrics import MetricsWriter, WandbRun, read_metrics, wandb_library
-from ling_jax.train.needle import Needles, prepare_needles
 from ling_jax.train.report import write_report
 from ling_jax.train.session import DivergedError, Session, StopRequest
 from ling_jax.train.state import Trainer, TrainState, make_trainer
-from ling_jax.train.validate import HeldOut, prepare_held_out
 
 log = logging.getLogger(__name__)
 
@@ -117,21 +114,31 @@ def _move_leftovers(run_dir: epath.Path) -> None:
             move(left, aside(left))
 
 
-def _check_earlier(stages: Sequence[StageRun], meta: Mapping[str, Any], place: str, remedy: str) -> None:
-    """Refuses to go on with another architecture, listing the differences, and says which other settings differ.
+def _check_architecture(stages: Sequence[StageRun], meta: Mapping[str, Any], place: str, remedy: str) -> None:
+    """Refuses to go on with another architecture, listing the differences.
 
     Args:
       meta: of the checkpoint to go on from, which is in `place`.
     """
-    saved, step = RunConfig.from_json(json.dumps(meta["config"])), meta["data"]["next_step"]
-    config = next((stage.config for stage in stages if stage.config.train.steps >= step), stages[-1].config)
-    diff = architecture_diff(saved.model, config.model)
-    if diff:
+    saved, config = _saved_and_wanted(stages, meta)
+    if diff := architecture_diff(saved.model, config.model):
         raise ValueError(f"{place} holds a run of another architecture: {'; '.join(diff)} (saved -> wanted). {remedy}")
+
+
+def _tell_changes(stages: Sequence[StageRun], meta: Mapping[str, Any]) -> None:
+    """Says which settings are not those that the run was saved with, and whether it has come to its end."""
+    (saved, config), step = _saved_and_wanted(stages, meta), meta["data"]["next_step"]
     if changed := settings_diff(saved, config):
         log.warning("settings that differ from those of step %d (old -> new): %s", step, "; ".join(changed))
     if (over := stages[-1].config.train.steps) <= step:
         log.info("already at step %d, %s --train.steps %d", step, "past" if over < step else "which is", over)
+
+
+def _saved_and_wanted(stages: Sequence[StageRun], meta: Mapping[str, Any]) -> tuple[RunConfig, RunConfig]:
+    """The settings that a checkpoint was saved with, and those of the stage that its step belongs to."""
+    step = meta["data"]["next_step"]
+    wanted = next((stage.config for stage in stages if stage.config.train.steps >= step), stages[-1].config)
+    return RunConfig.from_json(json.dumps(meta["config"])), wanted
 
 
 def _read_config(run_dir: epath.Path) -> RunConfig | None:
@@ -195,34 +202,47 @@ def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) 
     return dataclasses.replace(config, model=model, origin=told_origin)
 
 
-def _prepare(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None) -> Data:
-    """The run's data; process 0 also writes the run's folder, which the others compare with theirs. `meta` is of the
-    checkpoint to go on from; `origin`, what a new run starts from."""
-    stages = config.stage_runs()
-    if jax.process_index() == 0:
+def _prepare(
+    run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None
+) -> tuple[Feed, RunConfig]:
+    """What the run reads, and its settings with those that follow from that; process 0 also writes the run's folder,
+    which the others compare with theirs. `meta` is of the checkpoint to go on from; `origin`, what a new run starts
+    from."""
+    lead = jax.process_index() == 0
+    if lead:
         if origin is not None or not meta:
             _move_leftovers(run_dir)
         if meta:
             remedy = "Choose another --run, or start over with --fresh --move-aside"
             if origin is not None:
                 remedy = "Its moments fit no other: give its configuration, or leave --init-optimizer out"
-            _check_earlier(stages, meta, str(run_dir if origin is None else origin.folder), remedy)
+            place = str(run_dir if origin is None else origin.folder)
+            _check_architecture(config.stage_runs(), meta, place, remedy)
     else:
         _check_shared(run_dir, config)
-    folder, trained_with = str(run_dir / TOKENIZER), meta.get("tokenizer") or None
-    wanted = _all_sources(config, stages)
+    feed = _opened(run_dir, config, meta, origin)
+    config = feed.settled(config, meta["data"]["next_step"] if meta else 0)
+    _check_special_ids(feed.tokenizer, config.model)
+    if not lead:
+        return feed, config
+    if meta:
+        _tell_changes(config.stage_runs(), meta)
     if origin is not None:
-        wanted = dataclasses.replace(wanted, tokenizer=origin_tokenizer(origin, wanted.tokenizer))
+        carry(origin.companions(), run_dir / HF)
+    if not (run_dir / HF / GENERATION).exists():
+        _write_generation_config(run_dir / TOKENIZER, feed.tokenizer)
+    _write_config(run_dir, config)
+    return feed, config
+
+
+def _opened(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None) -> Feed:
+    """What the run reads: documents, or conversations."""
+    folder, trained_with = str(run_dir / TOKENIZER), meta.get("tokenizer") or None
+    tokenizer = config.data.tokenizer if origin is None else origin_tokenizer(origin, config.data.tokenizer)
     earlier = Earlier(RunConfig.from_json(json.dumps(meta["config"])).data, meta["data"]) if meta else None
-    data = open_data(wanted, config.model.vocab_size, folder, trained_with, earlier)
-    _check_special_ids(data.tokenizer, config.model)
-    if jax.process_index() == 0:
-        if origin is not None:
-            carry(origin.companions(), run_dir / HF)
-        if not (run_dir / HF / GENERATION).exists():
-            _write_generation_config(run_dir / TOKENIZER, data.tokenizer)
-        _write_config(run_dir, config)
-    return data
+    if isinstance(config, SFTRun):
+        return open_conversations(config, tokenizer, folder, trained_with, earlier)
+    return open_documents(config, tokenizer, folder, trained_with, earlier)
 
 
 def _check_shared(run_dir: epath.Path, config: RunConfig) -> None:
@@ -233,7 +253,10 @@ def _check_shared(run_dir: epath.Path, config: RunConfig) -> None:
             f"process {process} does not see {file}, which process 0 has written: put --runs-dir on a file system that "
             "all hosts share, or in a bucket (gs://, s3://)"
         )
-    if _read_config(run_dir) != config:
+    lead = _read_config(run_dir)
+    if isinstance(lead, SFTRun) and lead.sft.epochs:  # its steps follow from what it has read
+        lead = dataclasses.replace(lead, train=dataclasses.replace(lead.train, steps=config.train.steps))
+    if lead != config:
         raise ValueError(
             f"the settings of process {process} differ from those of process 0, in {file}: start all processes with "
             "one command, and see that --runs-dir is on a file system that they share"
@@ -280,7 +303,7 @@ def _beginning(saver: RunSaver, command: TrainCommand) -> tuple[dict[str, Any], 
     with _way_out(saver.origin):
         meta = saver.meta()
     step, last = meta["data"]["next_step"], _left(saver.config.stage_runs(), 0, command.stop_after)[-1]
-    if step >= (end := last.config.train.steps):
+    if step >= (end := last.config.train.steps) and not isinstance(saver.config, SFTRun):
         raise ValueError(f"--init-from {saver.origin} has done {step} steps, and the run ends after {end}: raise that")
     return meta, open_weights(command.init_from)
 
@@ -300,9 +323,9 @@ def _first_state(trainer: Trainer, saver: RunSaver, origin: Weights | None) -> T
     return trainer.new_state_from(params, bias)
 
 
-def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: str = "class") -> str | None:
-    """Continues a prompt, if the run is to, unless that would take too much of a device: to serve, weights are cut into
-    fewer pieces than to train."""
+def _sample(trainer: Trainer, state: TrainState, feed: Feed) -> str | None:
+    """Continues the feed's prompt, if the run is to, unless that would take too much of a device: to serve, weights are
+    cut into fewer pieces than to train."""
     if not trainer.config.train.sample_tokens:
         return None
     model = trainer.compute.model(state.params, state.bias)
@@ -310,9 +333,12 @@ def _sample(trainer: Trainer, state: TrainState, tokenizer: Tokenizer, prompt: s
     if size > SAMPLED:
         log.info("no sample of %.1f GB of weights a device: sample.py makes one, over a mesh that they fit", size / 1e9)
         return None
-    ids = tokenizer.prefix_ids + tokenizer.encode(prompt)
+    tokenizer, (prompt, ids) = feed.tokenizer, feed.prompt()
     room = min(trainer.config.train.sample_tokens, trainer.config.model.max_positions - len(ids))
-    new = generate(model, [ids], room, temperature=TEMPERATURE, top_p=TOP_P, eos_ids=[tokenizer.eod_id])[0]
+    ends = [tokenizer.eod_id]
+    if isinstance(trainer.config, SFTRun) and tokenizer.role_end_id is not None:
+        ends.append(tokenizer.role_end_id)
+    new = generate(model, [ids], room, temperature=TEMPERATURE, top_p=TOP_P, eos_ids=ends)[0]
     return prompt + tokenizer.decode(new)
 
 
@@ -320,7 +346,7 @@ def _report(
     saver: RunSaver,
     stages: Sequence[StageRun],
     step: int,
-    data: Data,
+    feed: Feed,
     run_dir: epath.Path,
     seconds: float,
     took: Mapping[str, float],
@@ -328,9 +354,9 @@ def _report(
 ) -> None:
     """Writes report.html and logs its headline figures; `took`, the seconds of each stage in this session."""
     config = saver.config
-    others = baselines(data.training_sample(), [d.text for documents in data.heldout.values() for d in documents])
+    others = feed.baselines()
     records = read_metrics(run_dir)
-    scores = next((r for r in reversed(records) if "eval/bits_per_byte" in r), {})
+    scores = next((r for r in reversed(records) if "eval/nats_per_token" in r), {})
     counts = count_params(config.model)
     summary = {
         "steps": f"{step} of {stages[-1].config.train.steps}",
@@ -344,11 +370,12 @@ def _report(
     for stage in stages if config.stage else ():
         summary[f"stage {stage.config.stage}"] = _told(stage, took.get(stage.config.stage))
         log.info("stage %s: %s", stage.config.stage, summary[f"stage {stage.config.stage}"])
-    if scores:
+    if "eval/bits_per_byte" in scores:
         summary["validation bits per byte"] = f"{scores['eval/bits_per_byte']:.3f} (step {scores['step']})"
-        summary["validation nats per token"] = f"{scores['eval/nats_per_token']:.3f}"
         text = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
         log.info("validation bits per byte %.3f; the same bytes: %s", scores["eval/bits_per_byte"], text)
+    if scores:
+        summary["validation nats per token"] = f"{scores['eval/nats_per_token']:.3f}"
     ends = {stage.config.stage: stage.config.train.steps for stage in stages if config.stage}
     path = write_report(run_dir, run_dir.name, summary, others, sample, ends)
     log.info("report: %s", path)
@@ -438,13 +465,14 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
     with StopRequest().listening() as stop, contextlib.closing(saver):
         meta, origin = _beginning(saver, command)
         wandb = WandbRun(run_dir, project, dataclasses.asdict(config)) if project is not None and lead else None
-        data = lead_first("the data is open", lambda: _prepare(run_dir, config, meta, origin))
-        check_same("the text", data.fingerprint())
-        saver.tokenizer, read, took = data.tokenizer.fingerprint, data.state, {}
+        feed, config = lead_first("the data is open", partial(_prepare, run_dir, config, meta, origin))
+        check_same("the text", feed.fingerprint())
+        saver.config, stages = config, config.stage_runs()
+        saver.tokenizer, read, took = feed.tokenizer.fingerprint, feed.state, {}
         todo = _left(stages, meta["data"]["next_step"] if meta else 0, command.stop_after)
         trainer = make_trainer(todo[0].config).without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, origin)
-        saver.begin(int(state.step), data)
+        saver.begin(int(state.step), feed.facts)
         with MetricsWriter(run_dir, int(state.step) or None, wandb) if lead else contextlib.nullcontext() as writer:
             for stage in todo:
                 begun = time.perf_counter()
@@ -452,10 +480,13 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
                     trainer = make_trainer(stage.config).without_fp8(trainer.fallen)
                 state, saver.config = _entered(trainer, state, stage), stage.config
                 _log_start(stage.config, int(state.step))
-                batches, held_out, needles = _texts(trainer, data, saver, int(state.step), read)
+                here = rows_here(trainer.compute.mesh, stage.config.data.global_batch_size).tolist()
+                reading = feed.reading(stage.config, int(state.step), read, here)
+                saver.read, saver.step_read = reading.begin, reading.begin.tokens
+                texts = reading.held_out, saver, writer, str(run_dir), stop, reading.needles
                 try:
-                    with Session(trainer, state, held_out, saver, writer, str(run_dir), stop, needles) as session:
-                        session.run(batches)
+                    with Session(trainer, state, *texts) as session:
+                        session.run(saver.watching(reading.batches))
                 except DivergedError as error:
                     log.error("stopped: %s", error)
                     return 1
@@ -465,9 +496,9 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
                     return 0  # whoever sent the signal does not wait long
                 trainer, state, read = session.trainer, session.state, saver.read
                 took[stage.config.stage] = time.perf_counter() - begun
-    sample = _sample(trainer, state, data.tokenizer)
+    sample = _sample(trainer, state, feed)
     if lead:
-        _report(saver, stages, int(state.step), data, run_dir, time.perf_counter() - started, took, sample)
+        _report(saver, stages, int(state.step), feed, run_dir, time.perf_counter() - started, took, sample)
         if config.checkpoint.write_merged and int(state.step) >= stages[-1].config.train.steps:
             merge_snapshots(run_dir, stages[-1])
     barrier("the report is written")
@@ -490,45 +521,6 @@ def _entered(trainer: Trainer, state: TrainState, stage: StageRun) -> TrainState
     fresh: Any = trainer.new_state_from(state.params, state.bias).optimizer
     before: Any = state.optimizer
     return state._replace(optimizer=(*fresh[:-1], before[-1]))
-
-
-def _all_sources(config: RunConfig, stages: Sequence[StageRun]) -> DataConfig:
-    """The settings of all text that any stage reads, in rows as long as the longest."""
-    if not config.stages:
-        return config.data
-    sources = {source.path: source for stage in reversed(stages) for source in stage.config.data.sources}
-    longest = max(stage.config.data.sequence_length for stage in stages)
-    every = dataclasses.replace(
-        config.data, sources=tuple(sources.values()), sequence_length=longest, block_length=longest
-    )
-    for stage in stages:
-        if unknown := set(source_names(stage.config.data)) - set(source_names(every)):
-            raise ValueError(
-                f"stage {stage.config.stage!r}: data source {min(unknown)!r} is called as one of another stage; rename "
-                "its file or folder, or give a link to it"
-            )
-    return every
-
-
-def _texts(
-    trainer: Trainer, data: Data, saver: RunSaver, step: int, read: DataState | None
-) -> tuple[Iterator[DataBatch], dict[str, HeldOut], Needles]:
-    """The batches from the step after `step` on, the held-out text of each source, and needles; `read`: how far an
-    earlier stage or session has read."""
-    config, steps = trainer.config.data, trainer.config.train.steps
-    rows = {name: Rows(data.rows[name].stream, config.sequence_length) for name in source_names(config)}
-    mixture, saver.read = mixture_of(rows, config, read)
-    saver.step_read = saver.read.tokens
-    to_come = config.tokens_of(saver.read.tokens, max(steps - step, 0))
-    mixture.announce(saver.read, to_come // config.sequence_length)
-    longest = config.block_length or config.sequence_length
-    held_out = {
-        source: prepare_held_out(data.tokenizer, [d.text for d in documents], config.sequence_length, longest)
-        for source, documents in data.heldout.items()
-    }
-    here = rows_here(trainer.compute.mesh, config.global_batch_size).tolist()
-    batches = saver.watching(train_batches(rows, config, step, here, saver.read))
-    return batches, held_out, prepare_needles(data.tokenizer, trainer.config)
 
 
 def _log_start(config: RunConfig, step: int) -> None:

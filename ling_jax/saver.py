@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ling_jax.checkpoint import Checkpointer, read_arrays, read_meta, read_shapes
 from ling_jax.config import RunConfig
 from ling_jax.data.mixture import DataState
-from ling_jax.data.pipeline import Data, DataBatch
+from ling_jax.data.pipeline import DataBatch
 from ling_jax.snapshots import Snapshots
 from ling_jax.train.state import Trainer, TrainState
 
@@ -30,7 +30,7 @@ class RunSaver:
     checkpointer: Checkpointer
     config: RunConfig
     tokenizer: str = ""  # its fingerprint
-    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `Data.facts`
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the facts of what it reads
     snapshots: Snapshots | None = None
     origin: epath.Path | None = None  # the checkpoint of another run that a new one continues
     read: DataState = DataState(0, 0, 0, {}, {}, {})  # up to the batch that was handed out last
@@ -73,9 +73,9 @@ class RunSaver:
             if self.snapshots is not None:
                 self.snapshots.close()
 
-    def begin(self, step: int, data: Data) -> None:
-        """Goes on at a step whose state was restored, or begins at 0."""
-        self.text = data.facts
+    def begin(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Goes on at a step whose state was restored, or begins at 0; `facts` tell what is read."""
+        self.text = facts
         if self.snapshots is not None:
             self.snapshots.begin(step)
 

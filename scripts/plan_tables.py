@@ -8,6 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from ling_jax.cli import parse_train
@@ -72,6 +73,11 @@ SERVING = {
     "1t-v5p-4x4x2": ("ling_1t", "v5p:4x4x2", {32: "--mesh.tensor 4 --mesh.expert 8"}),
     "ring-1t-h200-8x2": ("ring_1t", "h200:8x2", {32: "--mesh.tensor 2 --mesh.expert 8"}),
 }
+# Fine-tuning, with `post.py`; moments in bfloat16 where GPUs have no room for float32's.
+TUNED = {
+    "sft-ring-1t-v5p-8x8x16": "sft ring_1t_sft --topology v5p:8x8x16",
+    "sft-mini-h100-8": "sft ling_mini_sft --topology h100:8",
+}
 WORST = {"mini": 8, "flash": 16, "1t": 16}  # the buffer factor from which no row is ever beyond it: mesh.expert
 
 
@@ -124,11 +130,11 @@ def serving_summary() -> str:
     return "\n".join(rows)
 
 
-def summary() -> str:
-    """A row for each plan that has been made."""
+def summary(made: Mapping[str, str]) -> str:
+    """A row for each of some plans that has been made."""
     head = "| plan | parameters | devices | arguments | temporaries | HBM | at least | at most MFU | at most tokens/s |"
     rows = [head, "|---" * 9 + "|"]
-    for name in commands():
+    for name in made:
         if not (file := PLANS / f"{name}.txt").exists():
             continue
         plan = json.loads(file.read_text().splitlines()[-1])
@@ -197,7 +203,7 @@ def main(names: list[str]) -> None:
         print(traffic_summary())
         return
     PLANS.mkdir(exist_ok=True)
-    for program, made in (("train.py", commands()), ("sample.py", serving_commands())):
+    for program, made in (("train.py", commands()), ("post.py", TUNED), ("sample.py", serving_commands())):
         for name, command in made.items():
             if names and name not in names:
                 continue
@@ -207,7 +213,9 @@ def main(names: list[str]) -> None:
                 raise SystemExit(f"{name}: {done.stderr}")
             (PLANS / f"{name}.txt").write_text(f"python {program} {command}\n\n{done.stdout}")
             print(name, done.stdout.splitlines()[-1], flush=True)
-    print(f"{summary()}\n\n{long_summary()}\n\n{traffic_summary()}\n\n{serving_summary()}")
+    print(
+        f"{summary(commands())}\n\n{summary(TUNED)}\n\n{long_summary()}\n\n{traffic_summary()}\n\n{serving_summary()}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from etils import epath
+
 from ling_jax.config.text import columns
 from ling_jax.convert.load import load_weights
 from ling_jax.convert.tokenizer import ends_of, tokenizer_of
@@ -200,18 +202,20 @@ def run_tasks(checkpoint: str, settings: TaskSettings, folder: str | None, batch
         "lm_eval": package.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    _keep(weights, settings, record)
+    keep_record(weights, file_name(settings), record)
     return columns([HEADINGS, *rows(record)])
 
 
-def _keep(weights: Weights, settings: TaskSettings, record: Record) -> None:
-    """Saves a record in the run that the weights are a step or snapshot of, if they are, and in its report."""
+def keep_record(weights: Weights, name: str, record: Record) -> epath.Path | None:
+    """Saves a record in the run that the weights are a step or snapshot of, and in its report; returns its path, or
+    None where they are none."""
     if not isinstance(weights, StoredWeights) or weights.folder.parent.name not in (CHECKPOINTS, SNAPSHOTS):
-        return
+        return None
     run = weights.folder.parent.parent
-    path = save_record(run, f"{weights.step}-{file_name(settings)}", record)
+    path = save_record(run, f"{weights.step}-{name}", record)
     show_evaluations(run)
     log.info("results: %s", path)
+    return path
 
 
 def file_name(settings: TaskSettings) -> str:

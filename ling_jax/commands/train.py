@@ -14,7 +14,11 @@ from ling_jax.runner import run_training
 
 
 def main(argv: Sequence[str]) -> int:
-    name, command = parse_train(argv)
+    return act(*parse_train(argv))
+
+
+def act(name: str, command: TrainCommand) -> int:
+    """Does what a command asks for: to print, to plan or to train; returns its exit code."""
     if command.print_config:
         print(command.config.to_json())
         return 0

@@ -7,6 +7,7 @@ from ling_jax.config.layers import LayerKind, LayerRun, layer_kinds, layer_runs,
 from ling_jax.config.mesh import MESH_AXES, ONE_DEVICE, MeshConfig
 from ling_jax.config.model import ModelConfig
 from ling_jax.config.parameters import Counts, count_params, train_flops_per_token
+from ling_jax.config.post import DroppedReasoning, SFTConfig
 from ling_jax.config.rope import RopeScaling
 from ling_jax.config.run import (
     NEEDLE_TOKENS,
@@ -14,6 +15,7 @@ from ling_jax.config.run import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    SFTRun,
     TrainConfig,
     settings_diff,
 )
@@ -25,6 +27,7 @@ __all__ = [
     "Counts",
     "DataConfig",
     "DataSource",
+    "DroppedReasoning",
     "FIXED_HF_FIELDS",
     "LayerKind",
     "LayerRun",
@@ -37,6 +40,8 @@ __all__ = [
     "REQUIRED_HF_FIELDS",
     "RopeScaling",
     "RunConfig",
+    "SFTConfig",
+    "SFTRun",
     "ScheduleConfig",
     "Stage",
     "StageRun",

@@ -12,6 +12,7 @@ from ling_jax.config.checks import check, check_at_least
 from ling_jax.config.data import DataConfig, DataSource
 from ling_jax.config.mesh import ONE_DEVICE, MeshConfig
 from ling_jax.config.model import ModelConfig
+from ling_jax.config.post import SFTConfig
 from ling_jax.config.rope import RopeScaling
 from ling_jax.config.stages import Stage, StageRun, stage_runs
 
@@ -177,9 +178,34 @@ class RunConfig:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
-    @classmethod
-    def from_json(cls, text: str) -> "RunConfig":
-        return _from_dict(cls, json.loads(text))
+    @staticmethod
+    def from_json(text: str) -> "RunConfig":
+        """The settings that `to_json` wrote, as the kind of run that they are of."""
+        values = json.loads(text)
+        return _from_dict(SFTRun if "sft" in values else RunConfig, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRun(RunConfig):
+    """All that decides the numbers of a run that is fine-tuned on conversations: python post.py sft NAME."""
+
+    sft: SFTConfig = SFTConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        data, plain = self.data, DataSource(path="")
+        check(not self.stages, "fine-tuning has no stages: start another run from this one's weights instead")
+        for source in data.sources:
+            mixed = (source.weight, source.max_epochs) != (plain.weight, plain.max_epochs)
+            check(
+                not mixed,
+                f"weight and max_epochs of data source {source.path!r} mean nothing in fine-tuning, where every "
+                "conversation is read once an epoch: leave them out",
+            )
+        for name in ("block_length", "long_document", "batch_ramp_tokens", "max_bytes"):
+            value = getattr(data, name)
+            check(not value, f"data.{name} = {value} is for pre-training: leave it out of fine-tuning")
+        check(not self.train.eval_needle, "train.eval_needle is for pre-training: set it to 0")
 
 
 def settings_diff(old: RunConfig, new: RunConfig) -> list[str]:
@@ -202,6 +228,7 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     nested = {
         "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig,
         "train": TrainConfig, "checkpoint": CheckpointConfig, "mesh": MeshConfig, "rope_scaling": RopeScaling,
+        "sft": SFTConfig,
     }  # fmt: skip
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     check(not unknown, f"unknown {cls.__name__} field(s) {', '.join(unknown)}")

@@ -1,6 +1,7 @@
 """Chat messages to the text a Ling 2.0 instruct model was trained on."""
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ SWITCHES: dict[str, tuple[Any, Any]] = {
     "thinking": (False, True),
     "thinking_option": ("off", "on"),
 }
+
+NO_SWITCH = "the chat template has no switch for thinking"
 
 # Written from the format's description; a release brings its own template, which is then used instead. The words around
 # the tools are part of the format: the models were trained on them. Roles: system, user, assistant, tool.
@@ -196,19 +199,37 @@ def _switched(tree: nodes.Template, on: bool) -> nodes.Template:
     return tree
 
 
-def _render_switched(run: Callable[..., str], on: bool, end: bool) -> str:
+class _Template:
+    """A chat template, which is compiled once in each of its forms."""
+
+    def __init__(self, source: str):
+        self._source, self._compiled = source, {}
+        self.written: bool | None = None  # whether its switch for thinking is written out; None: not known yet
+
+    def form(self, thinking: bool | None) -> jinja2.Template:
+        """The template with the switch for thinking turned where it is written out; None leaves it alone."""
+        if thinking not in self._compiled:
+            env = _environment()
+            tree = env.parse(self._source)
+            self._compiled[thinking] = env.from_string(tree if thinking is None else _switched(tree, thinking))
+        return self._compiled[thinking]
+
+
+_template = functools.lru_cache(maxsize=16)(_Template)
+
+
+def _render_switched(template: _Template, run: Callable[..., str], on: bool, end: bool) -> str:
     """The text with thinking on or off: by the variables that templates read, else where the switch is written out."""
-    for written in (False, True):
+    for written in (False, True) if template.written is None else (template.written,):
 
         def text(on: bool, end: bool, written: bool = written) -> str:
             variables = {name: values[on] for name, values in SWITCHES.items()}
             return run(on if written else None, add_generation_prompt=end, **variables)
 
-        if text(True, True) != text(False, True):
+        if template.written is not None or text(True, True) != text(False, True):
+            template.written = written
             return text(on, end)
-    raise ValueError(
-        "the chat template has no switch for thinking: its text is the same with it on and off; leave it unset"
-    )
+    raise ValueError(f"{NO_SWITCH}: its text is the same with it on and off; leave it unset")
 
 
 def render(
@@ -234,19 +255,17 @@ def render(
       ValueError: for a role the template doesn't know, a message without content, a template that fails, or one whose
         text is the same with thinking on and off where either is asked for.
     """
-    checked, env = checked_messages(messages), _environment()
+    checked, compiled = checked_messages(messages), _template(LING_CHAT_TEMPLATE if template is None else template)
     others = dict(variables or {})
     thinking = others.pop("enable_thinking", None)
 
     def run(written: bool | None, **more: Any) -> str:
         try:
-            tree = env.parse(LING_CHAT_TEMPLATE if template is None else template)
-            tree = tree if written is None else _switched(tree, written)
-            return env.from_string(tree).render(**{**others, **more}, messages=checked, tools=tools)
+            return compiled.form(written).render(**{**others, **more}, messages=checked, tools=tools)
         except Exception as error:  # a template is a program of somebody's: it may fail in any way
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the chat template can't render these messages: {reason}") from error
 
     if thinking is None:
         return run(None, add_generation_prompt=add_generation_prompt)
-    return _render_switched(run, bool(thinking), add_generation_prompt)
+    return _render_switched(compiled, run, bool(thinking), add_generation_prompt)

@@ -117,31 +117,54 @@ def open_data(
 def _open_tokenizer(
     config: DataConfig, corpus: Corpus, vocab_size: int, tokenizer_dir: str, trained_with: str | None
 ) -> Tokenizer:
-    """The tokenizer of the config, else the one saved by this run, else that of prepared text, else a new one; saved
-    in `tokenizer_dir`."""
+    """The `run_tokenizer` of a corpus; a new one is that of prepared text, else trained."""
+
+    def new() -> Tokenizer:
+        prepared = [train.source.prepared for train in corpus.train.values() if train.source.prepared is not None]
+        return prepared[0].tokenizer if prepared else train_tokenizer(corpus, vocab_size)
+
+    def check(tokenizer: Tokenizer) -> None:
+        for train in corpus.train.values():
+            if train.source.prepared is not None:
+                train.source.prepared.check(tokenizer)
+
+    return run_tokenizer(config.tokenizer, vocab_size, tokenizer_dir, trained_with, new, check)
+
+
+def run_tokenizer(
+    named: str | None,
+    vocab_size: int,
+    tokenizer_dir: str,
+    trained_with: str | None,
+    new: Callable[[], Tokenizer],
+    check: Callable[[Tokenizer], None] = lambda tokenizer: None,
+) -> Tokenizer:
+    """A run's tokenizer: the one that is `named`, else the one that it saved before, else a new one; saved in
+    `tokenizer_dir`.
+
+    Args:
+      trained_with: the fingerprint of the one that the run's checkpoint was trained with.
+      check: raises ValueError for one that does not fit the text.
+    Raises:
+      ValueError: for one that does not fit the model, or is not the one that the run began with.
+    """
     saved = None
     if (paths.at(tokenizer_dir) / "tokenizer.json").exists():
         saved = Tokenizer.load(tokenizer_dir)
         saved.check_fits(vocab_size)
         _check_unchanged(saved, trained_with, tokenizer_dir)
-        _check_prepared(saved, corpus)
-    if config.tokenizer is None and saved is not None:
+        check(saved)
+    if named is None and saved is not None:
         return saved
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer.load(config.tokenizer)
-        tokenizer.check_fits(vocab_size)
-        if saved is not None and saved.to_json() != tokenizer.to_json():
-            raise ValueError(
-                f"data.tokenizer = {config.tokenizer!r} differs from the tokenizer this run began with, in "
-                f"{tokenizer_dir}; leave data.tokenizer unset, or start a new run"
-            )
-    elif prepared := [train.source.prepared for train in corpus.train.values() if train.source.prepared is not None]:
-        tokenizer = prepared[0].tokenizer
-        tokenizer.check_fits(vocab_size)
-    else:
-        tokenizer = train_tokenizer(corpus, vocab_size)
+    tokenizer = new() if named is None else Tokenizer.load(named)
+    tokenizer.check_fits(vocab_size)
+    if saved is not None and saved.to_json() != tokenizer.to_json():
+        raise ValueError(
+            f"data.tokenizer = {named!r} differs from the tokenizer this run began with, in {tokenizer_dir}; leave "
+            "data.tokenizer unset, or start a new run"
+        )
     _check_unchanged(tokenizer, trained_with, tokenizer_dir)
-    _check_prepared(tokenizer, corpus)
+    check(tokenizer)
     tokenizer.save(tokenizer_dir)
     return tokenizer
 
@@ -149,12 +172,6 @@ def _open_tokenizer(
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
     """The tokenizer that a run without one trains on its text."""
     return Tokenizer.train((text for _, text in sorted(training_sample(corpus.chosen))), vocab_size)
-
-
-def _check_prepared(tokenizer: Tokenizer, corpus: Corpus) -> None:
-    for train in corpus.train.values():
-        if train.source.prepared is not None:
-            train.source.prepared.check(tokenizer)
 
 
 def _check_unchanged(tokenizer: Tokenizer, trained_with: str | None, tokenizer_dir: str) -> None:
@@ -306,6 +323,11 @@ def train_batches(
         size = {"data/batch_size": float(len(pieces))} if config.batch_ramp_tokens else {}
         return DataBatch(arrays, after, mixture.metrics(after) | size)
 
+    return in_background(start_step, load)
+
+
+def in_background(start_step: int, load: Callable[[int], DataBatch]) -> Iterator[DataBatch]:
+    """load(start_step), load(start_step + 1), ... without end; threads load ahead."""
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(load)
     return iter(steps.to_iter_dataset(grain.ReadOptions(READ_THREADS, PREFETCHED_BATCHES)))
 

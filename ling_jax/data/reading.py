@@ -231,20 +231,43 @@ def read_file(
     Raises:
       ValueError: naming the file, and the line where there are lines, and what is wrong with it.
     """
+    opener = opener or (lambda: paths.open_to_read(file))
+    if _format(file.name) == ".txt":
+        with _opened(file, opener) as stream:
+            for text, continues in _followed(_decoded(stream, file)):
+                yield Document(text, name, source.licence, "text", relative, continues)
+        return
+    for number, line, record in read_records(file, opener, lines, text_field=source.text_field):
+        yield _from_record(record, f"{file}:{line}", f"{relative}:{number}", name, source)
+
+
+def read_records(
+    file: epath.Path,
+    opener: Callable[[], IO[bytes]] | None = None,
+    lines: LineRange | None = None,
+    text_field: str | None = None,
+) -> Iterator[tuple[int, int, Any]]:
+    """(number, line, record) of each record of a file that holds records, not one text.
+
+    Args:
+      opener, lines: as in `read_file`.
+      text_field: of a parquet file only this column is read, with `source` and `licence`; by default all are.
+    Raises:
+      ValueError: naming the file and the line, for what cannot be read.
+    """
     kind = _format(file.name)
     with _opened(file, opener or (lambda: paths.open_to_read(file))) as stream:
         if kind == ".parquet":
-            records = _parquet(stream, file, source)
+            yield from _parquet(stream, file, text_field)
         elif kind == ".jsonl":
-            records = _jsonl(stream, file, lines)
-        elif kind == ".json":
-            records = _json(_decoded(stream, file), file)
+            yield from _jsonl(stream, file, lines)
         else:
-            for text, continues in _followed(_decoded(stream, file)):
-                yield Document(text, name, source.licence, "text", relative, continues)
-            return
-        for number, line, record in records:
-            yield _from_record(record, f"{file}:{line}", f"{relative}:{number}", name, source)
+            yield from _json(_decoded(stream, file), file)
+
+
+def holds_records(name: str) -> bool:
+    """Whether a file of this name holds records; .txt files hold one text."""
+    return _format(name) not in (None, ".txt")
 
 
 @contextlib.contextmanager
@@ -426,16 +449,16 @@ def _json(texts: Iterator[str], file: epath.Path) -> Iterator[tuple[int, int, An
         raise ValueError(f"{file}:{values.line}: not JSON: the file ends inside a list; copy it again")
 
 
-def _parquet(stream: IO[bytes], file: epath.Path, source: DataSource) -> Iterator[tuple[int, int, Any]]:
+def _parquet(stream: IO[bytes], file: epath.Path, text_field: str | None) -> Iterator[tuple[int, int, Any]]:
     import pyarrow  # a slow import that most runs don't need
     import pyarrow.parquet as parquet
 
     try:
         table = parquet.ParquetFile(stream, buffer_size=BLOCK, pre_buffer=False)
         names = table.schema_arrow.names
-        if source.text_field not in names:
-            raise ValueError(_no_text(str(file), source.text_field, "missing", names))
-        columns = [c for c in (source.text_field, "source", "licence") if c in names]
+        if text_field is not None and text_field not in names:
+            raise ValueError(_no_text(str(file), text_field, "missing", names))
+        columns = [c for c in names if text_field is None or c in (text_field, "source", "licence")]
         if paths.is_bucket(file) and not isinstance(stream, io.BytesIO):
             wanted = io.BufferedReader(Spans(file, stream.seek(0, io.SEEK_END), _spans(table.metadata, columns)))
             table = parquet.ParquetFile(wanted, metadata=table.metadata, buffer_size=BLOCK, pre_buffer=False)
@@ -456,7 +479,8 @@ def _spans(metadata: Any, columns: list[str]) -> list[tuple[int, int]]:
     spans = []
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema in columns:
+            path = column.path_in_schema  # of nested values "messages.list.element.role"
+            if path in columns or path.split(".")[0] in columns:
                 begin = column.dictionary_page_offset or column.data_page_offset
                 begin = min(begin, column.data_page_offset)
                 spans.append((begin, begin + column.total_compressed_size))
@@ -482,8 +506,8 @@ def _no_text(where: str, field: str, found: str, fields: Iterable[str]) -> str:
     fields = list(fields)
     if chat := next((key for key in CONVERSATIONS if key in fields), None):
         return (
-            f"{where}: field {chat!r} holds a conversation, which train.py does not train on: that will be "
-            f"fine-tuning, `python post.py sft`; train.py needs text, in the field {field!r}"
+            f"{where}: field {chat!r} holds a conversation, which train.py does not train on: that is fine-tuning, "
+            f"`python post.py sft`; train.py needs text, in the field {field!r}"
         )
     return (
         f"{where}: field {field!r} is {found}, not a string (fields: {', '.join(fields) or 'none'}); set text_field of "

@@ -85,9 +85,11 @@ class Tokenizer:
             raise ValueError(f"tokenizer {name} has add_bos_token set, but no token {self.bos_token!r}")
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, at_most: bool = False) -> "Tokenizer":
         """Trains a byte-level BPE of exactly `vocab_size` entries; the same texts give the same tokenizer.
 
+        Args:
+          at_most: take fewer entries where the texts yield no more.
         Raises:
           ValueError: if `vocab_size` can't hold the bytes, or the texts are too few to reach it.
         """
@@ -110,7 +112,7 @@ class Tokenizer:
         )
         core.train_from_iterator(texts, trainer)
         reached = core.get_vocab_size()
-        if reached != vocab_size:
+        if reached != vocab_size and not at_most:
             raise ValueError(
                 f"the training text yields a vocabulary of only {reached} entries, not {vocab_size}; bring more "
                 "text, or lower model.vocab_size"
@@ -252,6 +254,17 @@ class Tokenizer:
         variables: dict[str, Any] = {field: text for field, text in texts.items() if text is not None}
         variables["enable_thinking"] = thinking
         return chat.render(messages, tools, add_generation_prompt, self._template_for(tools), variables)
+
+    @functools.cached_property
+    def switches_thinking(self) -> bool:
+        """Whether the chat template can switch thinking on and off."""
+        try:
+            self.chat_text([{"role": "user", "content": "Hi"}], thinking=True)
+        except ValueError as error:
+            if chat.NO_SWITCH in str(error):
+                return False
+            raise
+        return True
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""

@@ -66,8 +66,22 @@ def section(records: Sequence[Record]) -> str:
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<section id="evaluations"><h2>Evaluations</h2>\n<table><thead><tr>{headings}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></section>"
+        f"<tbody>\n{body}\n</tbody></table>\n{''.join(map(_answers, records))}</section>"
     )
+
+
+def _answers(record: Record) -> str:
+    """Answers that a record keeps of a chat model, folded up."""
+    samples = record.get("samples") or []
+    if not samples:
+        return ""
+    told = "".join(
+        f'<pre class="sample">{html.escape(one["question"])}\n{html.escape(one["text"])}\n'
+        f"({'right' if one['right'] else 'wrong: ' + html.escape(one['expected'])})</pre>\n"
+        for one in samples
+    )
+    heading = f"step {record['step']:,}: {len(samples)} answers of {html.escape(str(record.get('task', '')))}"
+    return f"<details><summary>{heading}</summary>\n{told}</details>\n"
 
 
 def _text(value: Any) -> str:

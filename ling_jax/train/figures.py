@@ -7,6 +7,7 @@ Legend: S logged steps, L MoE layers.
 """
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -241,7 +242,7 @@ def _draw_bits_per_byte(figure: Any, run: Run) -> str | None:
 
 
 def _draw_positions(figure: Any, run: Run) -> str | None:
-    head = "eval/nats_per_token/position_"
+    head = "eval/nats_per_token/"
     keys = {key for r in run.records for key, value in r.items() if key.startswith(head) and value is not None}
     if len(keys) < 2:
         return None
@@ -249,14 +250,15 @@ def _draw_positions(figure: Any, run: Run) -> str | None:
 
     axes, said = figure.add_subplot(), []
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(keys)))
-    for color, key in zip(colors, sorted(keys, key=lambda key: int(key.rpartition("-")[2])), strict=True):
+    for color, key in zip(colors, sorted(keys, key=lambda key: int(re.split("[-_]", key)[-1])), strict=True):
         line = series(run.records, key)
-        begin, end = map(int, key.removeprefix(head).split("-"))
-        said.append(f"{begin:,} to {end:,}, last {_last(line)}")
+        what, _, numbers = key.removeprefix(head).partition("_")  # position_0-512, turn_1
+        range_ = " to ".join(f"{int(number):,}" for number in numbers.split("-"))
+        said.append(f"{'' if what == 'position' else f'{what} '}{range_}, last {_last(line)}")
         _plot(axes, line, color, said[-1], marker="o", markersize=3)
     _style(axes, "validation (nats per token)", run.last_step)
     _legend(axes, loc="upper right")
-    return "Held-out loss by a token's position in its document, over steps: " + "; ".join(said) + "."
+    return "Held-out loss by a token's position in its document, or by turn, over steps: " + "; ".join(said) + "."
 
 
 def _draw_learning_rate(figure: Any, run: Run) -> str | None:
@@ -465,7 +467,7 @@ FIGURES = (
     ),
     Drawing(
         "positions", "Validation by position", 3.7, _draw_positions,
-        "Of each range, the documents that reach its end: the same tokens at every step.",
+        "Of each range, the documents that reach its end: the same tokens at every step. Of conversations, each turn.",
     ),
     Drawing("learning_rate", "Learning rate", 3.7, _draw_learning_rate, ""),
     Drawing(

@@ -326,7 +326,8 @@ class Session:
     def _validate(self) -> None:
         self.recorder.fetch()
         rows = self.trainer.config.data.global_batch_size
-        metrics = score_metrics(validate(self.scorer, *self.weights, self.held_out, rows))
+        labels = next(iter(self.held_out.values())).labels
+        metrics = score_metrics(validate(self.scorer, *self.weights, self.held_out, rows), labels)
         if (merged := self.saver.merged(self.state)) is not None:
             metrics |= merged_metrics(validate(self.scorer, *merged, self.held_out, rows))
         metrics |= needle_metrics(self.needle_scorer, *self.weights, self.needles, self.trainer.config)

@@ -61,6 +61,11 @@ def bucket_ends() -> list[int]:
     return [FIRST_BUCKET << number for number in range(BUCKETS)]
 
 
+def position_labels() -> tuple[str, ...]:
+    """How buckets of positions are called."""
+    return tuple(f"position_{begin}-{end}" for begin, end in zip([0, *bucket_ends()], bucket_ends(), strict=False))
+
+
 def _buckets(places: np.ndarray, size: int) -> np.ndarray:
     """int32: the buckets of positions in a document, of those buckets that end within its first `size` tokens."""
     whole = [end for end in bucket_ends() if end <= size]
@@ -141,10 +146,16 @@ def make_scorer(compute: Compute) -> Callable[[dict, dict, Mapping[str, np.ndarr
 
 
 class HeldOut(NamedTuple):
-    """One source's held-out text, ready to be scored."""
+    """One source's held-out text, ready to be scored.
+
+    Attributes:
+      bytes: of the text, in UTF-8; 0 where not all of it is scored.
+      labels: how its buckets are called; (): `position_labels`.
+    """
 
     rows: dict[str, np.ndarray]
     bytes: int
+    labels: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -180,23 +191,24 @@ def validate(
     return {source: score_held_out(scorer, params, bias, part, batch_size) for source, part in held_out.items()}
 
 
-def score_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
-    """The `eval/...` metrics of a step."""
+def score_metrics(scores: Mapping[str, Score], labels: Sequence[str] = ()) -> dict[str, float]:
+    """The `eval/...` metrics of a step: of each source, of all together, and of all by bucket."""
     metrics = {}
     for source, score in scores.items():
-        metrics[f"eval/{source}/nats_per_token"] = score.nats_per_token
-        metrics[f"eval/{source}/bits_per_byte"] = score.bits_per_byte
+        metrics |= _metrics(f"eval/{source}/", score)
     total = add_scores(list(scores.values()))
-    metrics |= {"eval/nats_per_token": total.nats_per_token, "eval/bits_per_byte": total.bits_per_byte}
-    begin = 0
-    for end, (nats, tokens) in zip(bucket_ends(), total.buckets, strict=True):
+    metrics |= _metrics("eval/", total)
+    for label, (nats, tokens) in zip(labels or position_labels(), total.buckets, strict=True):
         if tokens:
-            metrics[f"eval/nats_per_token/position_{begin}-{end}"] = float(nats / tokens)
-        begin = end
+            metrics[f"eval/nats_per_token/{label}"] = float(nats / tokens)
     return metrics
 
 
 def merged_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
     """The `eval/merged_...` metrics of merged snapshots, of all sources together."""
-    total = add_scores(list(scores.values()))
-    return {"eval/merged_nats_per_token": total.nats_per_token, "eval/merged_bits_per_byte": total.bits_per_byte}
+    return _metrics("eval/merged_", add_scores(list(scores.values())))
+
+
+def _metrics(head: str, score: Score) -> dict[str, float]:
+    per_byte = {f"{head}bits_per_byte": score.bits_per_byte} if score.bytes else {}
+    return {f"{head}nats_per_token": score.nats_per_token, **per_byte}

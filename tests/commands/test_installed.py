@@ -63,7 +63,8 @@ def call(installed, tmp_path, monkeypatch):
 
 
 def test_every_command_says_what_it_takes(call):
-    for name in ("ling-train", "ling-sample", "ling-convert", "ling-evaluate", "ling-prepare"):
+    names = ("train", "post", "sample", "convert", "evaluate", "chat-evaluate", "prepare")
+    for name in (f"ling-{name}" for name in names):
         assert f"usage: {name}" in call(name, "--help")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 from ling_jax import evaluate
-from ling_jax.commands import convert, prepare, sample, train
+from ling_jax.commands import chat_evaluation, convert, post, prepare, sample, train
 from ling_jax.train import hardware
 
 MAINS = {
@@ -15,6 +15,8 @@ MAINS = {
     "sample.py": sample.main,
     "convert.py": convert.main,
     "evaluate": evaluate.main,
+    "post.py": post.main,
+    "post.evaluate": chat_evaluation.main,
     "prepare": prepare.main,
 }
 
