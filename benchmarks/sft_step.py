@@ -53,8 +53,8 @@ def main(argv: Sequence[str]) -> None:
         conversations = open_conversations(tuned, folder, f"{folder}/tuned", None, None)
     here = range(data.global_batch_size)
     batches = {
-        "pre-training": documents.reading(run, 0, None, here).batches,
-        "fine-tuning": conversations.reading(tuned, 0, None, here).batches,
+        "pre-training": documents.reading(run, 0, None, here).batches(None),
+        "fine-tuning": conversations.reading(tuned, 0, None, here).batches(None),
     }
     trainer = make_trainer(run)
     step, state = make_train_step(trainer), trainer.new_state()

@@ -22,7 +22,7 @@ import tyro
 from rich.logging import RichHandler
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from ling_jax.config import ModelConfig, RopeScaling, RunConfig, SFTRun
+from ling_jax.config import ModelConfig, RLRun, RopeScaling, RunConfig, SFTRun
 from ling_jax.convert.origin import Mtp
 from ling_jax.convert.weights import model_config_of
 from ling_jax.files.buckets import log_retries
@@ -92,6 +92,17 @@ class SFTCommand(TrainCommand):
     """Print so many examples with what is learned in colour, and stop."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLCommand(TrainCommand):
+    """The command line of `post.py rl`."""
+
+    config: Annotated[RLRun, tyro.conf.arg(name="")]
+
+
+POST_TRAINING: dict[str, tuple[type[RunConfig], Any, str]] = {
+    "sft": (SFTRun, SFTCommand, "fine-tuning on conversations"),
+    "rl": (RLRun, RLCommand, "reinforcement learning on a task"),
+}
 FLAGS = ConstructorRegistry()
 
 
@@ -181,37 +192,44 @@ def parse_train(argv: Sequence[str]) -> tuple[str, TrainCommand]:
     """(config name, command) of `train.py NAME [--flags]`; an unknown name or flag, or a value that fails a check, ends
     the program with one message."""
     prog = program("train.py")
-    name, config = _named(argv, prog)
-    if isinstance(config, SFTRun):
-        raise ValueError(f"{name} is fine-tuning: {program('post.py')} sft {name}")
+    name, config = _named(argv, prog, RunConfig)
+    if (kind := _kind(config)) is not None:
+        raise ValueError(f"{name} is {POST_TRAINING[kind][2]}: {program('post.py')} {kind} {name}")
     return _stem(name), _parsed(TrainCommand(config=config), argv[1:], f"{prog} {name}")
 
 
-def parse_sft(argv: Sequence[str]) -> tuple[str, SFTCommand]:
-    """(config name, command) of `post.py sft NAME [--flags]`, as `parse_train`. With --init-from the model is that of
+def parse_post(kind: str, argv: Sequence[str]) -> tuple[str, TrainCommand]:
+    """(config name, command) of `post.py KIND NAME [--flags]`, as `parse_train`. With --init-from the model is that of
     the weights, whatever NAME has."""
-    prog = f"{program('post.py')} sft"
-    name, config = _named(argv, prog)
-    if not isinstance(config, SFTRun):
-        tuned = _names(fine_tuned=True)
-        raise ValueError(f"{name} is pre-training: {program('train.py')} {name}; to fine-tune, {prog} has {tuned}")
+    prog, (run, command, told) = f"{program('post.py')} {kind}", POST_TRAINING[kind]
+    name, config = _named(argv, prog, run)
+    if not isinstance(config, run):
+        other = _kind(config)
+        right = f"{program('train.py')} {name}" if other is None else f"{program('post.py')} {other} {name}"
+        raise ValueError(f"{name} is no {told}: {right}; {prog} has {_names(run)}")
     if (model := _model_to_tune(argv[1:], _stem(name))) is not None:
         rows = dataclasses.replace(config.data, sequence_length=min(config.data.sequence_length, model.max_positions))
         config = dataclasses.replace(config, model=model, data=rows, assumed=())
-    return _stem(name), _parsed(SFTCommand(config=config), argv[1:], f"{prog} {name}")
+    return _stem(name), _parsed(command(config=config), argv[1:], f"{prog} {name}")
 
 
-def _named(argv: Sequence[str], prog: str) -> tuple[str, RunConfig]:
+def _kind(config: RunConfig) -> str | None:
+    """The kind of post-training that a configuration is for; None for pre-training."""
+    return next((kind for kind, (run, *_) in POST_TRAINING.items() if isinstance(config, run)), None)
+
+
+def _named(argv: Sequence[str], prog: str, run: type[RunConfig]) -> tuple[str, RunConfig]:
     """The name that a command line begins with, and its configuration; without one the program ends with its usage."""
     if not argv or argv[0].startswith("-"):
-        print(f"usage: {prog} NAME [--flags]   (NAME: {_names('sft' in prog)}, or a file of your own, FILE.py)")
+        print(f"usage: {prog} NAME [--flags]   (NAME: {_names(run)}, or a file of your own, FILE.py)")
         print(f"       {prog} NAME --help      lists the flags, one for every setting of the configuration")
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     return argv[0], named_config(argv[0])
 
 
-def _names(fine_tuned: bool) -> str:
-    return ", ".join(name for name in config_names() if isinstance(named_config(name), SFTRun) == fine_tuned)
+def _names(run: type[RunConfig]) -> str:
+    """The names of the configurations of a kind of run."""
+    return ", ".join(name for name in config_names() if type(named_config(name)) is run)
 
 
 def _stem(name: str) -> str:

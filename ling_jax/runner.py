@@ -19,6 +19,7 @@ from ling_jax.checkpoint import Checkpointer, DamagedCheckpoint, find_checkpoint
 from ling_jax.cli import TrainCommand
 from ling_jax.config import (
     ModelConfig,
+    RLRun,
     RunConfig,
     SFTRun,
     StageRun,
@@ -44,6 +45,7 @@ from ling_jax.generate.serving import serving_model
 from ling_jax.model.model import device_bytes, split_model
 from ling_jax.parallel.mesh import rows_here
 from ling_jax.parallel.processes import barrier, check_same, lead_first
+from ling_jax.post.rl import objective_of, open_rollouts
 from ling_jax.post.sft import open_conversations
 from ling_jax.saver import RunSaver
 from ling_jax.snapshots import SNAPSHOTS, Snapshots
@@ -205,7 +207,7 @@ def _with_origin(config: RunConfig, run_dir: epath.Path, init_from: str | None) 
 def _prepare(
     run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None
 ) -> tuple[Feed, RunConfig]:
-    """What the run reads, and its settings with those that follow from that; process 0 also writes the run's folder,
+    """The run's feed, and its settings with those that follow from that; process 0 also writes the run's folder,
     which the others compare with theirs. `meta` is of the checkpoint to go on from; `origin`, what a new run starts
     from."""
     lead = jax.process_index() == 0
@@ -236,12 +238,14 @@ def _prepare(
 
 
 def _opened(run_dir: epath.Path, config: RunConfig, meta: Mapping[str, Any], origin: Weights | None) -> Feed:
-    """What the run reads: documents, or conversations."""
+    """The feed of a run: documents, conversations, or its own answers."""
     folder, trained_with = str(run_dir / TOKENIZER), meta.get("tokenizer") or None
     tokenizer = config.data.tokenizer if origin is None else origin_tokenizer(origin, config.data.tokenizer)
     earlier = Earlier(RunConfig.from_json(json.dumps(meta["config"])).data, meta["data"]) if meta else None
     if isinstance(config, SFTRun):
         return open_conversations(config, tokenizer, folder, trained_with, earlier)
+    if isinstance(config, RLRun):
+        return open_rollouts(config, tokenizer, run_dir, trained_with, earlier)
     return open_documents(config, tokenizer, folder, trained_with, earlier)
 
 
@@ -336,7 +340,7 @@ def _sample(trainer: Trainer, state: TrainState, feed: Feed) -> str | None:
     tokenizer, (prompt, ids) = feed.tokenizer, feed.prompt()
     room = min(trainer.config.train.sample_tokens, trainer.config.model.max_positions - len(ids))
     ends = [tokenizer.eod_id]
-    if isinstance(trainer.config, SFTRun) and tokenizer.role_end_id is not None:
+    if isinstance(trainer.config, SFTRun | RLRun) and tokenizer.role_end_id is not None:
         ends.append(tokenizer.role_end_id)
     new = generate(model, [ids], room, temperature=TEMPERATURE, top_p=TOP_P, eos_ids=ends)[0]
     return prompt + tokenizer.decode(new)
@@ -470,14 +474,14 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
         saver.config, stages = config, config.stage_runs()
         saver.tokenizer, read, took = feed.tokenizer.fingerprint, feed.state, {}
         todo = _left(stages, meta["data"]["next_step"] if meta else 0, command.stop_after)
-        trainer = make_trainer(todo[0].config).without_fp8(meta.get("fp8_fallen", []))
+        trainer = _trainer(todo[0].config).without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, origin)
         saver.begin(int(state.step), feed.facts)
         with MetricsWriter(run_dir, int(state.step) or None, wandb) if lead else contextlib.nullcontext() as writer:
             for stage in todo:
                 begun = time.perf_counter()
                 if trainer.config is not stage.config:
-                    trainer = make_trainer(stage.config).without_fp8(trainer.fallen)
+                    trainer = _trainer(stage.config).without_fp8(trainer.fallen)
                 state, saver.config = _entered(trainer, state, stage), stage.config
                 _log_start(stage.config, int(state.step))
                 here = rows_here(trainer.compute.mesh, stage.config.data.global_batch_size).tolist()
@@ -486,7 +490,7 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
                 texts = reading.held_out, saver, writer, str(run_dir), stop, reading.needles
                 try:
                     with Session(trainer, state, *texts) as session:
-                        session.run(saver.watching(reading.batches))
+                        session.run(saver.watching(reading.batches(session)))
                 except DivergedError as error:
                     log.error("stopped: %s", error)
                     return 1
@@ -503,6 +507,11 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
             merge_snapshots(run_dir, stages[-1])
     barrier("the report is written")
     return 0
+
+
+def _trainer(config: RunConfig) -> Trainer:
+    """The trainer of a run, with the objective of its kind."""
+    return make_trainer(config, objective=objective_of(config) if isinstance(config, RLRun) else None)
 
 
 def _left(stages: Sequence[StageRun], step: int, stop_after: str | None) -> list[StageRun]:

@@ -1,10 +1,10 @@
-"""Post-training: python post.py sft NAME [--init-from DIR] [--flags]; post.py sft NAME --help lists every flag."""
+"""Post-training: python post.py sft|rl NAME [--init-from DIR] [--flags]; post.py sft NAME --help lists every flag."""
 
 import sys
 from collections.abc import Sequence
 from itertools import islice
 
-from ling_jax.cli import SFTCommand, parse_sft, program, run_main
+from ling_jax.cli import POST_TRAINING, SFTCommand, parse_post, program, run_main
 from ling_jax.commands.train import act
 from ling_jax.convert.tokenizer import tokenizer_of
 from ling_jax.convert.weights import TOKENIZER
@@ -12,17 +12,16 @@ from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.files.paths import at
 from ling_jax.post.sft import first_examples, new_tokenizer, shown
 
-KINDS = {"sft": "fine-tuning on conversations"}
 COLOUR, PLAIN = ("\x1b[32m", "\x1b[0m"), ("\u27e6", "\u27e7")  # around what is learned, on a terminal and elsewhere
 
 
 def main(argv: Sequence[str]) -> int:
     prog = program("post.py")
-    if not argv or argv[0] not in KINDS:
-        print("\n".join(f"usage: {prog} {kind} NAME [--flags]   {told}" for kind, told in KINDS.items()))
+    if not argv or argv[0] not in POST_TRAINING:
+        print("\n".join(f"usage: {prog} {kind} NAME [--flags]   {told}" for kind, (*_, told) in POST_TRAINING.items()))
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    name, command = parse_sft(argv[1:])
-    return show(name, command) if command.show else act(name, command)
+    name, command = parse_post(argv[0], argv[1:])
+    return show(name, command) if isinstance(command, SFTCommand) and command.show else act(name, command)
 
 
 def show(name: str, command: SFTCommand) -> int:

@@ -7,12 +7,21 @@ from ling_jax.config.layers import LayerKind, LayerRun, layer_kinds, layer_runs,
 from ling_jax.config.mesh import MESH_AXES, ONE_DEVICE, MeshConfig
 from ling_jax.config.model import ModelConfig
 from ling_jax.config.parameters import Counts, count_params, train_flops_per_token
-from ling_jax.config.post import DroppedReasoning, SFTConfig
+from ling_jax.config.post import (
+    PRESETS,
+    DroppedReasoning,
+    Normalise,
+    RLConfig,
+    SFTConfig,
+    Spread,
+    Unit,
+)
 from ling_jax.config.rope import RopeScaling
 from ling_jax.config.run import (
     NEEDLE_TOKENS,
     CheckpointConfig,
     OptimizerConfig,
+    RLRun,
     RunConfig,
     ScheduleConfig,
     SFTRun,
@@ -35,17 +44,23 @@ __all__ = [
     "MODEL_TYPES",
     "MeshConfig",
     "ModelConfig",
+    "Normalise",
     "ONE_DEVICE",
     "OptimizerConfig",
+    "PRESETS",
     "REQUIRED_HF_FIELDS",
+    "RLConfig",
+    "RLRun",
     "RopeScaling",
     "RunConfig",
     "SFTConfig",
     "SFTRun",
     "ScheduleConfig",
+    "Spread",
     "Stage",
     "StageRun",
     "TrainConfig",
+    "Unit",
     "architecture_diff",
     "by_tag",
     "count_params",

@@ -12,7 +12,7 @@ from ling_jax.config.checks import check, check_at_least
 from ling_jax.config.data import DataConfig, DataSource
 from ling_jax.config.mesh import ONE_DEVICE, MeshConfig
 from ling_jax.config.model import ModelConfig
-from ling_jax.config.post import SFTConfig
+from ling_jax.config.post import RLConfig, SFTConfig
 from ling_jax.config.rope import RopeScaling
 from ling_jax.config.stages import Stage, StageRun, stage_runs
 
@@ -182,7 +182,8 @@ class RunConfig:
     def from_json(text: str) -> "RunConfig":
         """The settings that `to_json` wrote, as the kind of run that they are of."""
         values = json.loads(text)
-        return _from_dict(SFTRun if "sft" in values else RunConfig, values)
+        kinds = {"sft": SFTRun, "rl": RLRun}
+        return _from_dict(next((kind for name, kind in kinds.items() if name in values), RunConfig), values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,19 +194,38 @@ class SFTRun(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        data, plain = self.data, DataSource(path="")
-        check(not self.stages, "fine-tuning has no stages: start another run from this one's weights instead")
-        for source in data.sources:
-            mixed = (source.weight, source.max_epochs) != (plain.weight, plain.max_epochs)
-            check(
-                not mixed,
-                f"weight and max_epochs of data source {source.path!r} mean nothing in fine-tuning, where every "
-                "conversation is read once an epoch: leave them out",
-            )
-        for name in ("block_length", "long_document", "batch_ramp_tokens", "max_bytes"):
-            value = getattr(data, name)
-            check(not value, f"data.{name} = {value} is for pre-training: leave it out of fine-tuning")
-        check(not self.train.eval_needle, "train.eval_needle is for pre-training: set it to 0")
+        _check_post_training(self, "fine-tuning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLRun(RunConfig):
+    """All that decides the numbers of a run of reinforcement learning: python post.py rl NAME."""
+
+    rl: RLConfig = RLConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_post_training(self, "reinforcement learning")
+        check(len(self.data.sources) == 1, "reinforcement learning has one task: data.sources must name one")
+        rate = self.train.bias_update_rate
+        check(rate == 0, f"train.bias_update_rate = {rate} must be 0: expert biases are frozen (spec 8.2)")
+
+
+def _check_post_training(run: RunConfig, what: str) -> None:
+    """Refuses settings that mean something in pre-training alone."""
+    data, plain = run.data, DataSource(path="")
+    check(not run.stages, f"{what} has no stages: start another run from this one's weights instead")
+    for source in data.sources:
+        mixed = (source.weight, source.max_epochs) != (plain.weight, plain.max_epochs)
+        check(
+            not mixed,
+            f"weight and max_epochs of data source {source.path!r} mean nothing in {what}, where every "
+            "conversation is read once an epoch: leave them out",
+        )
+    for name in ("block_length", "long_document", "batch_ramp_tokens", "max_bytes"):
+        value = getattr(data, name)
+        check(not value, f"data.{name} = {value} is for pre-training: leave it out of {what}")
+    check(not run.train.eval_needle, "train.eval_needle is for pre-training: set it to 0")
 
 
 def settings_diff(old: RunConfig, new: RunConfig) -> list[str]:
@@ -228,7 +248,7 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     nested = {
         "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig,
         "train": TrainConfig, "checkpoint": CheckpointConfig, "mesh": MeshConfig, "rope_scaling": RopeScaling,
-        "sft": SFTConfig,
+        "sft": SFTConfig, "rl": RLConfig,
     }  # fmt: skip
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     check(not unknown, f"unknown {cls.__name__} field(s) {', '.join(unknown)}")

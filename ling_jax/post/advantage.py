@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from ling_jax.config import Normalise, Spread
+
 Baseline = Literal["group", "leave_one_out", "none"]
-Spread = Literal["sample", "population", "none"]
-Normalise = Literal["group", "batch", "response", "constant"]
 
 
 def advantages(rewards: Sequence[float], baseline: Baseline = "group", spread: Spread = "sample") -> np.ndarray:

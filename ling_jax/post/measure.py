@@ -44,7 +44,7 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What is asked of a model, and how."""
+    """Problems to ask a model, and how they are asked."""
 
     problems: Sequence[Problem]
     thinking: bool | None  # None: as the chat template has it

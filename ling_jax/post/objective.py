@@ -10,7 +10,6 @@ microbatches, nor packing, nor a mesh can change a result.
 Legend: B rows, T tokens, U units of a row, L MoE layers, K experts per token.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -126,9 +125,15 @@ class PolicyObjective(NamedTuple):
         reference = jnp.zeros((), logprobs_BT.dtype)
         if self.kl:
             reference = (weights_BT * jnp.where(drawn_BT, k3(logprobs_BT, batch["reference"]), 0)).sum()
-        counts = (mask.sum(dtype=logprobs_BT.dtype) for mask in (low_BT, high_BT))
-        found = (drift_BT.sum(), (drift_BT**2).sum(), jnp.where(drawn_BT, entropy_BT, 0).sum())
-        return PolicySums(jnp.where(drawn_BT, policy_BT, 0).sum(), reference, *counts, *found)
+        return PolicySums(
+            policy=jnp.where(drawn_BT, policy_BT, 0).sum(),
+            reference=reference,
+            clipped_low=low_BT.sum(dtype=logprobs_BT.dtype),
+            clipped_high=high_BT.sum(dtype=logprobs_BT.dtype),
+            drift=drift_BT.sum(),
+            drift_squared=(drift_BT**2).sum(),
+            entropy=jnp.where(drawn_BT, entropy_BT, 0).sum(),
+        )
 
     def loss(self, sums: PolicySums, counts: jax.Array) -> jax.Array:
         return self.kl * sums.reference - sums.policy if self.kl else -sums.policy
@@ -144,6 +149,3 @@ class PolicyObjective(NamedTuple):
             "policy/entropy": sums.entropy / tokens,
         }
         return found | ({"policy/kl_reference": sums.reference} if self.kl else {})
-
-
-UNCLIPPED = math.inf

@@ -282,7 +282,7 @@ class ConversationFeed:
             after = dataclasses.replace(begin, rows=done, tokens=done * length)
             return DataBatch(arrays, after, {"data/epoch": done / len(self.packed)})
 
-        return Reading(begin, in_background(step, load), held_out, {})
+        return Reading(begin, lambda session: in_background(step, load), held_out, {})
 
     def baselines(self) -> dict[str, float]:
         return {}

@@ -1,13 +1,11 @@
 """Units of an answer, by which a policy is compared with the one that drew it: tokens, sentences, the whole answer."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
+from ling_jax.config import Unit
 from ling_jax.data.tokenizer import Tokenizer
-
-Unit = Literal["token", "sentence", "response"]
 
 # The report calls them common pause punctuation and does not list them: ends of sentences and lines, also the wide
 # ones of Chinese and Japanese, which TRL's sentence units take too.

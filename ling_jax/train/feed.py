@@ -1,8 +1,8 @@
-"""What a run is trained on and scored by: its batches, held-out text and needles, from documents or conversations."""
+"""The data that a run is trained on and scored by: its batches, its held-out text, its needles."""
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ling_jax.config import DataConfig, RunConfig, StageRun
@@ -13,22 +13,23 @@ from ling_jax.data.pipeline import Data, DataBatch, Earlier, open_data, train_ba
 from ling_jax.data.sources import source_names
 from ling_jax.data.tokenizer import Tokenizer
 from ling_jax.train.needle import Needles, prepare_needles
+from ling_jax.train.session import Session
 from ling_jax.train.validate import HeldOut, prepare_held_out
 
 log = logging.getLogger(__name__)
 
 
 class Reading(NamedTuple):
-    """What a stage of a run reads.
+    """All that a stage of a run reads.
 
     Attributes:
       begin: how far the run has read before.
-      batches: of the steps to come, without end.
+      batches: of the steps to come, without end, for the session that takes them: what its weights draw, perhaps.
       held_out: by source, or another part that is scored by itself.
     """
 
     begin: DataState
-    batches: Iterator[DataBatch]
+    batches: Callable[[Session], Iterator[DataBatch]]
     held_out: dict[str, HeldOut]
     needles: Needles
 
@@ -56,7 +57,7 @@ class Feed(Protocol):
         ...
 
     def reading(self, config: RunConfig, step: int, read: DataState | None, here: Sequence[int]) -> Reading:
-        """What a stage reads after `step` steps, of each global batch the rows `here`.
+        """All that a stage reads after `step` steps, of each global batch the rows `here`.
 
         Args:
           config: the stage's settings.
@@ -65,7 +66,7 @@ class Feed(Protocol):
         ...
 
     def baselines(self) -> dict[str, float]:
-        """What others make of the held-out text, in bits per byte; {} where that has no meaning."""
+        """How well others predict the held-out text, in bits per byte; {} where that has no meaning."""
         ...
 
     def prompt(self) -> tuple[str, list[int]]:
@@ -99,8 +100,8 @@ class DocumentFeed:
             source: prepare_held_out(self.tokenizer, [d.text for d in documents], data.sequence_length, longest)
             for source, documents in self.data.heldout.items()
         }
-        batches = train_batches(rows, data, step, here, begin)
-        return Reading(begin, batches, held_out, prepare_needles(self.tokenizer, config))
+        needles = prepare_needles(self.tokenizer, config)
+        return Reading(begin, lambda session: train_batches(rows, data, step, here, begin), held_out, needles)
 
     def baselines(self) -> dict[str, float]:
         held_out = [document.text for documents in self.data.heldout.values() for document in documents]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ling_jax.checkpoint import read_arrays, read_meta
-from ling_jax.cli import parse_sft
+from ling_jax.cli import parse_post
 from ling_jax.config import SFTRun
 from ling_jax.data.packing import IGNORE
 from ling_jax.post.sft import ConversationFeed, open_conversations
@@ -39,7 +39,7 @@ def sft(folder: Path, name: str, *flags: Any, code: int = 0, **changes: Any) -> 
 
 
 def config_of(folder: Path, **changes: Any) -> SFTRun:
-    return parse_sft(sft_args(folder, "none", **changes)[1:])[1].config
+    return parse_post("sft", sft_args(folder, "none", **changes)[1:])[1].config
 
 
 def feed_of(folder: Path, **changes: Any) -> ConversationFeed:
@@ -51,7 +51,7 @@ def test_a_run_reads_each_conversation_as_often_as_its_epochs_say(tmp_path):
     rows = len(feed.packed)
     settled = feed.settled(config, 0)
     assert settled.train.steps == -(-2 * rows // 5) and 2 * rows % 5, "the last batch must not be full"
-    batches = feed.reading(settled, 0, None, range(5)).batches
+    batches = feed.reading(settled, 0, None, range(5)).batches(None)
     read: dict[bytes, int] = {}
     for _ in range(settled.train.steps):
         batch = next(batches)
@@ -65,8 +65,8 @@ def test_a_run_reads_each_conversation_as_often_as_its_epochs_say(tmp_path):
 
 def test_the_rows_are_the_same_on_any_number_of_hosts(tmp_path):
     feed, config = feed_of(tmp_path), config_of(tmp_path)
-    whole = feed.reading(config, 0, None, range(4)).batches
-    parts = [feed.reading(config, 0, None, here).batches for here in ([0, 1], [2, 3])]
+    whole = feed.reading(config, 0, None, range(4)).batches(None)
+    parts = [feed.reading(config, 0, None, here).batches(None) for here in ([0, 1], [2, 3])]
     for _ in range(5):
         both = [next(part).arrays["tokens"] for part in parts]
         np.testing.assert_array_equal(next(whole).arrays["tokens"], np.concatenate(both))
@@ -171,7 +171,8 @@ def test_a_run_starts_from_a_pretrained_one_and_has_its_model_and_tokenizer(tmp_
 
 def test_each_command_refuses_the_other_kind_of_run(tmp_path):
     assert "post.py sft sft_tiny" in call("train.py", "sft_tiny", code=2)[1]
-    assert "train.py ling_tiny; to fine-tune, post.py sft has " in call("post.py", "sft", "ling_tiny", code=2)[1]
+    _, err = call("post.py", "sft", "ling_tiny", code=2)
+    assert "ling_tiny is no fine-tuning on conversations: train.py ling_tiny; post.py sft has ling_mini_sft" in err
     assert "usage: post.py sft NAME" in call("post.py", code=2)[0]
     assert "sft_tiny" in call("post.py", "sft", code=2)[0]
 

@@ -1,4 +1,4 @@
-"""What is learned of a conversation: twenty-odd of them beside the text that each must give, written out by hand."""
+"""The tokens of a conversation that are learned, in twenty-odd conversations beside the text that each must give."""
 
 import pytest
 
