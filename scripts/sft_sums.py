@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
     if command.figure is not None:
         modes = {False: "asked at once", True: "asked to think"}
         parts = {told: {n: 100 * r[mode].summary()["pass@1"] for n, r in found.items()} for mode, told in modes.items()}
-        bars_figure(parts, "right of 512 new sums, %", command.figure)
+        bars_figure(parts, f"right of {command.problems} new sums, %", command.figure, sharey=True)
     if command.samples is not None:
         write_samples(command.samples, found[f"seed {command.seeds[0]}"])
     if not command.bars:

@@ -61,7 +61,7 @@ SLOW = (
     "clusters_docs", "checkpoint_buckets", "bucket_servers", "speculation_benchmark", "needle", "store", "adapter",
     "extending", "native_experts", "fp8", "score", "gpu_kernels", "h100", "linear_mesh", "linear_decoding",
     "native_cached", "long_cache", "lightning_benchmark", "merge", "merge_memory", "harness", "tasks", "prepare",
-    "snapshots", "sft", "pack", "chat_evaluation",
+    "snapshots", "sft", "pack", "chat_evaluation", "rl", "policy_objective",
 )  # fmt: skip
 
 

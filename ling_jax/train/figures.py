@@ -558,10 +558,12 @@ def validation_figure(runs: Mapping[str, Sequence[MetricsRecord]], level: float,
     epath.Path(path).write_bytes(png(figure))
 
 
-def bars_figure(parts: Mapping[str, Mapping[str, float]], ylabel: str, path: epath.PathLike) -> None:
-    """Draws named values as bars from zero, one panel for each part, as a PNG."""
+def bars_figure(
+    parts: Mapping[str, Mapping[str, float]], ylabel: str, path: epath.PathLike, sharey: bool = False
+) -> None:
+    """Draws named values as bars from zero, one panel for each part, as a PNG; on one scale if they are to `sharey`."""
     figure = new_figure(3.2)
-    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=sharey)[0]
     for axes, color, (name, values) in zip(panels, CYCLE, parts.items(), strict=False):
         axes.bar(range(len(values)), list(values.values()), color=color, width=0.6)
         axes.set_xticks(range(len(values)), list(values))
