@@ -50,6 +50,7 @@ from ling_jax.post.sft import open_conversations
 from ling_jax.saver import RunSaver
 from ling_jax.snapshots import SNAPSHOTS, Snapshots
 from ling_jax.train.feed import Feed, open_documents
+from ling_jax.train.hardware import keep_freed_memory
 from ling_jax.train.metrics import MetricsWriter, WandbRun, read_metrics, wandb_library
 from ling_jax.train.report import write_report
 from ling_jax.train.session import DivergedError, Session, StopRequest
@@ -477,6 +478,7 @@ def _train(run_dir: epath.Path, command: TrainCommand) -> int:
         trainer = _trainer(todo[0].config).without_fp8(meta.get("fp8_fallen", []))
         state = _first_state(trainer, saver, origin)
         saver.begin(int(state.step), feed.facts)
+        keep_freed_memory()
         with MetricsWriter(run_dir, int(state.step) or None, wandb) if lead else contextlib.nullcontext() as writer:
             for stage in todo:
                 begun = time.perf_counter()

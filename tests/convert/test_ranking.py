@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ling_jax.checkpoint import read_meta
-from ling_jax.commands.harness import TaskSettings, _keep
+from ling_jax.commands.harness import keep_record
 from ling_jax.convert.ranking import ranking
 from ling_jax.convert.weights import open_weights
 from ling_jax.files.paths import at
@@ -119,9 +119,8 @@ def test_the_best_are_merged_uniformly_and_the_merge_says_what_chose_them(run):
 def test_what_tasks_find_of_a_step_ranks_the_steps_and_the_snapshots_of_its_run(tmp_path, kind):
     write_run(tmp_path, {10: weights_at(10)})
     (tmp_path / "checkpoints").rename(tmp_path / kind)
-    settings = TaskSettings(tasks=("sums",), window=64, num_fewshot=None, limit=None, chat=False)
     record = {"step": 10, "results": {"sums": {"acc,none": 0.5}}, "higher_is_better": {"sums": {"acc": True}}}
-    _keep(open_weights(tmp_path / kind / "10"), settings, record)
+    keep_record(open_weights(tmp_path / kind / "10"), "sums", record)
     MetricsWriter(tmp_path).close()
     assert ranking(at(tmp_path), [10], "sums/acc").figures == {10: 0.5}
 

@@ -160,13 +160,14 @@ def test_no_recurrent_state_goes_from_one_conversation_into_the_next():
     compare("one", LENGTHS, best_fit([n - 1 for n in LENGTHS], LENGTH), HYBRID)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=12, derandomize=True)
 @given(
-    st.lists(st.integers(2, 33), min_size=1, max_size=ROWS),
+    st.lists(st.integers(2, 33), min_size=1, max_size=ROWS - 1),
     st.randoms(use_true_random=False),
     st.sampled_from([*MESHES]),
 )
 def test_nor_does_the_order_of_any_conversations(lengths, draw, mesh):
+    lengths = [9, *lengths]  # alone, one token that looks at none has attention's gradients as rounding only
     order = list(range(len(lengths)))
     draw.shuffle(order)
     rows = [[order[i] for i in row] for row in best_fit([lengths[i] - 1 for i in order], LENGTH)]
