@@ -13,6 +13,8 @@ import json
 import logging
 import random
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -150,6 +152,8 @@ class RolloutFeed:
                 minibatches, problems = _load(file)
                 metrics: dict[str, Any] = {}
             else:
+                if step % updates:
+                    log.warning("%s is missing: the answers for the updates that are left of it are drawn anew", file)
                 drawer = drawer or _Drawer(self, session, config)
                 drawer.load(session)
                 metrics = drawer.measured(version)
@@ -334,11 +338,16 @@ def _save(file: epath.Path, minibatches: list[dict[str, np.ndarray]], problems: 
 
 
 def _load(file: epath.Path) -> tuple[list[dict[str, np.ndarray]], int]:
-    """The minibatches that `_save` kept, and how many problems had been asked."""
-    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as kept:
-        found: dict[int, dict[str, np.ndarray]] = {}
-        for key in kept.files:
-            if key != "problems":
-                number, name = key.split(" ")
-                found.setdefault(int(number), {})[name] = kept[key]
-        return [found[number] for number in sorted(found)], int(kept["problems"])
+    """The minibatches that `_save` kept, and how many problems had been asked; ValueError for a damaged file, whose
+    arrays each have a checksum."""
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as kept:
+            arrays = {key: kept[key] for key in kept.files}
+        problems = int(arrays.pop("problems"))
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file} is damaged ({error}): move it away, and its answers are drawn anew") from error
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for key, values in arrays.items():
+        number, name = key.split(" ")
+        found.setdefault(int(number), {})[name] = values
+    return [found[number] for number in sorted(found)], problems

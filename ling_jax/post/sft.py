@@ -159,7 +159,7 @@ class ConversationFeed:
     def __init__(self, config: SFTRun, tokenizer: Tokenizer, kept: Kept):
         self.tokenizer, self.state = tokenizer, None
         self._config, self._kept = config, kept
-        self._sizes, self._columns = kept["sizes"], kept
+        self._sizes = kept["sizes"]
         if not len(self._sizes):
             raise ValueError("no conversation has anything to learn: see what the log says of those that were left out")
         self._starts = np.concatenate(([0], np.cumsum(self._sizes)))

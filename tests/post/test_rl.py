@@ -94,3 +94,17 @@ def test_settings_that_cannot_be_are_refused(tuned, tmp_path, changes, message):
 def test_a_run_needs_a_model_to_start_from(tmp_path):
     args = ["rl", "rl_tiny", "--runs-dir", tmp_path / "runs"]
     assert "give --init-from" in call("post.py", *args, code=2)[1]
+
+
+def test_what_a_version_drew_is_missed_or_refused_where_it_is_gone_or_damaged(tuned, tmp_path):
+    sizes = dict(train__steps=1, checkpoint__every=1, rl__thinking="off")
+    call("post.py", *rl_args(tuned, tmp_path, "a", **sizes))
+    file = tmp_path / "runs" / "a" / ROLLOUTS / "0.npz"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    _, err = call("post.py", *rl_args(tuned, tmp_path, "a", **sizes | dict(train__steps=2)), code=2)
+    assert "0.npz is damaged" in err and "move it away" in err
+    file.unlink()
+    _, log = call("post.py", *rl_args(tuned, tmp_path, "a", **sizes | dict(train__steps=2)))
+    assert "0.npz is missing: the answers" in log
